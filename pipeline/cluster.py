@@ -1,0 +1,36 @@
+"""Connecting to Ray, and whether what is asked for fits.
+
+A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on this machine.
+"""
+
+import os
+from typing import Any
+
+from pipeline.errors import BadInput
+
+
+def connect() -> Any:
+    """Connect to Ray once and return the module; a second call does nothing."""
+    # Ray announces a changed default of this variable at every start; saying what we rely on keeps it quiet.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=True, include_dashboard=False if "RAY_ADDRESS" not in os.environ else None)
+    return ray
+
+
+def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
+    """Refuse more workers than this machine has CPUs for; a cluster's size is only known once connected.
+
+    Raises:
+        BadInput: naming `key`, what it asks for and what there is.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        return
+    available = os.cpu_count() or 1
+    if workers * cpus_per_worker > available:
+        raise BadInput(
+            f"{key} is {workers}, which needs {workers * cpus_per_worker:g} CPUs; expected at most "
+            f"{int(available / cpus_per_worker)} on this machine with {available} CPUs"
+        )

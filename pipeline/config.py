@@ -1,0 +1,360 @@
+"""Configuration: a preset (YAML) plus `section.key=value` overrides becomes one frozen, checked `Config`.
+
+The only module that reads YAML and overrides. Unknown keys are refused with the nearest valid one; values are coerced
+by pydantic (`1e-4` is a number); every message names the key, the value and the expected form.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import BadInput
+from tatok_model.config import LossConfig, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept."""
+
+    output: str = "runs"  # folder that holds the run folders
+    name: str = ""  # the run folder's name; empty: named after the preset and the stage
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and what shape they get."""
+
+    source: str = ""  # folder, .parquet, .tar, a URL of those, or "samples" (photographs inside scikit-image)
+    heldout_source: str = ""  # like source; empty: a share of source, chosen by hash of the picture
+    shards: str = ""  # folder with manifest.json, written by preprocess; empty: made from source when needed
+    image_size: int = 32  # pixels, square
+    heldout_fraction: float = 0.1  # share of source that is held out when there is no heldout_source
+    rows_per_shard: int = 4096  # source pictures per shard
+    max_pixels: int = 64_000_000  # pictures that decode to more pixels are rejected
+    encoding: str = "png"  # png | jpeg | webp: how resized pictures are stored; others keep their bytes
+    quality: int = 95  # of jpeg and webp, 1-100
+    image_column: str = "image"  # Parquet column with the picture: bytes or {bytes, path}
+    label_column: str = "label"  # Parquet column with the class index, used when present
+    class_name_column: str = "class_name"  # Parquet column with the class name, used when present
+    num_workers: int = 0  # parallel shard tasks; 0: one per CPU
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, "image_size", self.image_size, "at least 1 pixel")
+        _require(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "a share between 0 and 1")
+        _require(self.rows_per_shard >= 1, "rows_per_shard", self.rows_per_shard, "at least 1")
+        _require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
+        _require(self.encoding in ("png", "jpeg", "webp"), "encoding", self.encoding, "png, jpeg or webp")
+        _require(1 <= self.quality <= 100, "quality", self.quality, "1 to 100")
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class TokenizerSection(TokenizerConfig):
+    """The tokenizer's architecture and, optionally, the checkpoint to start from or to use."""
+
+    checkpoint: str = ""  # folder or hub id; train: start from these weights; evaluate: what is evaluated
+
+    def architecture(self) -> TokenizerConfig:
+        """The part that `tatok_model` knows."""
+        names = [f.name for f in dataclasses.fields(TokenizerConfig)]
+        return TokenizerConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Schedules count optimiser steps; `max_minutes` only stops."""
+
+    num_workers: int = 0  # 0: in this process; n: n Ray Train workers (DDP)
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto (bf16 on GPU, float32 on CPU) | float32 | bf16
+    compile: bool = False  # torch.compile the model
+    seed: int = 0  # every random draw derives from it
+    max_steps: int = 1000  # optimiser steps
+    max_minutes: float = 0.0  # stop (resumable) after this many minutes; 0: no limit
+    global_batch_size: int = 64  # images per optimiser step over all workers
+    accumulation: int = 1  # micro-batches per optimiser step
+    learning_rate: float = 1e-3  # peak
+    min_learning_rate: float = 1e-5  # at the end of the cosine
+    warmup_steps: int = 100  # linear warm-up
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0  # gradient norm; 0: no clipping
+    ema_decay: float = 0.999  # of the exported weights; 0: no averaging
+    horizontal_flip: bool = True  # augmentation
+    log_every: int = 20  # steps between logged metrics
+    validate_every: int = 500  # steps between validations; 0: only at the end
+    validation_images: int = 1024  # held-out images per validation
+    grid_images: int = 8  # originals beside reconstructions in the logged picture
+    checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # how many are kept
+    max_failures: int = 3  # restarts of failed workers (num_workers > 0)
+    cpus_per_worker: float = 1.0  # CPUs that each worker reserves (num_workers > 0)
+    fused: bool = True  # fused AdamW
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        _require(
+            self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16"
+        )
+        for name in ("max_steps", "global_batch_size", "accumulation", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            "max_minutes", "warmup_steps", "weight_decay", "clip_norm", "validate_every", "validation_images",
+            "grid_images", "checkpoint_every", "max_failures", "min_learning_rate",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _require(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "more than 0")
+        for name in ("beta1", "beta2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        parts = max(self.num_workers, 1) * self.accumulation
+        _require(
+            self.global_batch_size % parts == 0,
+            "global_batch_size",
+            self.global_batch_size,
+            f"a multiple of num_workers x accumulation, {parts}",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on the held-out images."""
+
+    max_images: int = 0  # held-out images to use; 0: all
+    batch_size: int = 64  # images per forward pass
+    num_workers: int = 1  # evaluation actors
+    device: str = "auto"  # auto | cpu | cuda
+    extractor: str = "auto"  # auto | compact_cifar10 | inception2015; auto: inception2015 when its weights are given
+    inception_weights: str = ""  # path of the FID Inception weights (pt_inception-2015-12-05-6726825d.pth)
+    reference: str = ""  # npz with mu and sigma, e.g. ADM's; empty: computed from the held-out images and cached
+    lpips_backbone: str = ""  # path of VGG16 weights; with lpips_heads: LPIPS is measured
+    lpips_heads: str = ""  # path of the LPIPS linear heads
+    baselines: tuple[str, ...] = ()  # kmeans: patch VQ of the same total bits
+    grid_images: int = 8  # originals beside reconstructions in the picture
+
+    def __post_init__(self) -> None:
+        _require(self.max_images >= 0, "max_images", self.max_images, "0 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.num_workers >= 1, "num_workers", self.num_workers, "at least 1")
+        _require(self.grid_images >= 0, "grid_images", self.grid_images, "0 or more")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        names = ("auto", "compact_cifar10", "inception2015")
+        _require(self.extractor in names, "extractor", self.extractor, f"one of {', '.join(names)}")
+        for name in self.baselines:
+            _require(name in ("kmeans",), "baselines", name, "a list of: kmeans")
+        if self.extractor == "inception2015":
+            _require(bool(self.inception_weights), "inception_weights", "''", "the path of the FID Inception weights")
+        _require(
+            bool(self.lpips_backbone) == bool(self.lpips_heads),
+            "lpips_heads",
+            self.lpips_heads,
+            "lpips_backbone and lpips_heads to be given together",
+        )
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """Training of the compact feature network behind `rfd_compact_cifar10`."""
+
+    train_source: str = ""  # labelled Parquet; empty: data.source
+    test_source: str = ""  # labelled Parquet; empty: data.heldout_source
+    epochs: int = 12
+    batch_size: int = 128
+    learning_rate: float = 0.01
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str = "sqlite:///mlflow.db"  # tracking server or SQLite file; empty: no tracking
+    experiment: str = "tatok"
+    system_metrics: bool = True  # CPU, memory, GPU in the run
+    flush_seconds: float = 5.0  # at most this long between batches
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a job needs to know."""
+
+    preset: str = "demo"  # the name the configuration was loaded by
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    losses: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.image_size != self.data.image_size:
+            raise ValueError(
+                f"tokenizer.image_size is {self.tokenizer.image_size}; expected data.image_size, {self.data.image_size}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in a YAML file."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; loading it again gives an equal `Config`."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def sha256(self) -> str:
+        """Of the resolved values: two runs with the same hash were configured alike."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def load_config(preset: str = "demo", overrides: list[str] | None = None) -> Config:
+    """Read a preset and apply overrides.
+
+    Args:
+        preset: a name in `pipeline/configs` or the path of a YAML file.
+        overrides: `section.key=value` texts; values are YAML.
+
+    Raises:
+        BadInput: unknown preset or key (with the nearest valid one), a value of the wrong type, a failed check.
+    """
+    values = _read_preset(preset)
+    values["preset"] = Path(preset).stem
+    for text in overrides or []:
+        _apply_override(values, text)
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Check nested values and build the `Config`; see `load_config` for what is raised."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_keys(values, Config, prefix="")
+    image_size = (values.get("data") or {}).get("image_size", DataConfig.image_size)
+    values = {**values, "tokenizer": {"image_size": image_size, **(values.get("tokenizer") or {})}}
+    try:
+        return _type_adapter(TypeAdapter).validate_python(values)
+    except ValidationError as error:
+        raise BadInput(_explain(error.errors()[0])) from None
+
+
+@cache
+def _type_adapter(type_adapter: Any) -> Any:
+    return type_adapter(Config)
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    folder = resources.files("pipeline") / "configs"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    if preset.endswith((".yaml", ".yml")):
+        path = Path(preset)
+        if not path.is_file():
+            raise BadInput(f"preset {preset!r} does not exist; expected the path of a YAML file or a name: {_list()}")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif preset in preset_names():
+        text = (resources.files("pipeline") / "configs" / f"{preset}.yaml").read_text(encoding="utf-8")
+    else:
+        raise BadInput(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; expected one of {_list()}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise BadInput(f"preset {preset!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"preset {preset!r} holds a {type(values).__name__}; expected sections with keys")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or base not in preset_names():
+        raise BadInput(f"extends is {base!r} in preset {preset!r}; expected one of {_list()}")
+    return _merge(_read_preset(base), values)
+
+
+def _list() -> str:
+    return ", ".join(preset_names())
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], text: str) -> None:
+    key, separator, raw = text.partition("=")
+    if not separator or key.count(".") != 1 or not all(key.split(".")):
+        raise BadInput(f"override {text!r} is not understood; expected section.key=value, e.g. train.max_steps=100")
+    section, name = key.split(".")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        value = raw
+    if value is None:
+        value = ""
+    part = values.setdefault(section, {})
+    if not isinstance(part, dict):
+        raise BadInput(f"{section} is not a section with keys; expected one of {', '.join(_sections())}")
+    part[name] = value
+
+
+def _sections() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+
+
+def _check_keys(values: dict[str, Any], cls: Any, prefix: str) -> None:
+    """Refuse unknown keys before pydantic does, to be able to name the nearest valid one."""
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            whole = f"{prefix}{key}"
+            if isinstance(value, dict) or not prefix:
+                valid = [n for n in known if dataclasses.is_dataclass(known[n])]
+                nearest = _nearest(str(key), valid)
+            else:
+                everything = [f"{s.name}.{f.name}" for s in dataclasses.fields(Config)
+                              if dataclasses.is_dataclass(s.type) for f in dataclasses.fields(s.type)]  # fmt: skip
+                valid = list(known)
+                nearest = _nearest(whole, everything)
+            raise BadInput(f"unknown key {whole!r}{nearest}; expected one of {', '.join(valid)}")
+        if dataclasses.is_dataclass(known[key]):
+            if value is not None and not isinstance(value, dict):
+                raise BadInput(f"{key} is {value!r}; expected a section with keys")
+            _check_keys(value or {}, known[key], prefix=f"{key}.")
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{where}.{message}" if where and not message.startswith(where) else message
+    expected = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where} is {error['input']!r}; expected: {expected}"
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")

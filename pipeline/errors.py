@@ -1,0 +1,9 @@
+"""The two ways in which a job ends early on purpose."""
+
+
+class BadInput(Exception):
+    """The user's input cannot work: one sentence that names the value and the expected form. Exit code 2."""
+
+
+class Stopped(Exception):
+    """The job was asked to stop, saved its state and can be resumed. Exit code 3."""

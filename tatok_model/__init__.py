@@ -1,0 +1,26 @@
+"""TaTok: an adaptive discrete image tokenizer with global tokens and dynamic token filtering.
+
+Names are imported on first use, so that reading a configuration does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tatok_model.config import LossConfig, TokenizerConfig
+    from tatok_model.tokenizer import TaTok
+    from tatok_model.tokens import Tokens
+
+_HOME = {
+    "TaTok": "tatok_model.tokenizer",
+    "Tokens": "tatok_model.tokens",
+    "TokenizerConfig": "tatok_model.config",
+    "LossConfig": "tatok_model.config",
+}
+__all__ = ["LossConfig", "TaTok", "TokenizerConfig", "Tokens"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tatok_model' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,105 @@
+"""What a tokenizer is made of. Plain data: importing this does not import torch.
+
+Symbols: N patch positions, M global tokens, K codebook entries, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
+    "tiny": (192, 4, 4, 3),
+    "small": (512, 8, 8, 8),
+    "base": (768, 12, 12, 12),
+    "large": (1024, 24, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Architecture of one tokenizer. `global_tokens=0` is `patch_only`; `patch_tokens=False` is `global_only`."""
+
+    image_size: int = 32  # pixels, square
+    patch_size: int = 4  # pixels, square
+    size: str = "tiny"  # a key of SIZES
+    global_tokens: int = 8  # M, learnable tokens that carry what patches share
+    patch_tokens: bool = True  # False: the patches are read but only global tokens are written
+    quantizer: str = "vq"  # vq | fsq
+    codebook_size: int = 1000  # K; for fsq the product of fsq_levels
+    codebook_dim: int = 16  # width of a code vector (vq)
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)  # levels per dimension (fsq)
+    shared_codebook: bool = False  # global and patch tokens use one codebook
+    commitment_weight: float = 0.25  # weight of the commitment loss (vq)
+    codebook_decay: float = 0.99  # EMA decay of the codebook (vq)
+    dead_code_threshold: float = 1.0  # a code whose EMA count falls below this is re-drawn from the batch (vq)
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"size is {self.size!r}; expected one of {', '.join(SIZES)}")
+        if self.patch_size < 1 or self.image_size < 1:
+            raise ValueError(
+                f"image_size is {self.image_size} and patch_size {self.patch_size}; expected both to be at least 1"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size is {self.image_size}; expected a multiple of patch_size, {self.patch_size}")
+        if self.global_tokens < 0:
+            raise ValueError(f"global_tokens is {self.global_tokens}; expected 0 or more")
+        if not self.patch_tokens and self.global_tokens == 0:
+            raise ValueError("patch_tokens is false and global_tokens is 0; expected at least one kind of token")
+        if self.quantizer not in ("vq", "fsq"):
+            raise ValueError(f"quantizer is {self.quantizer!r}; expected vq or fsq")
+        if self.codebook_size < 2 or self.codebook_dim < 1:
+            raise ValueError(
+                f"codebook_size is {self.codebook_size} and codebook_dim {self.codebook_dim}; "
+                "expected at least 2 and 1"
+            )
+        if self.quantizer == "fsq" and math.prod(self.fsq_levels) != self.codebook_size:
+            raise ValueError(
+                f"fsq_levels {list(self.fsq_levels)} make {math.prod(self.fsq_levels)} codes; "
+                f"expected codebook_size, {self.codebook_size}"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patch_positions(self) -> int:
+        """N, the number of patch positions."""
+        return self.grid_size**2
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of an image of which everything is kept."""
+        return self.global_tokens + (self.patch_positions if self.patch_tokens else 0)
+
+    @property
+    def bits_per_token(self) -> float:
+        """log2 K."""
+        return math.log2(self.codebook_size)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the training terms. A weight of 0 switches a term off and costs nothing."""
+
+    l1: float = 0.0  # mean absolute error, pixels in [0, 1]
+    l2: float = 1.0  # mean squared error, pixels in [0, 1]
+    perceptual: float = 0.0  # LPIPS (VGG16); needs perceptual_backbone and perceptual_heads
+    perceptual_backbone: str = ""  # path of VGG16 weights (.pth or .safetensors)
+    perceptual_heads: str = ""  # path of the LPIPS linear heads
+    gan: float = 0.0  # hinge GAN
+    gan_start_step: int = 0  # first step with the adversarial term
+    lecam: float = 0.001  # LeCam regularisation of the discriminator
+    discriminator_lr: float = 1e-4  # learning rate of the discriminator
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "l2", "perceptual", "gan", "lecam"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.l1 == self.l2 == self.perceptual == 0:
+            raise ValueError("l1, l2 and perceptual are all 0; expected at least one reconstruction term")
+        if self.perceptual and not (self.perceptual_backbone and self.perceptual_heads):
+            raise ValueError("perceptual is on; expected perceptual_backbone and perceptual_heads to name weight files")
+        if self.gan_start_step < 0:
+            raise ValueError(f"gan_start_step is {self.gan_start_step}; expected 0 or more")
