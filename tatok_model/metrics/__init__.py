@@ -1,0 +1,1 @@
+"""What evaluation computes: arithmetic on tensors, no files but weights, no Ray, no MLflow."""
