@@ -4,19 +4,27 @@ A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on thi
 """
 
 import os
+import signal
+import threading
 from typing import Any
 
 from pipeline.errors import BadInput
 
 
 def connect() -> Any:
-    """Connect to Ray once and return the module; a second call does nothing."""
+    """Connect to Ray once and return the module; a second call does nothing.
+
+    Ray takes SIGTERM for itself; a job's orderly stop needs it, so it is given back.
+    """
     # Ray announces a changed default of this variable at every start; saying what we rely on keeps it quiet.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if not ray.is_initialized():
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=True, include_dashboard=False if "RAY_ADDRESS" not in os.environ else None)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     return ray
 
 

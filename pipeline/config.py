@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,11 @@ class RunConfig:
 
     output: str = "runs"  # folder that holds the run folders
     name: str = ""  # the run folder's name; empty: named after the preset and the stage
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output), "output", self.output, "a folder")
+        inside = not self.name.startswith("/") and not {".", ".."} & set(self.name.split("/"))
+        _require(inside, "name", self.name, "the name of a folder inside run.output")
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
-        _require(
-            self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16"
-        )
+        _require(self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16")
         for name in ("max_steps", "global_batch_size", "accumulation", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
@@ -233,7 +235,7 @@ def load_config(preset: str = "demo", overrides: list[str] | None = None) -> Con
         BadInput: unknown preset or key (with the nearest valid one), a value of the wrong type, a failed check.
     """
     values = _read_preset(preset)
-    values["preset"] = Path(preset).stem
+    values.setdefault("preset", Path(preset).stem)
     for text in overrides or []:
         _apply_override(values, text)
     return config_from_dict(values)
@@ -247,14 +249,9 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     image_size = (values.get("data") or {}).get("image_size", DataConfig.image_size)
     values = {**values, "tokenizer": {"image_size": image_size, **(values.get("tokenizer") or {})}}
     try:
-        return _type_adapter(TypeAdapter).validate_python(values)
+        return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise BadInput(_explain(error.errors()[0])) from None
-
-
-@cache
-def _type_adapter(type_adapter: Any) -> Any:
-    return type_adapter(Config)
 
 
 def preset_names() -> list[str]:
@@ -279,6 +276,7 @@ def _read_preset(preset: str) -> dict[str, Any]:
         raise BadInput(f"preset {preset!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise BadInput(f"preset {preset!r} holds a {type(values).__name__}; expected sections with keys")
+    values = {key: {} if value is None else value for key, value in values.items()}  # a section left empty
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -304,16 +302,25 @@ def _apply_override(values: dict[str, Any], text: str) -> None:
     if not separator or key.count(".") != 1 or not all(key.split(".")):
         raise BadInput(f"override {text!r} is not understood; expected section.key=value, e.g. train.max_steps=100")
     section, name = key.split(".")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw
-    if value is None:
-        value = ""
     part = values.setdefault(section, {})
     if not isinstance(part, dict):
         raise BadInput(f"{section} is not a section with keys; expected one of {', '.join(_sections())}")
-    part[name] = value
+    part[name] = raw if _is_text(section, name) else _parse_value(raw)
+
+
+def _is_text(section: str, name: str) -> bool:
+    """Text is taken as it was typed: YAML would read a run called 007 as a number and one called on as true."""
+    cls = {f.name: f.type for f in dataclasses.fields(Config)}.get(section)
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        return False
+    return any(f.name == name and f.type is str for f in dataclasses.fields(cls))
+
+
+def _parse_value(raw: str) -> Any:
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError:
+        return raw
 
 
 def _sections() -> list[str]:
@@ -351,8 +358,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{where}.{message}" if where and not message.startswith(where) else message
-    expected = error["msg"][0].lower() + error["msg"][1:]
-    return f"{where} is {error['input']!r}; expected: {expected}"
+    expected = error["msg"].removeprefix("Input should be ").partition(",")[0]
+    return f"{where} is {error['input']!r}; expected {expected}"
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:

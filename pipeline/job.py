@@ -17,13 +17,16 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import Config, load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.paths import resolve_paths
-from pipeline.run import Run
+from pipeline.run import Run, check_folder
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
 
@@ -38,12 +41,12 @@ def main(stage: str, module: str, description: str | None) -> NoReturn:
         config = resolve_paths(load_config(arguments.preset, arguments.overrides))
         steps = import_module(module)
         steps.check(config)
+        config = _named(config, config.run.name or steps.default_name(config))
+        check_folder(Path(config.run.output) / config.run.name, arguments.resume)
         print(config.to_yaml(), file=stdout, flush=True)
         if arguments.dry_run:
             sys.exit(DONE)
-        name = config.run.name or steps.default_name(config)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-        run = Run.open(stage, config, name, resume=arguments.resume)
+        run = Run.open(stage, config, config.run.name, resume=arguments.resume)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -54,45 +57,60 @@ def main(stage: str, module: str, description: str | None) -> NoReturn:
 
 def execute(run: Run, steps: Any) -> int:
     """Run one stage inside its folder and record how it ended; returns the exit code."""
-    _stop_on_signals(run)
-    status, error, code = "finished", None, DONE
     try:
-        steps.run(run)
-    except BadInput as problem:
-        status, error, code = "failed", str(problem), BAD_INPUT
-    except Stopped as reason:
-        status, error, code = "stopped", str(reason), STOPPED
-    except KeyboardInterrupt:
-        status, error, code = "stopped", "interrupted", STOPPED
-    except Exception as problem:
-        traceback.print_exc()
-        status, error, code = "failed", f"{type(problem).__name__}: {problem}", FAILED
-    run.write_summary(status, error, code)
-    run.close()
-    if error:
+        _work(run, steps)
+    except (Exception, KeyboardInterrupt) as problem:  # noqa: BLE001 - whatever it was, it is reported and recorded
+        status, error, code = _outcome(problem)
+        if code == FAILED:
+            traceback.print_exc()
         print(f"{'error' if status == 'failed' else status}: {error}", file=sys.stderr)
-    return code
+        return code
+    return DONE
 
 
 def run_nested(stage: str, module: str, config: Config) -> Run:
     """Make a missing input: run another stage in a run folder of its own, going on where an earlier attempt ended.
 
-    Raises whatever that stage raises; its own `summary.json` records it too.
+    Raises whatever that stage raises, and Stopped when a stop was asked for while it worked; its own `summary.json`
+    records it too.
     """
     steps = import_module(module)
     steps.check(config)
-    name = steps.default_name(config)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-    run = Run.open(stage, config, name, resume=True)
-    try:
-        steps.run(run)
-    except BaseException as problem:
-        run.write_summary("stopped" if isinstance(problem, Stopped | KeyboardInterrupt) else "failed", str(problem))
-        run.close()
-        raise
-    run.write_summary("finished", exit_code=DONE)
-    run.close()
+    config = _named(config, steps.default_name(config))
+    run = Run.open(stage, config, config.run.name, resume=True)
+    _work(run, steps)
+    if run.should_stop:
+        raise Stopped(f"{stage} is done, what needs it has not begun")
     return run
+
+
+def _work(run: Run, steps: Any) -> None:
+    """Run the stage; `summary.json` says how it ended whatever it raises."""
+    try:
+        with _stop_on_signals(run):
+            steps.run(run)
+    except BaseException as problem:
+        run.write_summary(*_outcome(problem))
+        raise
+    else:
+        run.write_summary("finished", exit_code=DONE)
+    finally:
+        run.close()
+
+
+def _outcome(problem: BaseException) -> tuple[str, str, int]:
+    """The status, error and exit code of a run that ended with `problem`."""
+    if isinstance(problem, BadInput):
+        return "failed", str(problem), BAD_INPUT
+    if isinstance(problem, Stopped):
+        return "stopped", str(problem), STOPPED
+    if isinstance(problem, KeyboardInterrupt):
+        return "stopped", "interrupted", STOPPED
+    return "failed", f"{type(problem).__name__}: {problem}", FAILED
+
+
+def _named(config: Config, name: str) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
 
 def _parse(description: str | None) -> argparse.Namespace:
@@ -108,14 +126,20 @@ def _parse(description: str | None) -> argparse.Namespace:
     return arguments
 
 
-def _stop_on_signals(run: Run) -> None:
+@contextmanager
+def _stop_on_signals(run: Run) -> Iterator[None]:
     """The first SIGTERM or SIGINT asks for an orderly stop, the second one interrupts."""
 
     def handle(number: int, frame: Any) -> None:
         if run.should_stop:
             raise KeyboardInterrupt
-        print(f"{signal.Signals(number).name}: saving and stopping (once more to interrupt)", file=sys.stderr)
         run.request_stop()
+        # Not print: the signal may come while the interrupted code is inside one, which must not be entered twice.
+        os.write(2, f"{signal.Signals(number).name}: saving and stopping (once more to interrupt)\n".encode())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """Where relative paths point, and files that appear whole or not at all.
 
-Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside a submitted Ray job the working directory
-may be a temporary copy: a relative output would vanish with it, so it is refused.
+Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside a submitted Ray job the working
+directory may be a temporary copy: a relative output would vanish with it, so it is refused.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ INPUT_KEYS = (
     "evaluate.lpips_heads", "extractor.train_source", "extractor.test_source",
 )  # fmt: skip
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
-KEYWORDS = ("", "samples")
 
 
 def resolve_paths(config: Config) -> Config:
@@ -39,14 +38,14 @@ def resolve_paths(config: Config) -> Config:
 
 
 def _resolve(key: str, value: str) -> str:
-    if value in KEYWORDS:
+    if value == "" or (value == "samples" and key.endswith("source")):
         return value
     if value.startswith("sqlite:///"):
         return "sqlite:///" + _absolute(key, value.removeprefix("sqlite:///"))
     if "://" in value:
         return value
-    if key == "tokenizer.checkpoint" and value.count("/") == 1 and not (_root() / value).exists():
-        return value  # a hub id, or a wrong path that loading will name
+    if key == "tokenizer.checkpoint" and value.count("/") == 1 and not (_root() / value).parent.exists():
+        return value  # a hub id
     return _absolute(key, value)
 
 
@@ -54,7 +53,7 @@ def _absolute(key: str, value: str) -> str:
     path = Path(value).expanduser()
     if path.is_absolute():
         return str(path)
-    if key in OUTPUT_KEYS and in_temporary_copy() and "TATOK_ROOT" not in os.environ:
+    if key in OUTPUT_KEYS and in_temporary_copy() and not os.environ.get("TATOK_ROOT"):
         raise BadInput(
             f"{key} is {value!r}, which would vanish with this job's temporary working directory; "
             "expected an absolute path or URL, or TATOK_ROOT set to a folder that lasts"
@@ -86,14 +85,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Indented, sorted, atomic; not-a-number is written as null, as JSON has no other word for it."""
-    write_atomically(path, (json.dumps(_finite(values), indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(path, (json.dumps(finite(values), indent=2, sort_keys=True) + "\n").encode())
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
+    """The same nested values with null in place of infinite and not-a-number."""
     if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
+        return {key: finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
+        return [finite(value) for value in values]
     if isinstance(values, float) and (values != values or abs(values) == float("inf")):
         return None
     return values

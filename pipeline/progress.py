@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
 
 class Progress:
     """Counts towards a total and shows rate and time left on stderr."""
@@ -21,11 +23,9 @@ class Progress:
             unit_scale=False,
             file=sys.stderr,
             dynamic_ncols=self._terminal,
+            delay=0 if self._terminal else 1e-9,  # without a terminal: do not draw before there is something to say
             mininterval=0.2 if self._terminal else float("inf"),
-            bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-            if not self._terminal
-            else None,
-            leave=True,
+            bar_format=None if self._terminal else LINE,
         )
         self._every = every_seconds
         self._shown = time.monotonic()

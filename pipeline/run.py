@@ -6,6 +6,7 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 from pipeline.config import Config
 from pipeline.errors import BadInput
-from pipeline.paths import write_atomically, write_json
+from pipeline.paths import finite, write_atomically, write_json
 
 SCHEMA_VERSION = 1
 PACKAGES = ("tatok", "torch", "ray", "mlflow", "pyarrow", "numpy", "pillow", "vector-quantize-pytorch", "scikit-image")
@@ -41,6 +42,7 @@ class Run:
         self._stop = threading.Event()
         self._command = command or sys.argv
         self._started = time.time()
+        self._commit = commit()  # now: the clone may move on while the run lasts
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
 
@@ -53,23 +55,29 @@ class Run:
                 stage, or it cannot be made.
         """
         folder = Path(config.run.output) / name
+        check_folder(folder, resume)
         run = cls(stage, config, folder, command)
-        if folder.exists() and not resume and any(folder.iterdir() if folder.is_dir() else [folder]):
-            raise BadInput(f"run folder {str(folder)!r} exists; expected a new run.name, or --resume to go on with it")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            run._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held for as long as the run lives
-            fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(
-                f"run folder {str(folder)!r} is in use by another process; expected a run.name of its own"
-            ) from None
-        except OSError as error:
-            raise BadInput(f"run folder {str(folder)!r} cannot be made: {error.strerror}") from None
-        run._read_earlier()
+            run._take_folder()
+            run._read_earlier()
+        except BadInput:
+            run.close()
+            raise
         write_atomically(folder / "config.yaml", config.to_yaml().encode())
         run.write_summary("running")
         return run
+
+    def _take_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for as long as the run lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"run folder {str(self.folder)!r} is in use by another process; expected a run.name of its own"
+            ) from None
+        except OSError as error:
+            raise BadInput(f"run folder {str(self.folder)!r} cannot be made: {error.strerror}") from None
 
     def _read_earlier(self) -> None:
         path = self.folder / "summary.json"
@@ -78,7 +86,7 @@ class Run:
         earlier = json.loads(path.read_text())
         if earlier["stage"] != self.stage:
             raise BadInput(
-                f"run folder {str(self.folder)!r} holds a {earlier['stage']!r} run; expected one of stage {self.stage!r}"
+                f"run folder {str(self.folder)!r} holds a run of {earlier['stage']!r}; expected one of {self.stage!r}"
             )
         self.resumed = True
         self.mlflow_run_id = earlier["mlflow_run_id"]
@@ -96,9 +104,22 @@ class Run:
         """Append one line to `metrics.jsonl`."""
         if self._metrics is None:
             self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed at the end
-        line = {"time": time.time(), "step": step, "metrics": metrics}
+        line = {"time": time.time(), "step": step, "metrics": finite(metrics)}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of `metrics.jsonl` after `step`, which a resumed run logs again, and a line torn by a kill."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            if self._metrics is not None:
+                self._metrics.close()
+                self._metrics = None
+            write_atomically(path, b"".join(kept))
 
     def write_summary(self, status: str, error: str | None = None, exit_code: int | None = None) -> None:
         """Write `summary.json`; `status` is running, finished, stopped or failed."""
@@ -111,7 +132,7 @@ class Run:
             "command": shlex.join(self._command),
             "config_sha256": self.config.sha256(),
             "seed": self.config.train.seed,
-            **commit(),
+            **self._commit,
             "hardware": hardware(),
             "versions": versions(),
             "started": datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds"),
@@ -129,6 +150,24 @@ class Run:
             if file is not None:
                 file.close()
         self._metrics = self._lock = None
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; infinity for one that a kill has torn."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse to write over an earlier run.
+
+    Raises:
+        BadInput: there is something at `folder` and `resume` is not set.
+    """
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"run folder {str(folder)!r} exists; expected a new run.name, or --resume to go on with it")
 
 
 def commit() -> dict[str, Any]:
