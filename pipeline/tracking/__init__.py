@@ -1,0 +1,14 @@
+"""Tracking in MLflow: fed from a run's `metrics.jsonl` by a thread of its own, never fatal.
+
+    with Tracker.start(run, {"data_fingerprint": fingerprint}) as tracker:
+        run.log({"train/loss": loss}, step)
+        tracker.commit()  # at every checkpoint: what metrics.jsonl holds so far may be sent
+        tracker.picture(path, "reconstructions", step)
+
+`mlflow_store.py` is the only module of the project that imports mlflow, and it does so when a tracker starts.
+"""
+
+from pipeline.tracking.address import check_tracking, masked
+from pipeline.tracking.tracker import Tracker
+
+__all__ = ["Tracker", "check_tracking", "masked"]

@@ -1,0 +1,70 @@
+"""Where tracking goes: which addresses make sense, where pictures of a SQLite store lie, what may be shown of them."""
+
+import re
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from pipeline.config import Config
+from pipeline.errors import BadInput
+
+EXPECTED = "expected sqlite:///file.db, http(s)://host:port, databricks, or '' for no tracking"
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
+
+
+def check_tracking(config: Config) -> None:
+    """Refuse an address that MLflow cannot use; asks no server.
+
+    Raises:
+        BadInput: `tracking.uri` of another form, a SQLite path that is a folder, no experiment name, a pause that is
+            not positive.
+    """
+    tracking = config.tracking
+    if not tracking.uri:
+        return
+    _check_uri(tracking.uri)
+    if not tracking.experiment.strip():
+        raise BadInput(f"tracking.experiment is {tracking.experiment!r}; expected a name")
+    if tracking.flush_seconds <= 0:
+        raise BadInput(f"tracking.flush_seconds is {tracking.flush_seconds:g}; expected more than 0")
+
+
+def _check_uri(uri: str) -> None:
+    shown = f"tracking.uri is {masked(uri)!r}"
+    if uri.startswith("sqlite:"):
+        if not sqlite_path(uri):
+            raise BadInput(f"{shown}; {EXPECTED}")
+        if Path(sqlite_path(uri)).is_dir():
+            raise BadInput(f"{shown}, which is a folder; expected the path of a database file, e.g. {uri}/mlflow.db")
+    elif uri.startswith(("http://", "https://")):
+        if not _names_a_host(uri):
+            raise BadInput(f"{shown}; expected http(s)://host:port, e.g. http://127.0.0.1:5000")
+    elif uri != "databricks" and not uri.startswith("databricks://"):
+        raise BadInput(f"{shown}; {EXPECTED}")
+
+
+def _names_a_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number, a bracket that does not close
+        return False
+
+
+def sqlite_path(uri: str) -> str:
+    """The database file of a `sqlite:///` address, '' for any other."""
+    return uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else ""
+
+
+def artifact_folder(uri: str, experiment: str) -> str | None:
+    """Where pictures and models of a SQLite store lie: beside the database, wherever a job was started.
+
+    MLflow's own choice is `./mlruns` of the process that made the experiment. None: the server decides.
+    """
+    if not sqlite_path(uri):
+        return None
+    return str(Path(sqlite_path(uri)).absolute().parent / "mlartifacts" / quote(experiment, safe=" "))
+
+
+def masked(text: str) -> str:
+    """`text` without the `user:password` part of the URLs in it."""
+    return _CREDENTIALS.sub("***@", text)

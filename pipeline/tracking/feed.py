@@ -1,0 +1,82 @@
+"""What MLflow has not got yet of `metrics.jsonl`.
+
+Two marks decide. What lies beyond the last commit is held back: a resumed run repeats those steps. And a name is sent
+once for each step, in rising order of steps, so that a file that was rewound to an older checkpoint, by this process or
+another, never puts a point into MLflow twice.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+BATCH = 1000  # metrics MLflow takes in one call
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    name: str
+    value: float
+    milliseconds: int  # since 1970
+    step: int
+
+
+class Batch(NamedTuple):
+    """Points to send and what is to be remembered once they are."""
+
+    points: list[Point]
+    file: int  # its inode: a rewound file is a new one
+    position: int  # bytes of it read so far
+    sent: dict[str, int]  # name: last step
+
+
+class Feed:
+    """Reads `metrics.jsonl` from where the last accepted batch ended."""
+
+    def __init__(self, path: Path, sent: dict[str, int]) -> None:
+        self.sent = sent  # name: last step that MLflow has
+        self._path = path
+        self._file = self._position = self._committed = 0
+
+    def commit(self) -> None:
+        """Everything in the file now may be sent."""
+        self._committed = self._path.stat().st_size if self._path.exists() else 0
+
+    def next(self, limit: float = BATCH) -> Batch:
+        """The next points, whole lines until there are `limit`; changes nothing.
+
+        A line still being written ends the batch; one that is not understood is skipped.
+        """
+        points: list[Point] = []
+        sent = dict(self.sent)
+        if not self._committed:
+            return Batch(points, 0, 0, sent)
+        with open(self._path, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            position = self._position if inode == self._file else 0
+            file.seek(position)
+            while position < self._committed and len(points) < limit:
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                position += len(line)
+                for point in _points(line):
+                    if point.step > sent.get(point.name, -math.inf):
+                        sent[point.name] = point.step
+                        points.append(point)
+        return Batch(points, inode, position, sent)
+
+    def accept(self, batch: Batch) -> None:
+        """MLflow has `batch`: the next one starts behind it."""
+        self._file, self._position, self.sent = batch.file, batch.position, batch.sent
+
+
+def _points(line: bytes) -> list[Point]:
+    try:
+        entry = json.loads(line)
+        moment, step = int(entry["time"] * 1000), int(entry["step"])
+        return [Point(name, float(value), moment, step) for name, value in entry["metrics"].items()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []

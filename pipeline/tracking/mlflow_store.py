@@ -1,0 +1,186 @@
+"""One MLflow run behind a few verbs. The only module that imports mlflow.
+
+It works through `MlflowClient` with an explicit address: no active run, no global tracking URI. Every method may raise
+and may take as long as the network does: `tracker.py` calls them from a thread of its own.
+"""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.progress import say
+from pipeline.tracking.address import artifact_folder, sqlite_path
+from pipeline.tracking.feed import BATCH, Point
+
+ENVIRONMENT = {  # only where the user has not decided otherwise
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # with the two below a dead server is noticed after seconds, not minutes
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # making a SQLite store otherwise prints its migrations
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run contacts nobody but the tracking server
+}
+PARAMETERS = 100  # parameters and tags MLflow takes in one call
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
+
+
+class Refused(Exception):
+    """MLflow does not take this, now or later."""
+
+
+class MlflowStore:
+    """Writes to one run of one experiment, making both when they are not there.
+
+    Args:
+        uri: tracking address.
+        experiment: its name.
+        run_id: the MLflow run to go on with, None for a new one.
+        system_metrics: whether `sample` measures anything.
+
+    Raises:
+        ImportError: mlflow is not installed.
+    """
+
+    def __init__(self, uri: str, experiment: str, run_id: str | None, system_metrics: bool) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        # It repeats every attempt on a dead server; the tracker says it once.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        self.run_id = run_id
+        self._uri, self._experiment = uri, experiment
+        self._client_class = MlflowClient
+        self._client: Any = None
+        self._wants_samples, self._monitor = system_metrics, None
+
+    def open(self, name: str, parameters: dict[str, str], tags: dict[str, str]) -> None:
+        """Make the run, or open it again; log new parameters, note changed ones as tags `changed.<name>`."""
+        if self._client is None:
+            if sqlite_path(self._uri):
+                Path(sqlite_path(self._uri)).absolute().parent.mkdir(parents=True, exist_ok=True)
+            self._client = self._client_class(self._uri)
+        run = self._reopened() or self._client.create_run(self._experiment_id(), run_name=name)
+        self.run_id = run.info.run_id
+        known = run.data.params
+        new = {key: value for key, value in parameters.items() if key not in known}
+        changed = {
+            f"changed.{key}": f"{known[key]} -> {value}"
+            for key, value in parameters.items()
+            if known.get(key, value) != value
+        }
+        self._log_texts(new, {**tags, **changed})
+        self._monitor = self._monitor or self._make_monitor()
+
+    def _reopened(self) -> Any:
+        """The run `run_id`, running again; None when there is none, e.g. because the server is another one."""
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is None:
+            return None
+        try:
+            run = self._client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        if run.info.lifecycle_stage != "active":
+            return None
+        self._client.update_run(self.run_id, status="RUNNING")
+        return run
+
+    def _experiment_id(self) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found:
+            return found.experiment_id
+        return self._client.create_experiment(self._experiment, artifact_folder(self._uri, self._experiment))
+
+    def _log_texts(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        entries = [Param(*pair) for pair in parameters.items()]
+        for start in range(0, len(entries), PARAMETERS):
+            self._client.log_batch(self.run_id, params=entries[start : start + PARAMETERS], synchronous=True)
+        self._client.log_batch(self.run_id, tags=[RunTag(*pair) for pair in tags.items()], synchronous=True)
+
+    def metrics(self, points: list[Point]) -> None:
+        """Log points. MLflow ignores those that it has already, so a batch may be sent again after a doubt.
+
+        Raises:
+            Refused: MLflow calls them invalid.
+        """
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        entries = [Metric(_NOT_IN_NAMES.sub("_", p.name), p.value, p.milliseconds, p.step) for p in points]
+        try:
+            for start in range(0, len(entries), BATCH):
+                self._client.log_batch(self.run_id, metrics=entries[start : start + BATCH], synchronous=True)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise Refused(str(error)) from error
+            raise
+
+    def tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+        self._client.set_tag(self.run_id, key, value, synchronous=True)
+
+    def artifact(self, path: str, folder: str) -> None:
+        """Store a file, or what a folder holds, under `folder` ('' is the top).
+
+        Raises:
+            Refused: there is nothing at `path`.
+        """
+        if not Path(path).exists():
+            raise Refused(f"{path} does not exist")
+        log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
+        log(self.run_id, path, folder or None)
+
+    def picture(self, path: str, name: str, step: int) -> None:
+        """Show a picture in the run's charts, where steps become a slider.
+
+        Raises:
+            Refused: there is no picture at `path`.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as picture:
+                self._client.log_image(self.run_id, picture.copy(), key=name, step=step, synchronous=True)
+        except (FileNotFoundError, UnidentifiedImageError) as error:
+            raise Refused(str(error)) from error
+
+    def sample(self) -> dict[str, float]:
+        """CPU, memory, disk, network and, where MLflow can read it, GPU use, averaged since the last call."""
+        if self._monitor is None:
+            return {}
+        try:
+            self._monitor.collect_metrics()
+            values: dict[str, float] = self._monitor.aggregate_metrics()
+            for part in self._monitor.monitors:
+                part.clear_metrics()
+        except Exception as error:  # noqa: BLE001 - not worth an outage
+            return self._without_samples(error)
+        return {f"system/{name}": value for name, value in values.items()}
+
+    def _without_samples(self, error: Exception) -> dict[str, float]:
+        say(f"system metrics are not tracked: {type(error).__name__}: {error}")
+        self._monitor, self._wants_samples = None, False
+        return {}
+
+    def _make_monitor(self) -> Any:
+        """MLflow's monitor, never started: its own thread ends at the first outage and is joined without a limit."""
+        if not self._wants_samples:
+            return None
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            return SystemMetricsMonitor(self.run_id, tracking_uri=self._uri)
+        except Exception as error:  # noqa: BLE001 - e.g. psutil is missing
+            self._without_samples(error)
+            return None
+
+    def end(self, status: str) -> None:
+        """Mark the run FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)

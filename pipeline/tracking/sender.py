@@ -1,0 +1,194 @@
+"""The thread that talks to the tracking server, so that nothing else has to wait for it.
+
+While the server is away, metrics wait in `metrics.jsonl` and everything else in a queue. `tracking.json` in the run
+folder remembers the MLflow run, what it has got and what is queued, so that a resumed run sends the rest.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.paths import write_json
+from pipeline.progress import say
+from pipeline.tracking.address import masked
+from pipeline.tracking.feed import Feed, Point
+from pipeline.tracking.mlflow_store import Refused
+
+SAMPLE_SECONDS = 10.0  # between samples of what the machine does
+ENDING_PAUSE = 1.0  # seconds between attempts once the run has ended
+
+
+class Store(Protocol):
+    """One run on a tracking server: `MlflowStore`, or a stand-in in tests. Any method may raise, or take long."""
+
+    run_id: str | None
+
+    def open(self, name: str, parameters: dict[str, str], tags: dict[str, str]) -> None:
+        """Make the run, or open `run_id` again, and say what it is."""
+
+    def metrics(self, points: list[Point]) -> None:
+        """Log points."""
+
+    def tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+
+    def artifact(self, path: str, folder: str) -> None:
+        """Keep a file, or what a folder holds."""
+
+    def picture(self, path: str, name: str, step: int) -> None:
+        """Show a picture."""
+
+    def sample(self) -> dict[str, float]:
+        """What the machine does now."""
+
+    def end(self, status: str) -> None:
+        """Mark the run as ended."""
+
+
+class Sender:
+    """Sends what a run folder holds for the tracking server, in order, as often as it takes.
+
+    Args:
+        folder: the run folder; its name becomes the MLflow run's.
+        store: where to send; its `run_id` is set here when `tracking.json` knows an earlier one.
+        address: of the server, for messages; without credentials.
+        parameters, tags: what is said about the run when it is opened.
+        pause: seconds between rounds, and between attempts while the server is away.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        address: str,
+        parameters: dict[str, str],
+        tags: dict[str, str],
+        pause: float,
+    ) -> None:
+        self.opened = False  # there is an MLflow run, and store.run_id names it
+        self._folder, self._store, self._address, self._pause = folder, store, address, pause
+        self._parameters, self._tags = parameters, tags
+        earlier = _read(folder / "tracking.json")
+        store.run_id = store.run_id or earlier.get("run_id")
+        self._started = earlier.get("started", time.time())
+        self._queue: deque[list[Any]] = deque(earlier.get("queue", []))
+        self._feed = Feed(folder / "metrics.jsonl", earlier.get("sent", {}))
+        self._sampled = time.monotonic()
+        self._ending = ""
+        self._away = self._given_up = False
+        self._saving = threading.Lock()
+        self._saved: dict[str, Any] = {}
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def commit(self) -> None:
+        """Everything in `metrics.jsonl` may be sent."""
+        self._feed.commit()
+        self._wake.set()
+
+    def put(self, *item: Any) -> None:
+        """Queue one call of the store: the method's name and its arguments, plain values that JSON can hold."""
+        self._queue.append(list(item))
+
+    def close(self, ending: str, seconds: float) -> None:
+        """Send what is left and mark the run; after `seconds` say what is missing and let it be."""
+        self._ending = ending
+        self._wake.set()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._save()
+            values = len(self._feed.next(limit=float("inf")).points)
+            say(
+                f"MLflow at {self._address} has not got {values} metric values and {len(self._queue)} tags or files "
+                f"of this run; they stay in {self._folder} and are sent when the run is resumed"
+            )
+
+    def _work(self) -> None:
+        while not self._given_up:
+            self._wake.wait(min(self._pause, ENDING_PAUSE) if self._ending else self._pause)
+            self._wake.clear()
+            ending = self._ending  # before sending: what is written meanwhile belongs to the next round
+            try:
+                self._send(ending)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the run
+                self._note_outage(error)
+                continue
+            if self._away:
+                self._away = False
+                say(f"MLflow at {self._address} answers again and has got what was kept for it")
+            if ending:
+                return
+
+    def _note_outage(self, error: Exception) -> None:
+        if self._away:
+            return
+        self._away = True
+        reason = masked(" ".join(str(error).split()))[:300]
+        say(
+            f"MLflow at {self._address} cannot be written to; the run goes on, what it logs is kept and sent later. "
+            f"The reason: {type(error).__name__}: {reason}"
+        )
+
+    def _send(self, ending: str) -> None:
+        """One round. What fails stays first in line for the next one."""
+        if not self.opened:
+            self._open()
+        while (batch := self._feed.next()).points:
+            self._unless_refused(self._store.metrics, batch.points)
+            self._feed.accept(batch)
+            self._save()
+        self._feed.accept(batch)
+        while self._queue:
+            kind, *arguments = self._queue[0]
+            self._unless_refused(getattr(self._store, kind), *arguments)
+            self._queue.popleft()
+        if ending or time.monotonic() - self._sampled >= SAMPLE_SECONDS:
+            self._sample()
+        if ending:
+            self._store.end(ending)
+        self._save()
+
+    def _open(self) -> None:
+        earlier = self._store.run_id
+        self._store.open(self._folder.name, self._parameters, self._tags)
+        if earlier and self._store.run_id != earlier:  # another server, or the run was deleted: it gets everything
+            self._feed.sent.clear()
+        self.opened = True
+        self._save()
+
+    def _unless_refused(self, send: Callable[..., None], *arguments: Any) -> None:
+        """Send; what the server will never take is dropped with a warning, or it would hold up all that follows."""
+        try:
+            send(*arguments)
+        except Refused as error:
+            say(f"MLflow refuses something of this run, which stays in {self._folder} only: {masked(str(error))[:300]}")
+
+    def _sample(self) -> None:
+        self._sampled = time.monotonic()
+        now = time.time()
+        step = int(now - self._started)  # seconds since the run first started: goes on rising after a resume
+        points = [Point(name, value, int(now * 1000), step) for name, value in self._store.sample().items()]
+        if points:
+            self._store.metrics(points)
+
+    def _save(self) -> None:
+        with self._saving:
+            values = {
+                "run_id": self._store.run_id,
+                "started": self._started,
+                "sent": dict(self._feed.sent),
+                "queue": list(self._queue),
+            }
+            if values != self._saved:
+                write_json(self._folder / "tracking.json", values)
+                self._saved = values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

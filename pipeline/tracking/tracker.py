@@ -1,0 +1,106 @@
+"""A run's tracker: what the stages use. Nothing here waits for a server, except `close`, for a bounded time."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pipeline.errors import Stopped
+from pipeline.progress import say
+from pipeline.run import Run
+from pipeline.tracking.address import masked
+from pipeline.tracking.description import parameters, standard_tags
+from pipeline.tracking.mlflow_store import MlflowStore
+from pipeline.tracking.sender import Sender, Store
+
+ENDINGS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # ours: MLflow's
+CLOSE_SECONDS = 20.0  # a run waits at most this long for its last metrics to arrive
+
+
+class Tracker:
+    """Feeds one MLflow run from a run folder. Without a store every method does nothing."""
+
+    def __init__(self, run: Run, store: Store | None, tags: dict[str, str] | None = None) -> None:
+        self._run, self._store = run, store
+        self._sender: Sender | None = None
+        self._announced = False
+        if store is not None:
+            everything = {**standard_tags(run), **(tags or {})}
+            tracking = run.config.tracking
+            self._sender = Sender(
+                run.folder, store, masked(tracking.uri), parameters(run.config), everything, tracking.flush_seconds
+            )
+
+    @classmethod
+    def start(cls, run: Run, tags: dict[str, str] | None = None) -> Self:
+        """Track `run` as its configuration says, in a new MLflow run or, resumed, in the one it had.
+
+        Returns before the server was asked for anything. Without an address or without mlflow nothing is tracked.
+        """
+        tracking = run.config.tracking
+        if not tracking.uri:
+            return cls(run, None)
+        try:
+            store = MlflowStore(tracking.uri, tracking.experiment, run.mlflow_run_id, tracking.system_metrics)
+        except Exception as error:  # noqa: BLE001 - not installed, or broken: no reason not to train
+            say(f"this run is not tracked, because MLflow cannot be imported: {type(error).__name__}: {error}")
+            return cls(run, None)
+        return cls(run, store, tags)
+
+    def commit(self) -> None:
+        """Let all that `metrics.jsonl` holds be sent: call it when a checkpoint is safe.
+
+        Metrics after the last commit are held back, because a resumed run repeats those steps.
+        """
+        if self._sender is not None:
+            self._sender.commit()
+            self._announce()
+
+    def tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+        self._put("tag", key, masked(value))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keep a file, or what a folder holds, under `folder` of the run's artifacts."""
+        self._put("artifact", str(path), folder)
+
+    def picture(self, path: Path, name: str, step: int) -> None:
+        """Show a picture beside the run's charts, under `name` with a slider over steps."""
+        self._put("picture", str(path), name, step)
+
+    def model(self, checkpoint: Path) -> None:
+        """Keep the final checkpoint folder as `model/`."""
+        self.artifact(checkpoint, "model")
+
+    def close(self, status: str, seconds: float = CLOSE_SECONDS) -> None:
+        """Send what is left, waiting at most `seconds`, and mark the run; `status` is as in `summary.json`.
+
+        A finished run sends all of `metrics.jsonl`, a stopped or failed one what was committed.
+        """
+        if self._sender is None:
+            return
+        if status == "finished":
+            self._sender.commit()
+        self._sender.close(ENDINGS[status], seconds)
+        self._announce()
+        self._sender = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        self.close("stopped" if stopped else "failed" if error else "finished")
+
+    def _put(self, *item: str | int) -> None:
+        if self._sender is not None:
+            self._sender.put(*item)
+
+    def _announce(self) -> None:
+        """Name the MLflow run in `summary.json` once there is one; only the run's own thread writes that file."""
+        if self._announced or self._store is None or self._sender is None or not self._sender.opened:
+            return
+        self._run.mlflow_run_id = self._store.run_id
+        self._run.write_summary("running")
+        self._announced = True
