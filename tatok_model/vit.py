@@ -1,0 +1,91 @@
+"""The transformer that encoder and decoder share: pre-norm blocks over a sequence of embeddings.
+
+Shapes: B images, L sequence length, D width, N patch positions, C colour channels (3), P patch side in pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+CHANNELS = 3
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the whole sequence."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width is {width}; expected a multiple of heads, {heads}")
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        q, k, v = rearrange(self.to_qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, L, D/H)
+        return self.to_out(rearrange(mixed, "b h l d -> b l (h d)"))
+
+
+class Block(nn.Module):
+    """Attention and a four times wider MLP, each normalised before and added after."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final norm.
+
+    Residual branches start small, by 1 / sqrt(2 x layers) as in GPT-2, so that depth does not change the scale at the start.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.apply(init_linear)
+        for block in self.blocks:
+            for branch in (block.attention.to_out, block.mlp[2]):
+                nn.init.normal_(branch.weight, std=0.02 / (2 * layers) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Normal weights of deviation 0.02, zero biases: the ViT convention."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def positions(length: int, width: int) -> nn.Parameter:
+    """(length, D) learned embeddings, one for each place of a sequence."""
+    return nn.Parameter(torch.randn(length, width) * 0.02)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches in raster order: (B, C, H, W) -> (B, N, P*P*C)."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Put a square grid of patches back together: (B, N, P*P*C) -> (B, C, H, W)."""
+    side = round(patches.shape[1] ** 0.5)
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=patch_size, q=patch_size)
