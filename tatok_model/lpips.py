@@ -9,6 +9,7 @@ Shapes: B images, C channels, H and W pixels.
 """
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -52,7 +53,10 @@ def _alexnet() -> Backbone:
     return Backbone("AlexNet", layers, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), smallest=31)
 
 
-BACKBONES = {(64, 3, 3, 3): _vgg16, (64, 3, 11, 11): _alexnet}  # by the shape of features.0.weight
+BACKBONES: dict[tuple[int, ...], Callable[[], Backbone]] = {
+    (64, 3, 3, 3): _vgg16,
+    (64, 3, 11, 11): _alexnet,
+}  # by the shape of features.0.weight
 
 
 class LPIPS(nn.Module):
@@ -76,8 +80,8 @@ class LPIPS(nn.Module):
         """Build from a classifier's state dict and the trained heads.
 
         Args:
-            backbone: torchvision's VGG16 or AlexNet (`features.N.weight`, `features.N.bias`; `classifier.*` is ignored),
-                .pth or .safetensors.
+            backbone: torchvision's VGG16 or AlexNet (`features.N.weight`, `features.N.bias`), .pth or
+                .safetensors; `classifier.*` is ignored.
             heads: LPIPS v0.1 heads for that backbone (`lin0.model.1.weight` ...), .pth or .safetensors.
 
         Raises:
@@ -99,7 +103,8 @@ class LPIPS(nn.Module):
         """Distance of each pair.
 
         Args:
-            x, y: (B, 3, H, W) floating in [0, 1], H and W at least 16 (VGG16) or 31 (AlexNet).
+            x: (B, 3, H, W) floating in [0, 1], H and W at least 16 (VGG16) or 31 (AlexNet).
+            y: the same shape and range.
 
         Returns:
             (B,), 0 for equal images.

@@ -116,8 +116,10 @@ def frechet_distance(
     `sqrtm`, which returns imaginary parts for the near-singular covariances of real features.
 
     Args:
-        mu1, mu2: (F,) means.
-        sigma1, sigma2: (F, F) covariances.
+        mu1: (F,) mean of the one set.
+        sigma1: (F, F) its covariance.
+        mu2: (F,) mean of the other.
+        sigma2: (F, F) its covariance.
 
     Returns:
         The distance; about -1e-9 of its terms' size is possible for equal inputs.

@@ -11,7 +11,6 @@ from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 UINT8_RULE = "round"  # goes beside every number; 1d-tokenizer truncates instead, which moves rFID
@@ -55,7 +54,8 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
     a different image can reach: 83.0 dB at 3 x 32 x 32.
 
     Args:
-        originals, reconstructions: (B, C, H, W) uint8.
+        originals: (B, C, H, W) uint8.
+        reconstructions: the same shape, uint8.
 
     Returns:
         (B,) float64, dB.
@@ -69,42 +69,62 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each image: gaussian window 11, sigma 1.5, data range 1, K 0.01 and 0.03.
-
-    Border: only windows that lie wholly inside the image count, so no padding rule enters. torchmetrics and
-    scikit-image pad and then crop the same 5 pixels, which is the same mean. Channels are averaged.
+    """Structural similarity of each image: the mean of `ssim_map`.
 
     Args:
-        originals, reconstructions: (B, C, H, W) uint8, H and W at least 11.
+        originals: (B, C, H, W) uint8, H and W at least 11.
+        reconstructions: the same shape, uint8.
 
     Returns:
-        (B,) float32, at most 1.
+        (B,) float64, at most 1.
 
     Raises:
         ValueError: as `squared_error`, and for images smaller than the window, for which SSIM is not defined.
+    """
+    return ssim_map(originals, reconstructions).mean((1, 2, 3))
 
-    Source: Wang et al. 2004; population (not sample) variances as there.
+
+def ssim_map(originals: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity around each pixel: gaussian window 11, sigma 1.5, data range 1, K 0.01 and 0.03.
+
+    Border: pixels are mirrored about the outermost one and every pixel has a window, as in torchmetrics, so that the
+    border counts as much as the middle: windows wholly inside would be centred on 47% of a 32-pixel image.
+    scikit-image takes only those in its mean; there the two maps are equal. float64, because variances are differences
+    of nearly equal numbers (float32 misses by 2e-5 on flat images).
+
+    Args:
+        originals: (B, C, H, W) uint8, H and W at least 11.
+        reconstructions: the same shape, uint8.
+
+    Returns:
+        (B, C, H, W) float64.
+
+    Raises:
+        ValueError: as `ssim`.
+
+    Source: Wang et al. 2004, population (not sample) variances.
     """
     _check_pair(originals, reconstructions)
-    if min(originals.shape[2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {tuple(originals.shape[2:])}")
-    x, y = originals.float() / 255, reconstructions.float() / 255
-    mean_x, mean_y, xx, yy, xy = _window_means(torch.stack([x, y, x * x, y * y, x * y]))
-    var_x, var_y = (xx - mean_x**2).clamp(min=0), (yy - mean_y**2).clamp(min=0)
+    height, width = originals.shape[2:]
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {(height, width)}")
+    x, y = originals.double() / 255, reconstructions.double() / 255
+    rows, columns = _windows(height).to(x), _windows(width).to(x)
+    mean_x, mean_y, xx, yy, xy = (rows @ maps @ columns.T for maps in (x, y, x * x, y * y, x * y))
     c1, c2 = 0.01**2, 0.03**2
     light = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * (xy - mean_x * mean_y) + c2) / (var_x + var_y + c2)
-    return (light * structure).mean((1, 2, 3))
+    structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
+    return light * structure
 
 
-def _window_means(maps: Tensor) -> Tensor:
-    """Gaussian mean of every window wholly inside: (..., H, W) to (..., H - 10, W - 10)."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=maps.dtype, device=maps.device) - SSIM_WINDOW // 2
-    kernel = (-(offsets**2) / (2 * SSIM_SIGMA**2)).exp()
-    kernel = kernel / kernel.sum()
-    planes = maps.reshape(-1, 1, *maps.shape[-2:])
-    planes = F.conv2d(F.conv2d(planes, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return planes.view(*maps.shape[:-2], *planes.shape[-2:])
+def _windows(size: int) -> Tensor:
+    """The gaussian means along one axis as a (size, size) matrix: two products are ten times faster than convolutions."""
+    offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = (-(offsets.double() ** 2) / (2 * SSIM_SIGMA**2)).exp()
+    pixels = (torch.arange(size)[:, None] + offsets).abs()
+    mirrored = (size - 1) - (size - 1 - pixels).abs()
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    return matrix.scatter_add_(1, mirrored, (weights / weights.sum()).expand(size, -1))
 
 
 def _check_pair(originals: Tensor, reconstructions: Tensor) -> None:
@@ -126,13 +146,14 @@ class ImageQuality:
         """Add a batch.
 
         Args:
-            originals, reconstructions: (B, C, H, W) uint8, H and W at least 11.
+            originals: (B, C, H, W) uint8, H and W at least 11.
+            reconstructions: the same shape, uint8.
 
         Raises:
             ValueError: as `ssim`.
         """
         structure = ssim(originals, reconstructions)
-        self._ssim = np.append(self._ssim, structure.double().cpu().numpy())
+        self._ssim = np.append(self._ssim, structure.cpu().numpy())
         self._psnr = np.append(self._psnr, psnr(originals, reconstructions).cpu().numpy())
         self._squared_error += int(squared_error(originals, reconstructions).sum())
         self._values += originals.numel()

@@ -96,6 +96,7 @@ def tf1_bilinear(images: Tensor, side: int) -> Tensor:
 
     Args:
         images: (B, C, H, W) float.
+        side: pixels a side of the result.
 
     Returns:
         (B, C, side, side), the same type.
@@ -137,6 +138,7 @@ class ConvUnit(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, ...), smaller by the kernel and stride where not padded."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -164,6 +166,7 @@ class Block35(nn.Module):
         self.branch_pool = ConvUnit(inputs, pool_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 35, 35) to (B, 224 + pool_channels, 35, 35)."""
         b5x5 = self.branch5x5_2(self.branch5x5_1(x))
         b3x3 = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch1x1(x), b5x5, b3x3, self.branch_pool(_average_pool(x))], 1)
@@ -180,6 +183,7 @@ class Reduction17(nn.Module):
         self.branch3x3dbl_3 = ConvUnit(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 288, 35, 35) to (B, 768, 17, 17)."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
 
@@ -201,6 +205,7 @@ class Block17(nn.Module):
         self.branch_pool = ConvUnit(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 768, 17, 17) to the same."""
         single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
@@ -220,6 +225,7 @@ class Reduction8(nn.Module):
         self.branch7x7x3_4 = ConvUnit(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 768, 17, 17) to (B, 1280, 8, 8)."""
         b3x3 = self.branch3x3_2(self.branch3x3_1(x))
         b7x7 = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
         return torch.cat([b3x3, b7x7, F.max_pool2d(x, 3, stride=2)], 1)
@@ -242,6 +248,7 @@ class Block8(nn.Module):
         self.branch_pool = ConvUnit(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 8, 8) to (B, 2048, 8, 8)."""
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         parts = [

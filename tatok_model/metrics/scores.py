@@ -103,10 +103,11 @@ class InceptionScore:
 
 
 def inception_score(logits: Tensor, splits: int = 1) -> float:
-    """The score of one set of logits in memory, cut in their order into `splits` groups whose sizes differ by one at most.
+    """The score of one set of logits in memory, cut in order into groups whose sizes differ by one at most.
 
     Args:
         logits: (B, C).
+        splits: how many groups.
 
     Raises:
         ValueError: as `InceptionScore`, and where there are more splits than images.
