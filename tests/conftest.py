@@ -64,18 +64,31 @@ def ray_session() -> Iterator[ModuleType]:
     ray.shutdown()
 
 
-@pytest.fixture
-def run_job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_job("train", "smoke", "--dry-run")` runs jobs/train.py in an empty folder and returns what it said."""
+Finished = subprocess.CompletedProcess[str]
 
-    def run(job: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, REPOSITORY / "jobs" / f"{job}.py", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., Finished]:
+    """`run_python("print(1)")` runs code in a process of its own, in an empty folder, and returns what it said."""
+
+    def run(code: str, timeout: float = 120, **environment: str) -> Finished:
+        return _python("-c", code, cwd=tmp_path, timeout=timeout, **environment)
 
     return run
+
+
+@pytest.fixture
+def run_job(tmp_path: Path) -> Callable[..., Finished]:
+    """`run_job("train", "smoke", "--dry-run")` runs jobs/train.py in an empty folder and returns what it said."""
+
+    def run(job: str, *arguments: str, timeout: float = 120, **environment: str) -> Finished:
+        file = str(REPOSITORY / "jobs" / f"{job}.py")
+        return _python(file, *arguments, cwd=tmp_path, timeout=timeout, **environment)
+
+    return run
+
+
+def _python(*arguments: str, cwd: Path, timeout: float, **environment: str) -> Finished:
+    surroundings = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=timeout)

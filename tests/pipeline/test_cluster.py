@@ -1,0 +1,40 @@
+"""Whether what is asked for fits, and that Ray leaves the job's signals alone."""
+
+import os
+
+import pytest
+
+from pipeline.cluster import check_cpus, connect
+from pipeline.errors import BadInput
+
+
+def test_more_workers_than_cpus_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    check_cpus("train.num_workers", 2)
+    check_cpus("train.num_workers", 4, cpus_per_worker=0.5)
+    with pytest.raises(BadInput, match="train.num_workers is 3, which needs 3 CPUs; expected at most 2 .* 2 CPUs"):
+        check_cpus("train.num_workers", 3)
+    with pytest.raises(BadInput, match="needs 4.5 CPUs; expected at most 1"):
+        check_cpus("train.num_workers", 3, cpus_per_worker=1.5)
+
+
+def test_a_cluster_is_not_measured_by_this_machine(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    check_cpus("train.num_workers", 10_000)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_connecting_again_does_nothing():
+    assert connect() is connect()
+
+
+@pytest.mark.ray
+def test_connecting_leaves_sigterm_to_the_job(run_python):
+    said = run_python(
+        "import signal\n"
+        "from pipeline.cluster import connect\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: print('orderly stop'))\n"
+        "connect()\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    assert (said.returncode, said.stdout) == (0, "orderly stop\n"), said.stderr

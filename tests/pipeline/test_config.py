@@ -1,0 +1,200 @@
+"""Presets, overrides and checks: what is accepted, and what a wrong value is answered with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ExtractorConfig,
+    RunConfig,
+    TrainConfig,
+    config_from_dict,
+    load_config,
+)
+from pipeline.errors import BadInput
+
+
+@pytest.fixture
+def preset(tmp_path: Path):
+    """Writes a preset and returns its path."""
+
+    def write(text: str, name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refused(*overrides: str, preset: str = "smoke") -> str:
+    with pytest.raises(BadInput) as problem:
+        load_config(preset, list(overrides))
+    return str(problem.value)
+
+
+def test_an_override_changes_one_value_and_nothing_else():
+    base, changed = load_config("smoke"), load_config("smoke", ["train.max_steps=7"])
+    assert changed.train.max_steps == 7
+    assert dataclasses.replace(changed, train=base.train) == base
+
+
+def test_numbers_without_a_dot_are_numbers_also_in_scientific_notation(preset):
+    assert load_config("smoke", ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
+    assert load_config(preset("train: {learning_rate: 2e-5}")).train.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("name", ["007", "on", "2026-11-23", "a: b"])
+def test_text_is_taken_as_it_was_typed(name):
+    assert load_config("smoke", [f"run.name={name}"]).run.name == name
+
+
+def test_a_value_may_be_empty_or_hold_an_equals_sign():
+    config = load_config("smoke", ["data.source=", "data.shards=a=b"])
+    assert (config.data.source, config.data.shards) == ("", "a=b")
+
+
+def test_a_list_is_written_as_in_yaml():
+    config = load_config(
+        "smoke", ["tokenizer.quantizer=fsq", "tokenizer.codebook_size=40", "tokenizer.fsq_levels=[8,5]"]
+    )
+    assert config.tokenizer.fsq_levels == (8, 5)
+
+
+def test_the_last_override_wins():
+    assert load_config("smoke", ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_a_preset_may_be_a_file_that_extends_a_shipped_one(preset):
+    config = load_config(preset("extends: smoke\ntrain: {max_steps: 3}\ndata:\n"))
+    smoke = load_config("smoke")
+    assert config.preset == "mine"
+    assert config.train.max_steps == 3
+    assert config.train.global_batch_size == smoke.train.global_batch_size
+    assert config.data == smoke.data
+
+
+def test_an_empty_preset_is_all_defaults(preset):
+    assert load_config(preset("")) == Config(preset="mine")
+
+
+def test_the_written_configuration_loads_as_an_equal_one(preset):
+    config = load_config("smoke", ["evaluate.baselines=[kmeans]", "train.learning_rate=1e-4", "run.name=007"])
+    assert load_config(preset(config.to_yaml(), "config.yaml")) == config
+
+
+def test_equal_configurations_have_equal_hashes_and_others_do_not():
+    assert load_config("smoke").sha256() == load_config("smoke").sha256()
+    assert load_config("smoke").sha256() != load_config("smoke", ["train.seed=1"]).sha256()
+
+
+def test_the_tokenizer_takes_the_image_size_of_the_data():
+    assert load_config("smoke", ["data.image_size=64"]).tokenizer.image_size == 64
+
+
+def test_the_architecture_is_the_section_without_the_checkpoint():
+    section = load_config("smoke", ["tokenizer.checkpoint=x"]).tokenizer
+    assert not hasattr(section.architecture(), "checkpoint")
+    assert section.architecture().codebook_size == section.codebook_size
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_stpes=5", "unknown key 'train.max_stpes' (did you mean 'train.max_steps'?)"),
+        ("tokeniser.size=tiny", "unknown key 'tokeniser' (did you mean 'tokenizer'?)"),
+        ("max_steps=5", "override 'max_steps=5' is not understood; expected section.key=value"),
+        ("train.max_steps", "override 'train.max_steps' is not understood"),
+        ("train.=5", "override 'train.=5' is not understood"),
+        ("train.max_steps=many", "train.max_steps is 'many'; expected a valid integer"),
+        ("train.max_steps=[1", "train.max_steps is '[1'; expected a valid integer"),
+        ("train.max_steps=", "train.max_steps is None; expected a valid integer"),
+        ("train.compile=perhaps", "train.compile is 'perhaps'; expected a valid boolean"),
+        ("train.learning_rate=0", "train.learning_rate is 0.0; expected more than 0"),
+        ("train.learning_rate=.nan", "train.learning_rate is nan; expected more than 0"),
+        ("preset.name=x", "preset is not a section with keys; expected one of run, data"),
+        ("run.output=", "run.output is ''; expected a folder"),
+        ("run.name=../up", "run.name is '../up'; expected the name of a folder inside run.output"),
+        ("run.name=/top", "run.name is '/top'; expected the name of a folder inside run.output"),
+        ("tokenizer.patch_size=5", "tokenizer.image_size is 32; expected a multiple of patch_size, 5"),
+        ("tokenizer.image_size=64", "tokenizer.image_size is 64; expected data.image_size, 32"),
+        ("losses.l2=0", "l1, l2 and perceptual are all 0; expected at least one reconstruction term"),
+    ],
+)
+def test_a_wrong_override_is_named_with_the_expected_form(override, message):
+    assert message in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "holds a list; expected sections with keys"),
+        ("train: [1", "is not valid YAML"),
+        ("train: 5", "train is 5; expected a section with keys"),
+        ("extends: nothing", "extends is 'nothing' in preset"),
+        ("train: {max_steps: }", "train.max_steps is None; expected a valid integer"),
+        ("trian: {max_steps: 1}", "unknown key 'trian' (did you mean 'train'?)"),
+        ("train: {maxsteps: 1}", "unknown key 'train.maxsteps' (did you mean 'train.max_steps'?)"),
+        ("1: 2", "unknown key '1'"),
+    ],
+)
+def test_a_wrong_preset_file_is_named_with_the_expected_form(preset, text, message):
+    assert message in refused(preset=preset(text))
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest_one():
+    assert "unknown preset 'smoek' (did you mean 'smoke'?); expected one of" in refused(preset="smoek")
+    assert "preset 'none.yaml' does not exist" in refused(preset="none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        (RunConfig, {"output": ""}, "output"),
+        (DataConfig, {"image_size": 0}, "image_size"),
+        (DataConfig, {"heldout_fraction": 1.0}, "heldout_fraction"),
+        (DataConfig, {"rows_per_shard": 0}, "rows_per_shard"),
+        (DataConfig, {"max_pixels": 0}, "max_pixels"),
+        (DataConfig, {"encoding": "gif"}, "encoding"),
+        (DataConfig, {"quality": 101}, "quality"),
+        (DataConfig, {"num_workers": -1}, "num_workers"),
+        (TrainConfig, {"num_workers": -1}, "num_workers"),
+        (TrainConfig, {"device": "tpu"}, "device"),
+        (TrainConfig, {"precision": "fp8"}, "precision"),
+        (TrainConfig, {"max_steps": 0}, "max_steps"),
+        (TrainConfig, {"clip_norm": -1.0}, "clip_norm"),
+        (TrainConfig, {"learning_rate": 0.0}, "learning_rate"),
+        (TrainConfig, {"cpus_per_worker": 0.0}, "cpus_per_worker"),
+        (TrainConfig, {"ema_decay": 1.0}, "ema_decay"),
+        (TrainConfig, {"global_batch_size": 65, "num_workers": 2}, "global_batch_size"),
+        (TrainConfig, {"global_batch_size": 6, "num_workers": 2, "accumulation": 2}, "global_batch_size"),
+        (EvaluateConfig, {"max_images": -1}, "max_images"),
+        (EvaluateConfig, {"batch_size": 0}, "batch_size"),
+        (EvaluateConfig, {"num_workers": 0}, "num_workers"),
+        (EvaluateConfig, {"grid_images": -1}, "grid_images"),
+        (EvaluateConfig, {"device": "tpu"}, "device"),
+        (EvaluateConfig, {"extractor": "vgg"}, "extractor"),
+        (EvaluateConfig, {"baselines": ("pca",)}, "baselines"),
+        (EvaluateConfig, {"extractor": "inception2015"}, "inception_weights"),
+        (EvaluateConfig, {"lpips_heads": "x"}, "lpips_heads"),
+        (ExtractorConfig, {"epochs": 0}, "epochs"),
+        (ExtractorConfig, {"learning_rate": 0.0}, "learning_rate"),
+    ],
+)
+def test_every_check_of_a_section_names_the_key_and_its_value(section, values, named):
+    with pytest.raises(ValueError, match=rf"^{named} is .*; expected ") as problem:
+        section(**values)
+    if named in values:
+        assert repr(values[named]).strip("(,)") in str(problem.value)
+
+
+def test_nested_values_are_checked_as_a_preset_is():
+    values = yaml.safe_load(load_config("smoke").to_yaml())
+    assert config_from_dict(values) == load_config("smoke")
+    values["train"]["max_steps"] = "x"
+    with pytest.raises(BadInput, match="train.max_steps is 'x'"):
+        config_from_dict(values)

@@ -1,0 +1,115 @@
+"""Where relative paths point, and files that appear whole or not at all."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.errors import BadInput
+from pipeline.paths import finite, in_temporary_copy, resolve_paths, sha256_file, write_atomically, write_json
+
+
+def resolved(*overrides: str):
+    return resolve_paths(load_config("smoke", list(overrides)))
+
+
+@pytest.fixture
+def temporary_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The surroundings of a job that Ray runs in a copy of the submitted working directory."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    return folder
+
+
+def test_relative_paths_resolve_against_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolved("run.output=out", "data.source=../pictures", "data.shards=s/../t")
+    assert config.run.output == str(tmp_path / "out")
+    assert config.data.source == str(tmp_path.parent / "pictures")
+    assert config.data.shards == str(tmp_path / "t")
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_relative_paths_resolve_against_tatok_root_when_it_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("TATOK_ROOT", str(tmp_path / "root"))
+    config = resolved("data.source=pictures")
+    assert config.run.output == str(tmp_path / "root" / "runs")
+    assert config.data.source == str(tmp_path / "root" / "pictures")
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/root/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "s3://bucket/x", "sqlite:////srv/mlflow.db", ""])
+def test_urls_and_absolute_paths_stay_as_they_are(uri):
+    assert resolved(f"tracking.uri={uri}").tracking.uri == uri
+
+
+def test_samples_is_a_word_only_where_a_source_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolved("data.source=samples", "run.output=samples")
+    assert (config.data.source, config.run.output) == ("samples", str(tmp_path / "samples"))
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolved("data.source=~/pictures").data.source == str(tmp_path / "pictures")
+
+
+def test_a_checkpoint_is_a_hub_id_unless_its_folder_is_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert resolved("tokenizer.checkpoint=owner/name").tokenizer.checkpoint == "owner/name"
+    # A mistyped name beside existing runs is a path, so that nobody asks the network for it.
+    assert resolved("tokenizer.checkpoint=runs/typo").tokenizer.checkpoint == str(tmp_path / "runs" / "typo")
+
+
+@pytest.mark.parametrize("key", ["run.output", "data.shards", "tracking.uri"])
+def test_a_relative_output_in_a_temporary_copy_is_refused(temporary_copy, key):
+    overrides = {"run.output": "/out", "data.shards": "/shards", "tracking.uri": "http://127.0.0.1:5000"}
+    overrides[key] = "sqlite:///mlflow.db" if key == "tracking.uri" else "here"
+    with pytest.raises(BadInput, match=rf"{key} is .* would vanish .* or TATOK_ROOT set"):
+        resolved(*(f"{name}={value}" for name, value in overrides.items()))
+
+
+def test_a_temporary_copy_with_tatok_root_or_absolute_outputs_is_accepted(temporary_copy, monkeypatch):
+    absolute = resolved("run.output=/out", "tracking.uri=sqlite:////out/mlflow.db", "data.source=pictures")
+    assert absolute.data.source == str(temporary_copy / "pictures")
+    monkeypatch.setenv("TATOK_ROOT", "/lasting")
+    assert resolved().run.output == "/lasting/runs"
+
+
+def test_a_ray_job_outside_a_copied_folder_is_no_temporary_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert not in_temporary_copy()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pipeline.paths.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_null_for_what_is_not_a_number(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1.5, math.nan], "a": (math.inf, "text")})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": [None, "text"], "b": [1.5, None]}
+    assert text.index('"a"') < text.index('"b"')
+    assert finite({"x": -math.inf, "y": 2}) == {"x": None, "y": 2}
+
+
+def test_the_checksum_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"bytes")
+    assert sha256_file(tmp_path / "file") == hashlib.sha256(b"bytes").hexdigest()

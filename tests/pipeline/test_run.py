@@ -1,0 +1,151 @@
+"""The run folder: made once, held by one process, and telling how the run stands."""
+
+import json
+import math
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import run as run_module
+from pipeline.config import Config, load_config
+from pipeline.errors import BadInput
+from pipeline.run import Run, check_folder, commit, hardware, versions
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config("smoke", [f"run.output={tmp_path}", "train.seed=5"])
+
+
+@pytest.fixture
+def run(config: Config):
+    opened = Run.open("train", config, "one", resume=False, command=["jobs/train.py", "smoke", "run.name=a b"])
+    yield opened
+    opened.close()
+
+
+def summary(run: Run) -> dict:
+    return json.loads((run.folder / "summary.json").read_text())
+
+
+def test_an_opened_run_says_that_it_is_running_and_what_was_asked_for(run, config):
+    found = summary(run)
+    assert (found["status"], found["exit_code"], found["error"]) == ("running", None, None)
+    assert (found["stage"], found["seed"]) == ("train", 5)
+    assert found["command"] == "jobs/train.py smoke 'run.name=a b'"
+    assert load_config(str(run.folder / "config.yaml")) == config
+
+
+def test_the_summary_holds_what_the_stage_filled_in(run):
+    run.results, run.outputs = {"psnr": 24.5, "loss": math.nan}, {"checkpoint": "/x"}
+    run.inputs, run.mlflow_run_id = {"shards": {"path": "/s", "sha256": "0"}}, "abc"
+    run.write_summary("finished", exit_code=0)
+    found = summary(run)
+    assert found["results"] == {"psnr": 24.5, "loss": None}
+    assert (found["outputs"], found["inputs"]["shards"]["path"], found["mlflow_run_id"]) == (
+        {"checkpoint": "/x"},
+        "/s",
+        "abc",
+    )
+    assert found["seconds"] >= 0
+
+
+def test_an_existing_folder_needs_resume(run, config):
+    run.close()
+    with pytest.raises(BadInput, match="'.*one' exists; expected a new run.name, or --resume"):
+        Run.open("train", config, "one", resume=False)
+
+
+def test_an_empty_folder_and_an_absent_one_are_free_and_a_file_is_not(tmp_path):
+    check_folder(tmp_path / "absent", resume=False)
+    (tmp_path / "empty").mkdir()
+    check_folder(tmp_path / "empty", resume=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="exists"):
+        check_folder(tmp_path / "file", resume=False)
+
+
+def test_resuming_goes_on_with_the_same_mlflow_run(run, config):
+    run.mlflow_run_id = "abc"
+    run.write_summary("stopped", "asked", 3)
+    run.close()
+    again = Run.open("train", config, "one", resume=True)
+    assert again.resumed
+    assert (again.mlflow_run_id, summary(again)["status"]) == ("abc", "running")
+    again.close()
+
+
+def test_resuming_what_was_never_begun_begins_it(config):
+    run = Run.open("train", config, "new", resume=True)
+    assert not run.resumed
+    run.close()
+
+
+def test_a_folder_that_is_in_use_is_refused(run, config):
+    with pytest.raises(BadInput, match="in use by another process"):
+        Run.open("train", config, "one", resume=True)
+
+
+def test_a_folder_of_another_stage_is_refused_and_left_free(run, config):
+    run.close()
+    with pytest.raises(BadInput, match="holds a run of 'train'; expected one of 'evaluate'"):
+        Run.open("evaluate", config, "one", resume=True)
+    Run.open("train", config, "one", resume=True).close()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="cannot be made: Not a directory"):
+        Run.open("train", config, "file/inside", resume=False)
+
+
+def test_logged_metrics_are_lines_of_json_with_time_and_step(run):
+    before = time.time()
+    run.log({"loss": 0.5}, step=1)
+    run.log({"loss": math.nan}, step=2)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["metrics"]) for line in lines] == [(1, {"loss": 0.5}), (2, {"loss": None})]
+    assert before <= lines[0]["time"] <= lines[1]["time"] <= time.time()
+
+
+def test_rewound_metrics_end_at_the_step_and_go_on_from_there(run):
+    run.rewind_metrics(0)  # nothing was logged yet
+    for step in (1, 2, 3):
+        run.log({"loss": 1.0}, step)
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"time": 1, "st')  # torn by a kill
+    run.rewind_metrics(2)
+    run.log({"loss": 2.0}, 3)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["metrics"]["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_asking_to_stop_is_remembered(run):
+    assert not run.should_stop
+    run.request_stop()
+    assert run.should_stop
+
+
+def test_the_commit_is_that_of_the_start_and_not_of_the_end(run, monkeypatch):
+    first = summary(run)["commit"]
+    monkeypatch.setattr(run_module, "commit", lambda: {"commit": "later", "dirty": False})
+    run.write_summary("finished", exit_code=0)
+    assert summary(run)["commit"] == first
+
+
+def test_outside_a_clone_the_commit_is_unknown_or_given(monkeypatch):
+    def no_git(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert commit() == {"commit": "unknown", "dirty": False}
+    monkeypatch.setenv("TATOK_COMMIT", "abc")
+    assert commit()["commit"] == "abc"
+
+
+def test_hardware_and_versions_are_those_of_this_machine():
+    assert hardware()["cpus"] >= 1
+    assert hardware()["memory_gib"] > 0
+    assert {"python", "torch", "ray", "mlflow"} <= set(versions())
