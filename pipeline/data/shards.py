@@ -36,19 +36,6 @@ SCHEMA = pa.schema(
 )
 
 
-def write_shard(rows: list[dict[str, Any]], file: Any) -> None:
-    """Write one shard; equal rows give equal bytes under the same pyarrow. Pictures are already compressed."""
-    codecs = {name: "NONE" if name == "image" else "ZSTD" for name in SCHEMA.names}
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema=SCHEMA),
-        file,
-        row_group_size=ROW_GROUP_ROWS,
-        compression=codecs,
-        use_dictionary=["label_name"],
-        write_statistics=False,
-    )
-
-
 class ShardDataset:
     """The pictures of one split by number, 0 to `len - 1`, in the order of the manifest.
 

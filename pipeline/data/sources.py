@@ -1,0 +1,143 @@
+"""Where pictures come from: class folders, a flat folder, Parquet, WebDataset tar, or the samples in scikit-image.
+
+A source is a local path or a URL of any file system that pyarrow knows. Listing is sorted, so that the same files give
+the same plan anywhere. Hidden files and files of other kinds are left out.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from pyarrow import fs
+
+from pipeline import samples
+from pipeline.config import DataConfig
+from pipeline.data import folders, parquet, tars
+from pipeline.data.listing import Picture, Scan, Unit
+from pipeline.data.locations import Location, locate
+from pipeline.data.pictures import extensions
+from pipeline.errors import BadInput
+
+EXPECTED = "expected a folder with pictures, a .parquet or .tar file or a folder of those, their URL, or 'samples'"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source."""
+
+    place: str  # as configured
+    kind: str  # folder | parquet | tar | samples
+    folder: Location  # what `files` are relative to
+    files: tuple[tuple[str, int], ...]  # (relative path, size in bytes), sorted
+    rows: tuple[int, ...] = ()  # of each Parquet file
+
+    @property
+    def names(self) -> list[str]:
+        """The relative paths."""
+        return [name for name, _ in self.files]
+
+    def fingerprint(self) -> str:
+        """sha256 of names, sizes and row counts; not of times, nor of where the files are."""
+        return hashlib.sha256(json.dumps([self.kind, self.files, self.rows]).encode()).hexdigest()
+
+
+def check_source(key: str, place: str, data: DataConfig) -> None:
+    """See quickly whether a source can work; a large local folder is only walked up to its first picture.
+
+    Raises:
+        BadInput: empty, missing, of no known kind, without a picture, or without the column of pictures.
+    """
+    if place == "samples":
+        samples.list_tiles(data.image_size)
+        return
+    location = _existing(key, place)
+    if location.info().type == fs.FileType.File:
+        if _kind(key, place, [location.name]) == "parquet":
+            parquet.check(location, data)
+    elif location.is_local:
+        first = next((name for name in _walk_local(location.path) if _kind_of(name)), "")
+        if _kind(key, place, [first]) == "parquet":
+            parquet.check(location / first, data)
+
+
+def open_source(key: str, place: str, data: DataConfig) -> Source:
+    """List a source completely; raises as `check_source`."""
+    if place == "samples":
+        photographs = samples.photograph_files().items()
+        tiles = tuple((f"{name}@{data.image_size}", path.stat().st_size) for name, path in photographs)
+        return Source(place, "samples", locate(""), tiles)
+    location = _existing(key, place)
+    info = location.info()
+    if info.type == fs.FileType.File:
+        folder, everything = location.parent, [(location.name, info.size)]
+    else:
+        folder, everything = location, sorted(location.walk())
+    kind = _kind(key, place, [name for name, _ in everything])
+    files = tuple((name, size) for name, size in everything if _kind_of(name) == kind)
+    rows = tuple(parquet.check(folder / name, data) for name, _ in files) if kind == "parquet" else ()
+    return Source(place, kind, folder, files, rows)
+
+
+def scan(key: str, source: Source, data: DataConfig) -> Scan:
+    """Look at every file and deal the pictures out to shards.
+
+    Raises:
+        BadInput: as the scan of the kind, or there is no picture in it.
+    """
+    if source.kind == "samples":
+        found = folders.scan(samples.list_tiles(data.image_size), data)
+    elif source.kind == "folder":
+        found = folders.scan(source.names, data)
+    else:
+        kind = {"parquet": parquet, "tar": tars}[source.kind]
+        found = kind.scan(source.folder, source.names, data)
+    if not found.ranges:
+        raise BadInput(f"{key} {source.place!r} holds no picture; {EXPECTED}")
+    return found
+
+
+def read(source: Source, units: list[Unit], data: DataConfig) -> Iterator[Picture]:
+    """The pictures of one range, in order, a few at a time in memory."""
+    if source.kind == "samples":
+        return (Picture(name, samples.read_tile(name, data.image_size), label) for name, label in units)
+    if source.kind == "parquet":
+        return parquet.read(source.folder, units, data)
+    return {"folder": folders, "tar": tars}[source.kind].read(source.folder, units)
+
+
+def _existing(key: str, place: str) -> Location:
+    if not place:
+        raise BadInput(f"{key} is empty; {EXPECTED}")
+    location = locate(place)
+    if location.info().type == fs.FileType.NotFound:
+        raise BadInput(f"{key} {place!r} does not exist; {EXPECTED}")
+    return location
+
+
+def _kind(key: str, place: str, names: Iterable[str]) -> str:
+    """Pictures count before Parquet files, and those before tar files, where several are in one folder."""
+    kinds = {_kind_of(name) for name in names}
+    for kind in ("folder", "parquet", "tar"):
+        if kind in kinds:
+            return kind
+    raise BadInput(f"{key} {place!r} holds no picture; {EXPECTED}")
+
+
+def _kind_of(name: str) -> str | None:
+    path = PurePosixPath(name)
+    if any(part.startswith(".") for part in path.parts):
+        return None
+    ending = path.suffix.lower()
+    if ending in (".parquet", ".tar"):
+        return ending[1:]
+    return "folder" if ending in extensions() else None
+
+
+def _walk_local(folder: str) -> Iterator[str]:
+    """Relative paths of all files, as they come."""
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            yield os.path.relpath(os.path.join(parent, name), folder)
