@@ -1,0 +1,283 @@
+"""The contract of the jobs, docs/interface.md: a change here is a change there.
+
+A made stage stands for the real ones, in a process of its own: the contract is `pipeline/job.py`'s, whatever the stage.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, config_from_dict, load_config
+
+JOB = '''
+"""Do a made thing."""
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main("made", "made_stage", __doc__)
+'''
+
+STAGE = """
+import pathlib, time
+from pipeline.errors import BadInput, Stopped
+from pipeline.job import run_nested
+
+def check(config):
+    if config.tracking.experiment == "unwelcome":
+        raise BadInput("tracking.experiment is 'unwelcome'; expected another")
+
+def default_name(config):
+    return f"{config.preset}-made"
+
+def run(run):
+    act = run.config.tracking.experiment
+    print("working")
+    run.log({"loss": 1.0}, step=1)
+    run.results["psnr"] = 20.0
+    run.outputs["made"] = str(run.folder / "made")
+    if act == "fail":
+        raise ZeroDivisionError("a made failure")
+    if act == "refuse":
+        raise BadInput("data.source is '/x'; expected images")
+    if act == "nest":
+        run_nested("inner", "inner_stage", run.config)
+    if act == "wait":
+        wait(run)
+
+def wait(run):
+    pathlib.Path("waiting").touch()
+    while not run.should_stop:
+        time.sleep(0.01)
+    raise Stopped("asked to")
+"""
+
+INNER = """
+import pathlib, time
+
+def check(config):
+    pass
+
+def default_name(config):
+    return "inner"
+
+def run(run):
+    pathlib.Path("waiting").touch()
+    while not run.should_stop:  # a stage that ends as it would have, the stop notwithstanding
+        time.sleep(0.01)
+"""
+
+SUMMARY_KEYS = {
+    "schema_version", "stage", "status", "error", "exit_code", "command", "config_sha256", "seed", "commit", "dirty",
+    "hardware", "versions", "started", "seconds", "inputs", "outputs", "mlflow_run_id", "results",
+}  # fmt: skip
+STABLE_KEYS = {
+    "run.output", "run.name", "data.source", "data.heldout_source", "data.shards", "data.image_size",
+    "train.num_workers", "train.max_steps", "train.max_minutes", "train.seed", "train.global_batch_size",
+    "tokenizer.checkpoint", "evaluate.max_images", "tracking.uri", "tracking.experiment",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with the made job; its stage acts on tracking.experiment."""
+    for name, text in {"job.py": JOB, "made_stage.py": STAGE, "inner_stage.py": INNER}.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder: Path, repository: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts the made job and returns the process."""
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+
+    def start(*arguments: str, cwd: Path = folder) -> subprocess.Popen[str]:
+        command = [sys.executable, str(folder / "job.py"), *arguments]
+        return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture
+def finish(start):
+    """Runs the made job to its end; returns exit code, stdout, stderr."""
+
+    def finish(*arguments: str, **options: Path) -> tuple[int, str, str]:
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    return finish
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def wait_for(path: Path) -> None:
+    limit = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < limit, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_stdout_is_the_configuration_and_then_the_run_folder(finish, folder):
+    code, out, err = finish("smoke", "run.name=one", "tracking.experiment=go")
+    *configuration, last = out.splitlines()
+    assert code == 0
+    assert last == f"RUN_FOLDER={folder / 'runs' / 'one'}"
+    printed = config_from_dict(yaml.safe_load("\n".join(configuration)))
+    assert printed == load_config(str(folder / "runs" / "one" / "config.yaml"))
+    assert printed.run.name == "one"
+    assert "working" in err
+    assert "working" not in out
+
+
+def test_a_finished_run_leaves_exactly_the_promised_files_and_keys(finish, folder):
+    finish("smoke", "run.name=one", "tracking.experiment=go")
+    run = folder / "runs" / "one"
+    assert files(run) == {"config.yaml", "summary.json", "metrics.jsonl", ".lock"}
+    found = summary(run)
+    assert set(found) == SUMMARY_KEYS
+    assert (found["schema_version"], found["stage"], found["status"]) == (1, "made", "finished")
+    assert (found["exit_code"], found["error"], found["results"]) == (0, None, {"psnr": 20.0})
+    assert found["command"].endswith("job.py smoke run.name=one tracking.experiment=go")
+    line = json.loads((run / "metrics.jsonl").read_text())
+    assert set(line) == {"time", "step", "metrics"}
+
+
+def test_without_a_preset_it_is_demo_and_the_stage_names_the_folder(finish, folder):
+    code, out, err = finish("tracking.experiment=go")
+    assert code == 0, err
+    assert out.endswith(f"RUN_FOLDER={folder / 'runs' / 'demo-made'}\n")
+
+
+def test_a_dry_run_prints_the_configuration_and_writes_nothing(finish, folder):
+    before = files(folder)
+    code, out, _ = finish("smoke", "--dry-run")
+    assert code == 0
+    assert yaml.safe_load(out)["run"]["name"] == "smoke-made"
+    assert "RUN_FOLDER" not in out
+    assert files(folder) == before
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(finish, folder):
+    (folder / "runs" / "one").mkdir(parents=True)
+    (folder / "runs" / "one" / "file").touch()
+    assert finish("smoke", "run.name=one", "--dry-run")[0] == 2
+    assert finish("smoke", "run.name=one", "--dry-run", "--resume")[0] == 0
+    assert finish("smoke", "tracking.experiment=unwelcome", "--dry-run")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["smoek"], "error: unknown preset 'smoek' (did you mean 'smoke'?)"),
+        (["smoke", "train.sede=1"], "error: unknown key 'train.sede' (did you mean 'train.seed'?)"),
+        (["smoke", "train.seed=x"], "error: train.seed is 'x'; expected a valid integer"),
+        (["smoke", "tracking.experiment=unwelcome"], "error: tracking.experiment is 'unwelcome'; expected another"),
+    ],
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_no_folder(finish, folder, arguments, sentence):
+    before = files(folder)
+    code, out, err = finish(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(sentence)
+    assert len(err.splitlines()) == 1
+    assert files(folder) == before
+
+
+def test_an_existing_name_needs_resume(finish, folder):
+    finish("smoke", "run.name=one", "tracking.experiment=go")
+    code, _, err = finish("smoke", "run.name=one", "tracking.experiment=go")
+    assert code == 2
+    assert "exists; expected a new run.name, or --resume" in err
+    assert finish("smoke", "run.name=one", "tracking.experiment=go", "--resume")[0] == 0
+    assert len((folder / "runs" / "one" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "error"),
+    [("fail", 1, "ZeroDivisionError: a made failure"), ("refuse", 2, "data.source is '/x'; expected images")],
+)
+def test_a_run_that_fails_says_so_in_its_summary(finish, folder, act, code, error):
+    returned, out, err = finish("smoke", "run.name=one", f"tracking.experiment={act}")
+    found = summary(folder / "runs" / "one")
+    assert returned == code
+    assert (found["status"], found["exit_code"], found["error"]) == ("failed", code, error)
+    assert f"RUN_FOLDER={folder / 'runs' / 'one'}\n" in out
+    assert err.endswith(f"error: {error}\n")
+    assert ("Traceback" in err) == (code == 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_run_in_good_order(start, folder, number):
+    process = start("smoke", "run.name=one", "tracking.experiment=wait")
+    wait_for(folder / "waiting")
+    assert summary(folder / "runs" / "one")["status"] == "running"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    found = summary(folder / "runs" / "one")
+    assert process.returncode == 3
+    assert (found["status"], found["exit_code"], found["error"]) == ("stopped", 3, "asked to")
+    assert out.endswith(f"RUN_FOLDER={folder / 'runs' / 'one'}\n")
+
+
+def test_a_signal_reaches_the_stage_that_makes_an_input(start, folder):
+    process = start("smoke", "run.name=one", "tracking.experiment=nest")
+    wait_for(folder / "waiting")
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert summary(folder / "runs" / "inner")["status"] == "finished"
+    assert summary(folder / "runs" / "one")["status"] == "stopped"
+
+
+def test_a_second_process_on_the_same_folder_is_refused(start, finish, folder):
+    first = start("smoke", "run.name=one", "tracking.experiment=wait")
+    wait_for(folder / "waiting")
+    code, _, err = finish("smoke", "run.name=one", "tracking.experiment=go", "--resume")
+    first.terminate()
+    first.communicate(timeout=30)
+    assert code == 2
+    assert "is in use by another process" in err
+    assert first.returncode == 3
+
+
+def test_a_relative_output_in_a_copied_working_directory_is_refused(finish, folder, monkeypatch):
+    copy = folder / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, _, err = finish("smoke", "tracking.experiment=go", cwd=copy)
+    assert code == 2
+    assert "run.output is 'runs', which would vanish" in err
+    monkeypatch.setenv("TATOK_ROOT", str(folder / "lasting"))
+    code, out, err = finish("smoke", "tracking.experiment=go", cwd=copy)
+    assert code == 0, err
+    assert f"RUN_FOLDER={folder / 'lasting' / 'runs' / 'smoke-made'}\n" in out
+
+
+def test_the_keys_that_stay_are_there():
+    known = {
+        f"{section}.{key}" for section, keys in Config().to_dict().items() if isinstance(keys, dict) for key in keys
+    }
+    assert known >= STABLE_KEYS
+
+
+def test_the_documentation_names_the_same_keys(repository):
+    text = (repository / "docs" / "interface.md").read_text()
+    table = text.partition("### summary.json")[2].partition("### ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == SUMMARY_KEYS
+    stay = text.partition("## Keys that stay")[2].partition("\n\n")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([\w.]+)`", stay)) == STABLE_KEYS
