@@ -57,6 +57,7 @@ lock:  ## resolve the dependencies afresh and write requirements.lock
 	mv build/requirements.lock requirements.lock
 
 wheel: $(INSTALLED)  ## build dist/*.whl
+	rm -rf build/lib
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:  ## remove what was built and cached; runs and .venv stay
