@@ -89,7 +89,8 @@ class InceptionScore:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state: counts (splits,), p (splits, C), p_log_p (splits,)."""
-        return {"counts": self._counts.numpy(), "p": self._p.numpy(), "p_log_p": self._p_log_p.numpy()}
+        state = {"counts": self._counts, "p": self._p, "p_log_p": self._p_log_p}
+        return {name: value.numpy().copy() for name, value in state.items()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:
@@ -172,7 +173,7 @@ class CodeUsage:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state: counts (K,)."""
-        return {"counts": self.counts.numpy()}
+        return {"counts": self.counts.numpy().copy()}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:

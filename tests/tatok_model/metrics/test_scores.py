@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -107,6 +108,16 @@ def test_merged_counts_are_those_of_the_whole() -> None:
     merged = CodeUsage.from_arrays(usage_of(5, 1, 1, 4).to_arrays())
     merged.merge(usage_of(5, 0, 1))
     assert merged.counts.tolist() == [1, 3, 0, 0, 1]
+
+
+def test_a_state_taken_as_arrays_no_longer_changes() -> None:
+    score, usage = score_of(draws(6, 4, 3)), usage_of(4, 1)
+    states = [score.to_arrays(), usage.to_arrays()]
+    before = copy.deepcopy(states)
+    score.update(draws(7, 4, 3))
+    usage.update(torch.tensor([2]))
+    for state, earlier in zip(states, before, strict=True):
+        assert all((state[name] == earlier[name]).all() for name in state)
 
 
 def test_token_grids_count_like_lists() -> None:
