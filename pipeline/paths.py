@@ -38,7 +38,7 @@ def resolve_paths(config: Config) -> Config:
 
 
 def _resolve(key: str, value: str) -> str:
-    if value == "" or (value == "samples" and key.endswith("source")):
+    if value == "" or (value == "samples" and key.endswith("source")) or (key, value) == ("tracking.uri", "databricks"):
         return value
     if value.startswith("sqlite:///"):
         return "sqlite:///" + _absolute(key, value.removeprefix("sqlite:///"))

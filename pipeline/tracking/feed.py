@@ -18,7 +18,7 @@ class Point(NamedTuple):
     """One value of one metric."""
 
     name: str
-    value: float
+    value: float  # not-a-number where the file has null
     milliseconds: int  # since 1970
     step: int
 
@@ -77,6 +77,7 @@ def _points(line: bytes) -> list[Point]:
     try:
         entry = json.loads(line)
         moment, step = int(entry["time"] * 1000), int(entry["step"])
-        return [Point(name, float(value), moment, step) for name, value in entry["metrics"].items()]
+        values = {name: math.nan if value is None else float(value) for name, value in entry["metrics"].items()}
+        return [Point(name, value, moment, step) for name, value in values.items()]
     except (ValueError, TypeError, KeyError, AttributeError):
         return []

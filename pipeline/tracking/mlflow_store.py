@@ -19,8 +19,10 @@ ENVIRONMENT = {  # only where the user has not decided otherwise
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # making a SQLite store otherwise prints its migrations
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is a contract, and the address may hold a password
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a run contacts nobody but the tracking server
 }
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on charts, not on chat traces
 PARAMETERS = 100  # parameters and tags MLflow takes in one call
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
@@ -55,13 +57,15 @@ class MlflowStore:
         self._client: Any = None
         self._wants_samples, self._monitor = system_metrics, None
 
-    def open(self, name: str, parameters: dict[str, str], tags: dict[str, str]) -> None:
+    def open(self, name: str, started: float, parameters: dict[str, str], tags: dict[str, str]) -> None:
         """Make the run, or open it again; log new parameters, note changed ones as tags `changed.<name>`."""
         if self._client is None:
             if sqlite_path(self._uri):
                 Path(sqlite_path(self._uri)).absolute().parent.mkdir(parents=True, exist_ok=True)
             self._client = self._client_class(self._uri)
-        run = self._reopened() or self._client.create_run(self._experiment_id(), run_name=name)
+        run = self._reopened() or self._client.create_run(
+            self._experiment_id(), start_time=int(started * 1000), run_name=name
+        )
         self.run_id = run.info.run_id
         known = run.data.params
         new = {key: value for key, value in parameters.items() if key not in known}
@@ -94,7 +98,9 @@ class MlflowStore:
         found = self._client.get_experiment_by_name(self._experiment)
         if found:
             return found.experiment_id
-        return self._client.create_experiment(self._experiment, artifact_folder(self._uri, self._experiment))
+        return self._client.create_experiment(
+            self._experiment, artifact_folder(self._uri, self._experiment), tags=EXPERIMENT_TAGS
+        )
 
     def _log_texts(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag

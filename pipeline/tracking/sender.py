@@ -5,6 +5,7 @@ folder remembers the MLflow run, what it has got and what is queued, so that a r
 """
 
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from pipeline.tracking.address import masked
 from pipeline.tracking.feed import Feed, Point
 from pipeline.tracking.mlflow_store import Refused
 
-SAMPLE_SECONDS = 10.0  # between samples of what the machine does
+SAMPLE_SECONDS = 5.0  # between samples of what the machine does
 ENDING_PAUSE = 1.0  # seconds between attempts once the run has ended
 
 
@@ -27,8 +28,8 @@ class Store(Protocol):
 
     run_id: str | None
 
-    def open(self, name: str, parameters: dict[str, str], tags: dict[str, str]) -> None:
-        """Make the run, or open `run_id` again, and say what it is."""
+    def open(self, name: str, started: float, parameters: dict[str, str], tags: dict[str, str]) -> None:
+        """Make the run, begun at `started` (unix seconds), or open `run_id` again, and say what it is."""
 
     def metrics(self, points: list[Point]) -> None:
         """Log points."""
@@ -103,16 +104,18 @@ class Sender:
         if self._thread.is_alive():
             self._given_up = True
             self._save()
-            values = len(self._feed.next(limit=float("inf")).points)
+            values, others = len(self._feed.next(limit=math.inf).points), len(self._queue)
             say(
-                f"MLflow at {self._address} has not got {values} metric values and {len(self._queue)} tags or files "
-                f"of this run; they stay in {self._folder} and are sent when the run is resumed"
+                f"MLflow at {self._address} has not got all of this run: {values} metric values, {others} tags or "
+                f"files and how it ended are kept in {self._folder} and sent when the run is resumed"
             )
 
     def _work(self) -> None:
-        while not self._given_up:
+        while True:
             self._wake.wait(min(self._pause, ENDING_PAUSE) if self._ending else self._pause)
             self._wake.clear()
+            if self._given_up:
+                return
             ending = self._ending  # before sending: what is written meanwhile belongs to the next round
             try:
                 self._send(ending)
@@ -148,7 +151,7 @@ class Sender:
             kind, *arguments = self._queue[0]
             self._unless_refused(getattr(self._store, kind), *arguments)
             self._queue.popleft()
-        if ending or time.monotonic() - self._sampled >= SAMPLE_SECONDS:
+        if time.monotonic() - self._sampled >= SAMPLE_SECONDS:
             self._sample()
         if ending:
             self._store.end(ending)
@@ -156,7 +159,7 @@ class Sender:
 
     def _open(self) -> None:
         earlier = self._store.run_id
-        self._store.open(self._folder.name, self._parameters, self._tags)
+        self._store.open(self._folder.name, self._started, self._parameters, self._tags)
         if earlier and self._store.run_id != earlier:  # another server, or the run was deleted: it gets everything
             self._feed.sent.clear()
         self.opened = True

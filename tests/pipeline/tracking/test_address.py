@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+
+from pipeline.config import TrackingConfig, load_config
+from pipeline.errors import BadInput
+from pipeline.paths import resolve_paths
+from pipeline.tracking import check_tracking, masked
+from pipeline.tracking.address import artifact_folder
+
+
+def check(**keys):
+    check_tracking(dataclasses.replace(load_config("smoke"), tracking=TrackingConfig(**keys)))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "sqlite:///mlflow.db", "sqlite:////data/mlflow.db", "http://127.0.0.1:5000", "https://user:word@host/mlflow",
+     "databricks", "databricks://profile"],
+)  # fmt: skip
+def test_an_address_that_mlflow_can_use_is_accepted(uri):
+    check(uri=uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["mlruns", "/data/mlruns", "file:///data/mlruns", "sqlite://", "sqlite:///", "sqlite:mlflow.db", "http://", "http://:5000",
+     "http://host:port", "http://[::1", "postgresql://host/mlflow"],
+)  # fmt: skip
+def test_an_address_of_another_form_is_bad_input_that_quotes_it(uri):
+    with pytest.raises(BadInput) as error:
+        check(uri=uri)
+    assert repr(uri) in str(error.value)
+    assert "expected" in str(error.value)
+
+
+def test_the_databricks_keyword_is_not_taken_for_a_path():
+    config = load_config("smoke", ["tracking.uri=databricks"])
+    assert resolve_paths(config).tracking.uri == "databricks"
+
+
+def test_a_database_that_is_a_folder_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="is a folder"):
+        check(uri=f"sqlite:///{tmp_path}")
+
+
+def test_an_empty_experiment_is_bad_input():
+    with pytest.raises(BadInput, match=r"tracking\.experiment is ' '"):
+        check(experiment=" ")
+
+
+def test_a_pause_of_zero_is_bad_input():
+    with pytest.raises(BadInput, match=r"tracking\.flush_seconds is 0;"):
+        check(flush_seconds=0.0)
+
+
+def test_bad_input_does_not_show_the_password():
+    with pytest.raises(BadInput) as error:
+        check(uri="postgresql://anna:secret@host/mlflow")
+    assert "secret" not in str(error.value)
+    assert "***@host" in str(error.value)
+
+
+def test_credentials_are_masked_wherever_they_stand_in_a_text():
+    text = "cannot reach 'http://anna:secret@host:1' nor https://token@other/path?x=a@b"
+    assert masked(text) == "cannot reach 'http://***@host:1' nor https://***@other/path?x=a@b"
+
+
+def test_an_address_without_credentials_is_shown_as_it_is():
+    for text in ("s3://bucket/images@2x/a.png", "sqlite:////data/mlflow.db", "anna@example.org"):
+        assert masked(text) == text
+
+
+def test_pictures_of_a_sqlite_store_lie_beside_the_database():
+    assert artifact_folder("sqlite:////data/mlflow.db", "my runs") == "/data/mlartifacts/my runs"
+    assert artifact_folder("sqlite:////data/mlflow.db", "../a/b") == "/data/mlartifacts/..%2Fa%2Fb"
+
+
+def test_a_server_decides_itself_where_pictures_lie():
+    assert artifact_folder("http://host:5000", "tatok") is None
