@@ -52,8 +52,8 @@ lock:  ## resolve the dependencies afresh and write requirements.lock
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install $(PIP_ARGS) --editable '.[dev]'
 	sed '/^[^#]/d' requirements.lock >build/requirements.lock
-	build/lock/bin/python -m pip freeze --exclude-editable | \
-		sed -E '/^(cuda|nvidia|triton)/d; s/^torch==.*/torch>=2.6,<2.14/' >>build/requirements.lock
+	build/lock/bin/python -m pip freeze --all --exclude-editable | \
+		sed -E '/^(pip==|cuda|nvidia|triton)/d; s/^torch==.*/torch>=2.6,<2.14/' >>build/requirements.lock
 	mv build/requirements.lock requirements.lock
 
 wheel: $(INSTALLED)  ## build dist/*.whl
