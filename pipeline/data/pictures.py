@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import DataConfig
 
+PNG_LEVEL = 2  # as small as the default 6 with photographs (117 against 117 KB at 256 pixels) in 40% of the time
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # what every reader of the shards understands
 NEEDS_A_PROGRAM = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow names these, other programs decode them
 PNG_END = b"IEND\xaeB`\x82"
@@ -69,42 +70,49 @@ def prepare(data: bytes, config: DataConfig) -> bytes:
     Raises:
         BadPicture: empty, unknown, truncated, broken or larger than max_pixels.
     """
-    with _without_global_limits():
-        picture = _open(data, config.max_pixels)
-        size = config.image_size
-        turn = TURNS.get(_orientation(picture))
-        if turn is None and picture.size == (size, size) and _is_plain(picture, data):
-            return data
-        if turn is not None:
-            picture = picture.transpose(turn)
-        return encode(_square(_to_rgb(picture), size), config.encoding, config.quality)
+    if not data:
+        raise BadPicture("empty file")
+    try:
+        with _without_global_limits():
+            return _prepare(data, config)
+    except BadPicture:
+        raise
+    except UnidentifiedImageError:
+        raise BadPicture("not a picture in a known format") from None
+    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever broken bytes lead them to
+        raise BadPicture(_explain(error)) from None
 
 
 def encode(picture: Image.Image, encoding: str, quality: int) -> bytes:
     """Encode without metadata: png, or jpeg (full colour resolution) or webp at `quality`."""
     picture.info.clear()
-    options = {"png": {}, "jpeg": {"quality": quality, "subsampling": 0}, "webp": {"quality": quality}}
+    options: dict[str, dict[str, int]] = {
+        "png": {"compress_level": PNG_LEVEL},
+        "jpeg": {"quality": quality, "subsampling": 0},
+        "webp": {"quality": quality},
+    }
     file = io.BytesIO()
     picture.save(file, encoding, **options[encoding])
     return file.getvalue()
 
 
+def _prepare(data: bytes, config: DataConfig) -> bytes:
+    picture = _open(data, config.max_pixels)
+    size = config.image_size
+    turn = TURNS.get(_orientation(picture))
+    if turn is None and picture.size == (size, size) and _is_plain(picture, data):
+        return data
+    if turn is not None:
+        picture = picture.transpose(turn)
+    return encode(_square(_to_rgb(picture), size), config.encoding, config.quality)
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode completely; every failure of a decoder becomes `BadPicture`."""
-    if not data:
-        raise BadPicture("empty file")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=formats())
-    except UnidentifiedImageError:
-        raise BadPicture("not a picture in a known format") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's plugins raise whatever a broken header leads them to
-        raise BadPicture(_explain(error)) from None
+    """Decode completely, once the header says that it is not too much."""
+    picture = Image.open(io.BytesIO(data), formats=formats())
     if picture.width * picture.height > max_pixels:
         raise BadPicture(f"{picture.width}x{picture.height} pixels, more than data.max_pixels {max_pixels}")
-    try:
-        picture.load()
-    except Exception as error:  # noqa: BLE001 - as above, for broken or missing pixels
-        raise BadPicture(_explain(error)) from None
+    picture.load()
     if picture.format == "PNG" and PNG_END not in data:
         raise BadPicture("image file is truncated (no end of PNG)")  # Pillow overlooks a few missing bytes
     return picture
@@ -154,10 +162,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(_from_16_bit(np.asarray(picture))).convert("RGB")
     if picture.mode == "F":
         return Image.fromarray(_from_float(np.asarray(picture))).convert("RGB")
-    try:
-        return picture.convert("RGB")
-    except ValueError as error:
-        raise BadPicture(_explain(error)) from None
+    return picture.convert("RGB")
 
 
 def _from_16_bit(grey: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ class ShardDataset:
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # first row of each shard, then the end
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
-        self._in_memory = self._total_bytes() <= memory_bytes
+        self.in_memory = self._total_bytes() <= memory_bytes
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -82,7 +82,7 @@ class ShardDataset:
     def encoded(self, indices: Sequence[int]) -> list[bytes]:
         """Pictures as stored, in the order of `indices`; every row group is read at most once per call."""
         wanted = self._checked(indices)
-        if self._in_memory:
+        if self.in_memory:
             return [self._images[index].as_py() for index in wanted.tolist()]
         found: list[bytes] = [b""] * len(wanted)
         for position in np.argsort(wanted, kind="stable").tolist():
