@@ -3,8 +3,11 @@
 Symbols: N patch positions, M global tokens, K codebook entries, D width.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
     "tiny": (192, 4, 4, 3),
@@ -49,14 +52,19 @@ class TokenizerConfig:
             raise ValueError(f"quantizer is {self.quantizer!r}; expected vq or fsq")
         if self.codebook_size < 2 or self.codebook_dim < 1:
             raise ValueError(
-                f"codebook_size is {self.codebook_size} and codebook_dim {self.codebook_dim}; "
-                "expected at least 2 and 1"
+                f"codebook_size is {self.codebook_size} and codebook_dim {self.codebook_dim}; expected at least 2 and 1"
             )
         if self.quantizer == "fsq" and math.prod(self.fsq_levels) != self.codebook_size:
             raise ValueError(
                 f"fsq_levels {list(self.fsq_levels)} make {math.prod(self.fsq_levels)} codes; "
                 f"expected codebook_size, {self.codebook_size}"
             )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From the values of a config.json, where tuples are lists."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     @property
     def grid_size(self) -> int:
@@ -77,6 +85,22 @@ class TokenizerConfig:
     def bits_per_token(self) -> float:
         """log2 K."""
         return math.log2(self.codebook_size)
+
+
+def read_config(folder: Path) -> TokenizerConfig:
+    """The architecture that a checkpoint folder was saved with; its weights are not read.
+
+    Raises:
+        FileNotFoundError: the folder lacks config.json or model.safetensors.
+        ValueError: config.json is not one of a tokenizer.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that TaTok saved")
+    try:
+        return TokenizerConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json in {str(folder)!r} is not a tokenizer's: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@
     tokens = tokenizer.encode(images)      # (B, 3, H, W) in [0, 1] or uint8
     pictures = tokenizer.decode(tokens)    # (B, 3, H, W) in [0, 1]
 
-One transformer reads the patches together with M learnable global tokens; both kinds are quantized; another transformer
-writes every patch from the global tokens and the patch tokens that were kept. Where a patch token is missing the decoder
-sees a learned mask token, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no patch token.
+One transformer reads the patches together with M learnable global tokens; both kinds are quantized; a second one
+writes every patch from the global tokens and the patch tokens that were kept. Where a patch token is missing the
+decoder sees a learned mask token, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no patch
+token.
 
 Shapes: B images, H = W image side, N patch positions, M global tokens, K codebook entries, D width, P patch side.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,7 +21,7 @@ from einops import repeat
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from tatok_model.config import SIZES, TokenizerConfig
+from tatok_model.config import SIZES, TokenizerConfig, read_config
 from tatok_model.quantizer import build_quantizer
 from tatok_model.tokens import Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, unpatchify
@@ -40,7 +40,7 @@ class TaTok(
     PyTorchModelHubMixin,
     library_name="tatok",
     tags=["image-tokenizer"],
-    coders={TokenizerConfig: (dataclasses.asdict, lambda values: TokenizerConfig(**_tuples(values)))},
+    coders={TokenizerConfig: (dataclasses.asdict, TokenizerConfig.from_dict)},
 ):
     """The tokenizer.
 
@@ -146,7 +146,7 @@ class TaTok(
 
     def _decode_embeddings(self, global_embeddings: Tensor, patch_embeddings: Tensor | None, kept: Tensor) -> Tensor:
         """(B, M, D), (B, N, D) or None, (B, N) bool -> (B, 3, H, W)."""
-        slots = repeat(self.mask_token, "d -> b n d", b=len(kept), n=kept.shape[1])  # (B, N, D)
+        slots: Tensor = repeat(self.mask_token, "d -> b n d", b=len(kept), n=kept.shape[1])  # (B, N, D)
         if patch_embeddings is not None:
             slots = patch_embeddings.where(kept[..., None], slots)
         x = torch.cat([global_embeddings + self.global_positions, slots + self.decoder_positions], dim=1)
@@ -201,7 +201,7 @@ class TaTok(
                 )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a checkpoint folder, or a model of the Hugging Face hub named `owner/name`.
 
         Raises:
@@ -210,31 +210,9 @@ class TaTok(
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_dir():
-            _check_folder(path)
+            read_config(path)
         elif len(path.parts) != 2 or str(path)[0] in "./~" or path.parent.exists():
-            raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name")
+            raise FileNotFoundError(
+                f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name"
+            )
         return super().from_pretrained(str(path), **kwargs)
-
-
-def read_config(folder: Path) -> TokenizerConfig:
-    """The architecture that a checkpoint folder was saved with, without loading its weights.
-
-    Raises:
-        FileNotFoundError, ValueError: as `TaTok.from_pretrained`.
-    """
-    _check_folder(folder)
-    return TokenizerConfig(**_tuples(json.loads((folder / "config.json").read_text())))
-
-
-def _check_folder(folder: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that TaTok saved")
-    try:
-        TokenizerConfig(**_tuples(json.loads((folder / "config.json").read_text())))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"checkpoint {str(folder)!r} has a config.json of another kind: {error}") from None
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

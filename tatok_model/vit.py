@@ -48,7 +48,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks and a final norm.
 
-    Residual branches start small, by 1 / sqrt(2 x layers) as in GPT-2, so that depth does not change the scale at the start.
+    Residual branches start small, by 1 / sqrt(2 x layers) as in GPT-2, so that depth does not change the scale.
     """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
@@ -56,9 +56,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.apply(init_linear)
-        for block in self.blocks:
-            for branch in (block.attention.to_out, block.mlp[2]):
-                nn.init.normal_(branch.weight, std=0.02 / (2 * layers) ** 0.5)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.to_out.weight", "mlp.2.weight")):
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""

@@ -1,0 +1,163 @@
+"""Checkpoints of a training run: written aside and renamed, verified when read, kept by count, never unpickled.
+
+    checkpoints/step-00000500/config.json, model.safetensors     averaged weights: `TaTok.from_pretrained` loads them
+                              training_state.safetensors          raw weights, optimisers
+                              training_state.json                 step, samples seen, checksums of the other files
+
+One writer serves the in-process loop and Ray Train's workers. Random states are not stored: every draw derives from the
+seed and the step.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.errors import BadInput
+from pipeline.paths import sha256_file, write_json
+from pipeline.progress import say
+from tatok_model.config import TokenizerConfig, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tatok_model.tokenizer import TaTok
+
+FORMAT, VERSION = "tatok-training-state", 1
+TENSORS, RECORD = "training_state.safetensors", "training_state.json"
+SHAPING = (
+    "image_size",
+    "patch_size",
+    "size",
+    "global_tokens",
+    "patch_tokens",
+    "quantizer",
+    "codebook_size",
+    "codebook_dim",
+    "fsq_levels",
+    "shared_codebook",
+)  # fmt: skip - the keys that decide the weights' shapes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified."""
+
+    folder: Path
+    step: int
+    record: dict[str, Any]
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Raw weights and optimiser state by name."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / TENSORS)
+
+
+def save(folder: Path, step: int, model: "TaTok", tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
+    """Write `folder/step-NNNNNNNN` and delete the oldest beyond `keep`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: optimiser steps done.
+        model: the averaged model.
+        tensors: what resuming needs besides.
+        keep: how many checkpoints stay.
+        record: plain values to keep beside the step.
+    """
+    from safetensors.torch import save_file
+
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+    checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
+    write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
+    for path in aside.iterdir():
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; torn or foreign ones are passed over and named."""
+    for path in reversed(_steps(folder)):
+        try:
+            return _verified(path)
+        except (OSError, ValueError, KeyError) as error:
+            say(f"checkpoint {path} is not used, the one before it is: {error}")
+    return None
+
+
+def find(path: str) -> Path:
+    """The folder that `tokenizer.checkpoint` means: a checkpoint, or the run folder of a training that ended.
+
+    Raises:
+        BadInput: neither.
+    """
+    for folder in (Path(path), Path(path) / "checkpoint"):
+        if (folder / "config.json").is_file():
+            return folder
+    if not Path(path).is_dir():
+        raise BadInput(f"tokenizer.checkpoint {path!r} does not exist; expected a checkpoint folder or a hub id")
+    raise BadInput(f"tokenizer.checkpoint {path!r} holds no config.json; expected a folder that training wrote")
+
+
+def is_hub_id(path: str) -> bool:
+    """`owner/name`, as opposed to a path: those are absolute once resolved."""
+    return bool(path) and not Path(path).is_absolute()
+
+
+def check_architecture(config: Config) -> None:
+    """Refuse a `tokenizer.checkpoint` that does not have the architecture the configuration describes.
+
+    A hub id is only looked up when it is used.
+
+    Raises:
+        BadInput: no such checkpoint, not one of ours, or another architecture.
+    """
+    path = config.tokenizer.checkpoint
+    if not path or is_hub_id(path):
+        return
+    try:
+        found = read_config(find(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(str(error)) from None
+    check_same_architecture(path, found, config.tokenizer.architecture())
+
+
+def check_same_architecture(path: str, found: TokenizerConfig, wanted: TokenizerConfig) -> None:
+    """Raises BadInput naming the first key in which a checkpoint's architecture differs."""
+    for name in SHAPING:
+        if getattr(found, name) != getattr(wanted, name):
+            raise BadInput(
+                f"tokenizer.checkpoint {path!r} has {name} {getattr(found, name)}; "
+                f"expected tokenizer.{name}, {getattr(wanted, name)}"
+            )
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _verified(path: Path) -> Checkpoint:
+    record = json.loads((path / RECORD).read_text())
+    if record.get("format") != FORMAT or record.get("version") != VERSION:
+        raise ValueError(f"its {RECORD} is not of format {FORMAT} version {VERSION}")
+    for name, checksum in record["sha256"].items():
+        if sha256_file(path / name) != checksum:
+            raise ValueError(f"{name} does not match its checksum")
+    return Checkpoint(path, int(record["step"]), record)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

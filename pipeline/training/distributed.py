@@ -1,0 +1,47 @@
+"""The few collectives that training needs; without a process group each is the obvious thing for one worker."""
+
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+
+
+def active() -> bool:
+    """Whether there is more than this process."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """This worker's number, 0 to world - 1."""
+    return distributed.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """How many workers train together."""
+    return distributed.get_world_size() if active() else 1
+
+
+def gather(value: T) -> list[T]:
+    """Every worker's value, in order of rank, on every worker."""
+    if not active():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def any_true(value: bool, device: torch.device) -> bool:
+    """Whether any worker says so: all leave a loop at the same step."""
+    if not active():
+        return value
+    flag = torch.tensor(int(value), device=device)
+    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def wait_for_all() -> None:
+    """Return when every worker has come this far."""
+    if active():
+        distributed.barrier()

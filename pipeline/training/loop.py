@@ -1,0 +1,124 @@
+"""The training loop: a plain function over an objective, batches and hooks. It knows neither Ray nor MLflow."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config import TrainConfig
+from pipeline.errors import Stopped
+from pipeline.training import distributed
+from pipeline.training.batches import Batches
+from pipeline.training.objective import Objective
+from pipeline.training.state import TrainState
+from tatok_model.metrics.scores import CodeUsage
+from tatok_model.tokens import Tokens
+
+STOP_EVERY = 10  # steps between questions whether another worker wants to stop
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells and asks the outside."""
+
+    log: Callable[[dict[str, float], int], None]  # metrics and the step they belong to; called on every worker
+    validate: Callable[[TrainState], None]
+    save: Callable[[TrainState], None]  # write a checkpoint
+    advance: Callable[[int, float], None]  # images seen since the last call, current loss
+    stop_reason: Callable[[], str]  # '' to go on
+
+
+def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Hooks) -> None:
+    """Train until `config.max_steps`, from wherever the state is.
+
+    Raises:
+        Stopped: somebody asked for it or `max_minutes` are over; a checkpoint was saved.
+        FloatingPointError: the loss is not finite.
+    """
+    state = objective.state
+    meter = Meter(state, config)
+    deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else float("inf")
+    for batch in batches.between(state.step, config.max_steps):
+        terms, tokens = objective.step(batch.images)
+        meter.add(tokens)
+        done = state.step == config.max_steps
+        if state.step % config.log_every == 0 or done:
+            metrics = meter.read(terms)
+            hooks.log(metrics, state.step)
+            hooks.advance(meter.images, metrics["train/loss"])
+            meter.reset()
+        if _due(state.step, config.validate_every) or done:
+            hooks.validate(state)
+            meter.restart_clock()
+        reason = "" if done else _stop_reason(hooks, state.step, batches.world, deadline, objective.device)
+        if _due(state.step, config.checkpoint_every) or done or reason:
+            hooks.save(state)
+            meter.restart_clock()
+        if reason:
+            raise Stopped(f"{reason} after step {state.step}; go on with --resume")
+
+
+class Meter:
+    """Rates and codebook use since the last log."""
+
+    def __init__(self, state: TrainState, config: TrainConfig) -> None:
+        self._config, self._optimizer = config, state.optimizer
+        self._codes = state.model.config.codebook_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new stretch."""
+        self.images, self._seconds = 0, 0.0
+        self._counts: dict[str, Tensor] = {}
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last step: it went into validation or a checkpoint."""
+        self._counted = time.perf_counter()
+
+    def add(self, tokens: Tokens) -> None:
+        """Count one step. Counts stay on the device: reading them every step would make it wait."""
+        now = time.perf_counter()
+        self._seconds += now - self._counted
+        self._counted = now
+        self.images += self._config.global_batch_size
+        for kind, indices in (("global", tokens.global_indices), ("patch", tokens.patch_indices[tokens.kept_mask])):
+            if indices.numel():
+                counts = torch.bincount(indices.flatten(), minlength=self._codes)
+                self._counts[kind] = self._counts[kind] + counts if kind in self._counts else counts
+
+    def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics of this stretch by their logged names.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        metrics = {f"train/{name}": float(value) for name, value in terms.items()}
+        if not math.isfinite(metrics["train/loss"]):
+            raise FloatingPointError(
+                f"the loss is {metrics['train/loss']}; expected a number: try a lower learning rate"
+            )
+        metrics["train/learning_rate"] = self._optimizer.param_groups[0]["lr"]
+        metrics["train/images_per_second"] = self.images / max(self._seconds, 1e-9)
+        for kind, counts in self._counts.items():
+            usage = CodeUsage.from_arrays({"counts": counts.cpu().numpy()})
+            metrics[f"codebook/usage_{kind}"] = usage.usage
+            metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
+        return metrics
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _stop_reason(hooks: Hooks, step: int, world: int, deadline: float, device: torch.device) -> str:
+    """Why to stop now, the same on every worker; '' to go on."""
+    reason = hooks.stop_reason() or ("max_minutes are over" if time.monotonic() >= deadline else "")
+    if world == 1:
+        return reason
+    if step % STOP_EVERY:
+        return ""
+    return (reason or "stopped") if distributed.any_true(bool(reason), device) else ""

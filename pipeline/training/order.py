@@ -1,0 +1,78 @@
+"""Which samples a step sees: a function of seed and step alone, never of rank, worker count or time.
+
+The order of an epoch is a permutation of all samples, and a step's global batch is the next stretch of the endless
+sequence of epochs: every sample is seen exactly once per epoch, and batches may cross from one epoch into the next.
+
+Splits that do not fit into memory are shuffled in two levels, so that reading stays local: blocks of neighbouring
+samples are permuted, then the samples inside a window of some blocks.
+"""
+
+import numpy as np
+
+BLOCK = 64  # samples that are read together; the row group of the shards
+WINDOW = 64  # blocks whose samples are mixed, when reading has to stay local
+
+
+def epoch_order(rows: int, seed: int, epoch: int, local: bool = False) -> np.ndarray:
+    """(rows,) int64, the samples of an epoch in the order in which they are seen.
+
+    Args:
+        rows: samples of the split.
+        seed: of the run.
+        epoch: counted from 0.
+        local: keep neighbouring samples within a window of each other.
+    """
+    random = np.random.default_rng([seed, epoch])
+    if not local:
+        return random.permutation(rows)
+    blocks = random.permutation(-(-rows // BLOCK))
+    windows = []
+    for start in range(0, len(blocks), WINDOW):
+        samples = (blocks[start : start + WINDOW, None] * BLOCK + np.arange(BLOCK)).ravel()
+        windows.append(random.permutation(samples[samples < rows]))
+    return np.concatenate(windows)
+
+
+class SampleOrder:
+    """The endless sequence of samples of a run, cut into global batches."""
+
+    def __init__(self, rows: int, seed: int, global_batch_size: int, local: bool = False) -> None:
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; expected at least 1 sample to train on")
+        self.rows, self.seed, self.global_batch_size, self.local = rows, seed, global_batch_size, local
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def global_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples (G,) of a step, counted from 0, and the epoch (G,) each belongs to."""
+        places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs, within = np.divmod(places, self.rows)
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = self._epoch_order(int(epoch))[within[here]]
+        return samples, epochs
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self.rows, self.seed, epoch, self.local)
+        return self._order
+
+
+def keyed_uniform(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), one for each (seed, epoch, sample): the same wherever and whenever it is drawn.
+
+    The splitmix64 finaliser over the three keys, vectorised (a numpy generator per sample would cost more than the
+    decoding of a small picture).
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(np.full(1, seed % 2**64, dtype=np.uint64))
+        key = _mix(key ^ epochs.astype(np.uint64))
+        key = _mix(key ^ samples.astype(np.uint64))
+    return (key >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def _mix(key: np.ndarray) -> np.ndarray:
+    key = key + np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))

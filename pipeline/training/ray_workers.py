@@ -1,0 +1,75 @@
+"""Ray Train around the worker: one process per worker, DDP between them, restarts after failures."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import connect
+from pipeline.config import Config, config_from_dict
+from pipeline.run import Run
+
+
+def run_workers(run: Run) -> dict[str, Any]:
+    """Train with `train.num_workers` Ray Train workers; returns what `worker.work` returned on the first one.
+
+    A worker that dies takes the others down; Ray starts all again, at most `train.max_failures` times, and they go on
+    from the newest checkpoint in the run folder, which every node has to see.
+    """
+    connect()
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    train = run.config.train
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"config": run.config.to_dict(), "folder": str(run.folder)},
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=_use_gpu(run.config),
+            resources_per_worker={"CPU": train.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            # Ray resumes an equal name by itself; checkpoints are ours, so every start gets a name of its own.
+            name=f"{run.folder.name}-{int(time.time())}",
+            storage_path=str(run.folder / "ray_train"),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    outcome: dict[str, Any] = trainer.fit().return_value
+    return outcome
+
+
+def _use_gpu(config: Config) -> bool:
+    """Whether workers get a GPU each: as configured, by default where the cluster has one."""
+    import ray
+
+    if config.train.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= config.train.num_workers
+    return config.train.device == "cuda"
+
+
+def _work(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each worker."""
+    import ray.train
+    import ray.train.torch
+
+    from pipeline.training.worker import compiled, work
+
+    config = config_from_dict(values["config"])
+    run = Run("train", config, Path(values["folder"]), command=["ray-train-worker"])
+    device = ray.train.torch.get_device()
+    return work(run, device, _for_workers(compiled(config)), report=ray.train.report)
+
+
+def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """DDP around the module. The quantizer keeps its buffers equal itself: broadcasting them would cost every step."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    def wrap(module: Any) -> Any:
+        if distributed.get_world_size() == 1:
+            return compile_module(module)
+        return DistributedDataParallel(compile_module(module), broadcast_buffers=False)
+
+    return wrap

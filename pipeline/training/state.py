@@ -1,0 +1,95 @@
+"""Everything that training changes: models, averages, optimisers, the step."""
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoints import Checkpoint
+from pipeline.config import Config, TrainConfig
+from pipeline.training.adversary import Adversary
+from tatok_model.tokenizer import TaTok
+
+
+class TrainState:
+    """The tokenizer, its average, optionally a discriminator, and their optimisers after `step` steps."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.step = 0
+        torch.manual_seed(derive_seed(config.train.seed, "weights"))
+        self.model = TaTok(config.tokenizer.architecture()).to(device)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.adversary = Adversary(config, device) if config.losses.gan else None
+
+    def start_from(self, weights: TaTok) -> None:
+        """Take over the weights of another tokenizer of the same architecture: fine-tuning."""
+        self.model.load_state_dict(weights.state_dict())
+        self.average.load_state_dict(weights.state_dict())
+
+    def update_average(self) -> None:
+        """Move the average towards the model; early steps count more, so that it forgets the start."""
+        decay = min(self.config.train.ema_decay, (1 + self.step) / (10 + self.step))
+        averages: list[Tensor] = list(self.average.parameters())
+        torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - decay)
+        for averaged, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            averaged.copy_(current)  # codebooks are averages already
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps besides the averaged model."""
+        found = _prefixed("model", self.model.state_dict())
+        found |= _prefixed("optimizer", _optimizer_tensors(self.optimizer))
+        if self.adversary is not None:
+            found |= _prefixed("discriminator", self.adversary.network.state_dict())
+            found |= _prefixed("discriminator_optimizer", _optimizer_tensors(self.adversary.optimizer))
+        return found
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on where `checkpoint` was written."""
+        found = checkpoint.tensors()
+        self.model.load_state_dict(_under("model", found))
+        self.average.load_state_dict(TaTok.from_pretrained(checkpoint.folder).state_dict())
+        _load_optimizer(self.optimizer, _under("optimizer", found))
+        if self.adversary is not None:
+            self.adversary.network.load_state_dict(_under("discriminator", found))
+            _load_optimizer(self.adversary.optimizer, _under("discriminator_optimizer", found))
+        self.step = checkpoint.step
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; gains, biases and single vectors are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=config.fused)
+
+
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """A seed for one purpose: equal keys give equal seeds, different ones unrelated seeds."""
+    text = ":".join(str(key) for key in (seed, *keys))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of each parameter as `number.key`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
