@@ -3,18 +3,16 @@
 Shapes: B pictures.
 """
 
-import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
-from pyarrow import ArrowInvalid
 from torch import Tensor
 
 from pipeline.config import DataConfig
+from pipeline.data import parquet
+from pipeline.data.locations import locate
+from pipeline.data.pictures import BadPicture, decode, prepare
 from pipeline.errors import BadInput
 
 MAX_SHIFT = 4  # pixels
@@ -41,46 +39,33 @@ class Labelled:
 
 
 def read_labelled(path: str, data: DataConfig, classes: int) -> Labelled:
-    """Every picture of a Parquet file, at `data.image_size`, with its class.
+    """Every picture of a Parquet file with its class, made square as in a shard.
 
     Args:
-        path: local Parquet file.
-        data: names the columns and the size; pictures of another size are resized without keeping their aspect ratio.
+        path: Parquet file.
+        data: names the columns and the size.
         classes: labels must be 0 to classes - 1.
 
     Raises:
-        BadInput: not a Parquet file, a column missing, no rows, a row that is not a picture, a label out of range.
+        BadInput: not a Parquet file with a column of pictures, no rows, a row that is not a picture, a label that is
+            no class.
     """
-    columns = [data.image_column, data.label_column]
-    try:
-        file = pq.ParquetFile(path)
-    except ArrowInvalid:
-        raise BadInput(f"{path!r} cannot be read as Parquet; expected a labelled Parquet file") from None
-    missing = [name for name in columns if name not in file.schema_arrow.names]
-    if missing:
-        raise BadInput(f"{path!r} has no column {missing[0]!r}; expected one of {', '.join(file.schema_arrow.names)}")
-    table = file.read(columns)
-    if table.num_rows == 0:
+    place = locate(path)
+    rows, side = parquet.check(place, data), data.image_size
+    if rows == 0:
         raise BadInput(f"{path!r} has no rows; expected labelled pictures")
-    labels = np.asarray(table[data.label_column].to_pylist(), dtype=np.float64)  # a missing label becomes nan
-    wrong = np.flatnonzero(~np.isin(labels, np.arange(classes)))
-    if len(wrong):
-        raise BadInput(
-            f"row {wrong[0]} of {path!r} has the label {labels[wrong[0]]:g}; expected a class from 0 to {classes - 1}"
-        )
-    images = np.stack([_decode(value, path, row, data.image_size) for row, value in enumerate(table[columns[0]])])
-    return Labelled(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _decode(value: Any, path: str, row: int, side: int) -> np.ndarray:
-    stored = value.as_py()
-    stored = stored["bytes"] if isinstance(stored, dict) else stored
-    try:
-        with Image.open(io.BytesIO(stored)) as picture:
-            rgb = picture.convert("RGB")
-    except (OSError, TypeError) as error:  # TypeError: the cell is empty
-        raise BadInput(f"row {row} of {path!r} is not a picture: {error}") from None
-    return np.asarray(rgb if rgb.size == (side, side) else rgb.resize((side, side), Image.Resampling.BICUBIC))
+    images, labels = np.empty((rows, side, side, 3), np.uint8), np.empty(rows, np.int64)
+    for row, picture in enumerate(parquet.read(place.parent, [[place.name, 0, rows]], data)):
+        if not isinstance(picture.label, int) or not 0 <= picture.label < classes:
+            raise BadInput(
+                f"row {row} of {path!r} has the label {picture.label!r}; "
+                f"expected data.label_column to hold classes from 0 to {classes - 1}"
+            )
+        try:
+            images[row], labels[row] = decode(prepare(picture.data, data)), picture.label
+        except BadPicture as reason:
+            raise BadInput(f"row {row} of {path!r} is not a usable picture: {reason}") from None
+    return Labelled(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
