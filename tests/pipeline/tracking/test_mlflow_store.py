@@ -1,0 +1,274 @@
+"""The store against a real MLflow, in a SQLite file that is made once: that alone takes seconds."""
+
+import contextlib
+import io
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from pipeline.config import load_config
+from pipeline.run import Run
+from pipeline.tracking import Tracker
+from pipeline.tracking.feed import Point
+from pipeline.tracking.mlflow_store import MlflowStore, Refused
+from pipeline.tracking.tracker import parameters
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """Address of a store that has one run, and what making it printed."""
+    folder = tmp_path_factory.mktemp("store") / "made" / "on the way"
+    uri = f"sqlite:///{folder}/mlflow.db"
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+        store = MlflowStore(uri, "tatok", None, system_metrics=False)
+        store.open("first", time.time(), {}, {})
+        store.end("FINISHED")
+    return uri, folder, printed.getvalue()
+
+
+@pytest.fixture
+def uri(database):
+    return database[0]
+
+
+@pytest.fixture
+def client(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+@pytest.fixture
+def store(uri):
+    made = MlflowStore(uri, "tatok", None, system_metrics=False)
+    made.open("test", time.time(), {"train.max_steps": "100"}, {"stage": "train"})
+    yield made
+    made.end("FINISHED")
+
+
+@pytest.fixture
+def open_run(tmp_path, uri):
+    runs = []
+
+    def make(*overrides, resume=False, name="one"):
+        for run in runs:
+            run.close()
+        keys = [f"run.output={tmp_path}", f"tracking.uri={uri}", "tracking.flush_seconds=0.1", *overrides]
+        runs.append(Run.open("train", load_config("smoke", keys), name, resume=resume))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+
+
+def test_making_a_store_prints_nothing(database):
+    assert database[2] == ""
+
+
+def test_pictures_lie_beside_the_database(database, client):
+    experiment = client.get_experiment_by_name("tatok")
+    assert experiment.artifact_location == str(database[1] / "mlartifacts" / "tatok")
+
+
+def test_a_run_arrives_whole(open_run, client, tmp_path):
+    run = open_run("data.source=s3://anna:secret@bucket/images", "tracking.system_metrics=false")
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    with Tracker.start(run, {"data_fingerprint": "abc"}) as tracker:
+        for step in range(1, 1201):
+            run.log({"train/loss": 1 / step}, step)
+        tracker.commit()
+        tracker.artifact(picture, "pictures")
+        tracker.picture(picture, "validation/reconstructions", 5)
+        tracker.model(checkpoint)
+    found = client.get_run(run.mlflow_run_id)
+    history = client.get_metric_history(run.mlflow_run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(step, 1 / step) for step in range(1, 1201)]
+    assert found.data.params == parameters(run.config)
+    assert found.data.params["train.max_steps"] == "20"
+    assert found.data.params["data.source"] == "s3://***@bucket/images"
+    assert found.data.tags["data_fingerprint"] == "abc"
+    assert found.info.run_name == "one"
+    assert found.info.status == "FINISHED"
+    assert files(client, run.mlflow_run_id, "pictures") == ["pictures/grid.png"]
+    assert files(client, run.mlflow_run_id, "model") == ["model/config.json"]
+    assert len(files(client, run.mlflow_run_id, "images")) == 2  # MLflow keeps a small copy beside it
+
+
+def files(client, run_id, folder):
+    return [entry.path for entry in client.list_artifacts(run_id, folder)]
+
+
+def test_a_resumed_run_may_change_its_parameters(open_run, client):
+    with pytest.raises(ValueError, match="stop"), Tracker.start(run := open_run()):
+        raise ValueError("stop")
+    first = run.mlflow_run_id
+    assert client.get_run(first).info.status == "FAILED"
+    run = open_run("train.max_steps=30", resume=True)
+    with Tracker.start(run):
+        run.log({"train/loss": 1.0}, 1)
+    assert run.mlflow_run_id == first
+    found = client.get_run(first)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.max_steps"] == "20"
+    assert found.data.tags["changed.train.max_steps"] == "20 -> 30"
+    assert "changed.train.seed" not in found.data.tags
+    assert found.data.metrics["train/loss"] == 1.0
+
+
+def test_the_same_points_sent_twice_are_kept_once(store, client):
+    points = [Point("loss", math.nan if step == 2 else float(step), 1000 + step, step) for step in range(5)]
+    store.metrics(points[:3])
+    store.metrics(points)
+    assert [metric.step for metric in client.get_metric_history(store.run_id, "loss")] == [0, 1, 2, 3, 4]
+
+
+def test_names_that_mlflow_does_not_take_are_changed(store, client):
+    store.metrics([Point("psnr@56 (db)", 1.0, 0, 0)])
+    assert client.get_run(store.run_id).data.metrics == {"psnr_56 _db_": 1.0}
+
+
+def test_points_that_mlflow_calls_invalid_are_refused(store):
+    with pytest.raises(Refused):
+        store.metrics([Point("x" * 300, 1.0, 0, 0)])
+
+
+def test_a_file_that_is_gone_is_refused(store, tmp_path):
+    with pytest.raises(Refused, match="does not exist"):
+        store.artifact(str(tmp_path / "gone.png"), "")
+    with pytest.raises(Refused, match=r"gone\.png"):
+        store.picture(str(tmp_path / "gone.png"), "grid", 0)
+
+
+def test_a_picture_that_is_none_is_refused(store, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(Refused, match="cannot identify"):
+        store.picture(str(tmp_path / "text.png"), "grid", 0)
+
+
+@pytest.mark.parametrize("how", ["deleted", "unknown"])
+def test_a_run_that_is_gone_is_made_anew(uri, client, how):
+    store = MlflowStore(uri, "tatok", "0" * 32, system_metrics=False)
+    if how == "deleted":
+        store.open("first", time.time(), {}, {})
+        client.delete_run(store.run_id)
+    earlier = store.run_id
+    store.open("second", time.time(), {}, {})
+    assert store.run_id != earlier
+    assert client.get_run(store.run_id).info.run_name == "second"
+    store.end("KILLED")
+
+
+def test_an_error_other_than_an_unknown_run_is_not_taken_for_one(uri):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(MlflowException, match="not an id"):
+        MlflowStore(uri, "tatok", "not an id/", system_metrics=False).open("x", time.time(), {}, {})
+
+
+def test_system_metrics_are_measured_without_a_thread_of_mlflow(uri):
+    store = MlflowStore(uri, "tatok", None, system_metrics=True)
+    store.open("test", time.time(), {}, {})
+    sample = store.sample()
+    store.end("FINISHED")
+    assert 0 <= sample["system/cpu_utilization_percentage"] <= 100
+    assert sample["system/system_memory_usage_megabytes"] > 0
+    assert "SystemMetricsMonitor" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_system_metrics_that_fail_are_given_up_and_nothing_else(uri, monkeypatch, capsys):
+    store = MlflowStore(uri, "tatok", None, system_metrics=True)
+    store.open("test", time.time(), {}, {})
+    monkeypatch.setattr(store._monitor, "collect_metrics", lambda: 1 / 0)
+    assert store.sample() == {}
+    assert store.sample() == {}
+    store.end("FINISHED")
+    assert capsys.readouterr().err.count("system metrics are not tracked") == 1
+
+
+def test_without_psutil_only_the_system_metrics_are_missing(uri, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlflow.system_metrics.system_metrics_monitor", None)
+    store = MlflowStore(uri, "tatok", None, system_metrics=True)
+    store.open("test", time.time(), {}, {})
+    assert store.sample() == {}
+    store.end("FINISHED")
+    assert "system metrics are not tracked" in capsys.readouterr().err
+
+
+def test_no_server_is_waited_for_longer_than_seconds(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(Exception, match="Max retries"):
+        MlflowStore("http://127.0.0.1:9", "tatok", None, system_metrics=False).open("x", time.time(), {}, {})
+    assert time.monotonic() - begun < 15
+
+
+def test_importing_the_tracker_does_not_import_mlflow(repository):
+    code = "import sys, pipeline.tracking; print([name for name in ('mlflow', 'torch', 'ray') if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_killed_and_comes_back_has_every_point_once(open_run, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
+               "--artifacts-destination", str(tmp_path / "artifacts")]  # fmt: skip
+    server = start_server(command, address)
+    run = open_run(f"tracking.uri={address}", "tracking.flush_seconds=0.5")
+    try:
+        tracker = Tracker.start(run)
+        for step in range(600):
+            run.log({"train/loss": float(step)}, step)
+            if step % 100 == 99:
+                tracker.commit()
+            if step == 250:
+                stop_server(server)
+            if step == 450:
+                server = start_server(command, address)
+            time.sleep(0.01)
+        tracker.close("finished", seconds=60)
+        from mlflow import MlflowClient
+
+        history = MlflowClient(address).get_metric_history(run.mlflow_run_id, "train/loss")
+        assert [metric.step for metric in history] == list(range(600))
+        assert MlflowClient(address).get_run(run.mlflow_run_id).info.status == "FINISHED"
+    finally:
+        stop_server(server)
+    said = capsys.readouterr().err
+    assert said.count("cannot be written to") == said.count("answers again") == 1
+
+
+def start_server(command, address):
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+    end = time.monotonic() + 90
+    while True:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
+            return process
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.5)
+
+
+def stop_server(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
