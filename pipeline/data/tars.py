@@ -65,7 +65,7 @@ def _scan_file(place: Location, name: str, data: DataConfig, found: Scan) -> lis
             if picture is not None:
                 found.add_label(label, label_name)
                 units.append([name, key, picture.offset_data, picture.size, label])
-        file.seek(archive.offset)  # where tarfile stopped: at the zeros that end a tar, or, silently, at a broken header
+        file.seek(archive.offset)  # where tarfile stopped: at the zeros that end a tar or, silently, at a broken header
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("no end of archive")
     return units
