@@ -66,7 +66,8 @@ def run(run: Run) -> None:
         run.inputs[key] = {"path": source.place, "sha256": source.fingerprint()}
     plan = make_or_load_plan(run.folder, sources, data)
     _prepare_folder(run.folder)
-    parts, speed = _make_parts(run, plan, Work(run.folder, plan.key, plan.classes, sources, data))
+    work = Work(run.folder, plan.key, plan.classes, [source.without_listing() for source in sources], data)
+    parts, speed = _make_parts(run, plan, work)
     manifest = _write_results(run.folder, plan, parts)
     _report(run, manifest, speed)
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from pyarrow import fs
@@ -39,6 +39,10 @@ class Source:
         """The relative paths."""
         return [name for name, _ in self.files]
 
+    def without_listing(self) -> "Source":
+        """What reading needs; a listing may be long and need not travel to every worker."""
+        return replace(self, files=(), rows=())
+
     def fingerprint(self) -> str:
         """sha256 of names, sizes and row counts; not of times, nor of where the files are."""
         return hashlib.sha256(json.dumps([self.kind, self.files, self.rows]).encode()).hexdigest()
@@ -58,9 +62,9 @@ def check_source(key: str, place: str, data: DataConfig) -> None:
         if _kind(key, place, [location.name]) == "parquet":
             parquet.check(location, data)
     elif location.is_local:
-        first = next((name for name in _walk_local(location.path) if _kind_of(name)), "")
-        if _kind(key, place, [first]) == "parquet":
-            parquet.check(location / first, data)
+        first = _first_of_each_kind(location.path)
+        if _kind(key, place, first.values()) == "parquet":
+            parquet.check(location / first["parquet"], data)
 
 
 def open_source(key: str, place: str, data: DataConfig) -> Source:
@@ -136,8 +140,15 @@ def _kind_of(name: str) -> str | None:
     return "folder" if ending in extensions() else None
 
 
-def _walk_local(folder: str) -> Iterator[str]:
-    """Relative paths of all files, as they come."""
+def _first_of_each_kind(folder: str) -> dict[str, str]:
+    """Kind -> a relative path, by walking until a picture is found, which decides the kind of the folder."""
+    first: dict[str, str] = {}
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
-            yield os.path.relpath(os.path.join(parent, name), folder)
+            path = os.path.relpath(os.path.join(parent, name), folder)
+            kind = _kind_of(path)
+            if kind:
+                first.setdefault(kind, path)
+            if kind == "folder":
+                return first
+    return first
