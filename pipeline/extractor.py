@@ -17,8 +17,6 @@ from pipeline.run import Run, commit
 from pipeline.tracking import Tracker, check_tracking
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    import torch
-
     from pipeline.labelled import Labelled
     from tatok_model.metrics.compact import CompactExtractor
 
@@ -51,47 +49,53 @@ def run(run: Run) -> None:
     """Train, write `extractor.safetensors`, and measure what was written once on the test pictures.
 
     Raises:
-        BadInput: a file that does not hold what is expected (see `read_labelled`), a GPU asked for and not there, or
-            see `train`.
+        BadInput: a file that does not hold what is expected (see `read_labelled`), or see `extractor_loop.train`.
         Stopped: asked to stop; the state after the last whole epoch is in the run folder.
     """
     import torch
 
     from pipeline.extractor_loop import train
     from pipeline.labelled import read_labelled
+    from pipeline.training.worker import pick_device
     from tatok_model.metrics.compact import CompactExtractor
 
     config = run.config
-    device = _device(config)
     training, test = (read_labelled(source, config.data, CompactExtractor.classes) for _, _, source in _sources(config))
     for name, (_, _, source) in zip(("train", "test"), _sources(config), strict=True):
         run.inputs[name] = {"path": source, "sha256": sha256_file(Path(source))}
+    origin = _origin(run)  # now: the clone may move on while the run lasts
     torch.manual_seed(config.train.seed)
+    device = pick_device(config)
     network = CompactExtractor().to(device)
     with Tracker.start(run) as tracker:
         steps = train(run, network, training.to(device), tracker)
-        _export(run, network, test.to(device), steps)
+        _export(run, network, test.to(device), origin)
+        run.log({"test/accuracy": run.results["test_accuracy"]}, steps)
 
 
-def _export(run: Run, network: "CompactExtractor", test: "Labelled", steps: int) -> None:
-    """Write the weights, then measure the written ones, which were rounded, and write what they reach beside them."""
-    from pipeline.extractor_loop import measure, settings_text
+def _origin(run: Run) -> dict[str, str]:
+    """Where the weights come from, as the weight file says it."""
+    from pipeline.extractor_loop import settings
+
+    code = commit()
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "settings": settings(run),
+        "test_sha256": run.inputs["test"]["sha256"],
+        "commit": code["commit"] + ("-dirty" if code["dirty"] else ""),
+    }
+
+
+def _export(run: Run, network: "CompactExtractor", test: "Labelled", origin: dict[str, str]) -> None:
+    """Write the weights, then measure the written ones, which were rounded, and add to the file what they reach."""
+    from pipeline.extractor_loop import measure
     from tatok_model.metrics.compact import CompactExtractor
 
     path = run.folder / "extractor.safetensors"
-    network.save(path, {})
+    network.save(path, origin)
     network = CompactExtractor.from_file(path).to(test.images.device)
     test_accuracy, images_per_second = measure(network, test)
-    code = commit()
-    description = {
-        "command": shlex.join(["python", *sys.argv]),
-        "settings": settings_text(run),
-        "test_accuracy": f"{test_accuracy:.4f}",
-        "commit": code["commit"] + ("-dirty" if code["dirty"] else ""),
-        **{f"{name}_sha256": source["sha256"] for name, source in run.inputs.items()},
-    }
-    network.save(path, description)
-    run.log({"test/accuracy": test_accuracy}, steps)
+    network.save(path, {**origin, "test_accuracy": f"{test_accuracy:.4f}"})
     run.outputs["extractor"] = str(path)
     run.results = {
         "test_accuracy": test_accuracy,
@@ -108,14 +112,3 @@ def _sources(config: Config) -> list[tuple[str, str, str]]:
         ("extractor.train_source", "data.source", extractor.train_source or data.source),
         ("extractor.test_source", "data.heldout_source", extractor.test_source or data.heldout_source),
     ]
-
-
-def _device(config: Config) -> "torch.device":
-    import torch
-
-    wanted, available = config.train.device, torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise BadInput("train.device is 'cuda'; expected auto or cpu, because torch finds no GPU here")
-    if wanted == "auto":
-        wanted = "cuda" if available else "cpu"
-    return torch.device(wanted)

@@ -1,0 +1,236 @@
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline import extractor
+from pipeline.config import Config, DataConfig, load_config
+from pipeline.errors import BadInput, Stopped
+from pipeline.extractor_loop import measure, one_cycle
+from pipeline.labelled import read_labelled
+from pipeline.run import Run
+from tatok_model.metrics.compact import SHIPPED, CompactExtractor
+
+TINY = [
+    "extractor.epochs=3",
+    "extractor.batch_size=16",
+    "extractor.learning_rate=0.05",
+    "train.precision=float32",
+    "train.device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def two_colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 noisy pictures: reddish ones are class 0, bluish ones class 1."""
+    draws = np.random.default_rng(0)
+    images, labels = [], np.arange(128) % 2
+    for label in labels:
+        pixels = draws.integers(0, 100, (32, 32, 3))
+        pixels[..., 2 * label] += 100
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    path = tmp_path_factory.mktemp("two_colours") / "pictures.parquet"
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+    return path
+
+
+@pytest.fixture
+def config(two_colours: Path, tmp_path: Path) -> Callable[..., Config]:
+    """`config("train.seed=1")`: the shipped preset, cut to seconds, on the two colours."""
+    sources = [f"extractor.train_source={two_colours}", f"extractor.test_source={two_colours}"]
+    return lambda *more: load_config("extractor_cifar10", [f"run.output={tmp_path}", *sources, *TINY, *more])
+
+
+@pytest.fixture
+def open_run() -> Iterator[Callable[..., Run]]:
+    """`open_run(config, name)` opens a run folder, `open_run(config, name, resume=True)` again after `close`."""
+    opened = []
+
+    def open_one(config: Config, name: str, resume: bool = False) -> Run:
+        opened.append(Run.open("train_extractor", config, name, resume=resume))
+        return opened[-1]
+
+    yield open_one
+    for run in opened:
+        run.close()
+
+
+@pytest.fixture
+def train(open_run: Callable[..., Run]) -> Callable[[Config, str], Run]:
+    """`train(config, name)` runs the stage in a run folder of that name."""
+
+    def train_one(config: Config, name: str) -> Run:
+        run = open_run(config, name)
+        extractor.run(run)
+        return run
+
+    return train_one
+
+
+@pytest.fixture
+def stop_after_an_epoch(open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Callable[[Config, str], None]:
+    """`stop_after_an_epoch(config, name)` leaves a run folder to go on from."""
+
+    def stop(config: Config, name: str) -> None:
+        run = open_run(config, name)
+        monkeypatch.setattr(run, "log", lambda metrics, step: run.request_stop())
+        with pytest.raises(Stopped, match="stopped in epoch 2 of 3; --resume goes on from its start"):
+            extractor.run(run)
+        run.close()
+
+    return stop
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.outputs["extractor"])
+
+
+def test_two_colours_are_learned(
+    config: Callable[..., Config], train: Callable[[Config, str], Run], two_colours: Path
+) -> None:
+    run = train(config(), "run")
+    assert run.results["test_accuracy"] >= 0.95
+    assert run.results["images_per_second"] > 0
+    assert run.results["parameters"] == sum(p.numel() for p in CompactExtractor().parameters())
+    assert run.inputs["train"]["path"] == str(two_colours)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [7, 14, 21, 21]  # 128 pictures, 5 of them for validation, batches of 16
+    assert lines[2]["metrics"]["train/loss"] < lines[0]["metrics"]["train/loss"]
+    assert lines[3]["metrics"] == {"test/accuracy": run.results["test_accuracy"]}
+
+
+def test_the_written_file_is_what_was_measured(
+    config: Callable[..., Config], train: Callable[[Config, str], Run], two_colours: Path
+) -> None:
+    run = train(config(), "run")
+    network = CompactExtractor.from_file(run.outputs["extractor"])
+    pictures = read_labelled(str(two_colours), DataConfig(), CompactExtractor.classes)
+    assert measure(network, pictures)[0] == run.results["test_accuracy"]
+    with safe_open(run.outputs["extractor"], framework="pt") as file:
+        metadata = file.metadata()
+    assert float(metadata["test_accuracy"]) == run.results["test_accuracy"]
+    settings = json.loads(metadata["settings"])
+    assert settings["train_sha256"] == metadata["test_sha256"] == hashlib.sha256(two_colours.read_bytes()).hexdigest()
+    assert str(two_colours) not in metadata["settings"]  # weights are shipped: no path of this machine
+
+
+def test_the_seed_decides_the_weights(config: Callable[..., Config], train: Callable[[Config, str], Run]) -> None:
+    first, again, other = (
+        weights(train(config("extractor.epochs=1", f"train.seed={seed}"), name))["head.weight"]
+        for seed, name in ((1, "first"), (1, "again"), (2, "other"))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_stopping_and_resuming_equals_not_stopping(
+    config: Callable[..., Config],
+    open_run: Callable[..., Run],
+    train: Callable[[Config, str], Run],
+    stop_after_an_epoch: Callable[[Config, str], None],
+) -> None:
+    stop_after_an_epoch(config(), "stopped")
+    resumed = open_run(config(), "stopped", resume=True)
+    extractor.run(resumed)
+    whole = train(config(), "whole")
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert len((resumed.folder / "metrics.jsonl").read_text().splitlines()) == 3  # two epochs and the test
+
+
+def test_a_state_that_was_configured_differently_is_refused(
+    config: Callable[..., Config],
+    open_run: Callable[..., Run],
+    stop_after_an_epoch: Callable[[Config, str], None],
+) -> None:
+    stop_after_an_epoch(config(), "stopped")
+    with pytest.raises(BadInput, match=r"last_epoch\.safetensors' was trained with .*0\.05.*; expected .*0\.3"):
+        extractor.run(open_run(config("extractor.learning_rate=0.3"), "stopped", resume=True))
+
+
+def test_more_pictures_a_batch_than_there_are_is_refused(
+    config: Callable[..., Config], train: Callable[[Config, str], Run]
+) -> None:
+    with pytest.raises(BadInput, match=r"extractor\.batch_size is 124; expected at most 123"):
+        train(config("extractor.batch_size=124"), "run")
+
+
+def test_the_learning_rate_rises_falls_and_ends_at_zero() -> None:
+    rates = [one_cycle(done / 100) for done in range(101)]
+    assert rates[0] == rates[-1] == 0
+    assert max(rates) == rates[20] == 1
+    assert rates[:21] == sorted(rates[:21])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_sources_fall_back_to_those_of_the_data(two_colours: Path) -> None:
+    with pytest.raises(BadInput, match=r"extractor\.test_source and data\.heldout_source are empty"):
+        extractor.check(load_config("extractor_cifar10", [f"data.source={two_colours}"]))
+    extractor.check(
+        load_config("extractor_cifar10", [f"data.source={two_colours}", f"data.heldout_source={two_colours}"])
+    )
+
+
+def test_without_sources_the_keys_are_named() -> None:
+    with pytest.raises(BadInput, match=r"extractor\.train_source and data\.source are empty"):
+        extractor.check(load_config("extractor_cifar10"))
+
+
+def test_a_source_that_does_not_exist_is_named(config: Callable[..., Config]) -> None:
+    with pytest.raises(BadInput, match=r"extractor\.test_source is 'absent\.parquet', which is not a file"):
+        extractor.check(config("extractor.test_source=absent.parquet"))
+
+
+def test_another_picture_size_is_refused(config: Callable[..., Config]) -> None:
+    with pytest.raises(BadInput, match=r"data\.image_size is 64; expected 32"):
+        extractor.check(config("data.image_size=64"))
+
+
+def test_an_address_that_tracking_cannot_use_is_refused(config: Callable[..., Config]) -> None:
+    with pytest.raises(BadInput, match=r"tracking\.uri is 'mlflow\.db'"):
+        extractor.check(config("tracking.uri=mlflow.db"))
+
+
+def test_checking_does_not_load_torch(two_colours: Path) -> None:
+    code = (
+        "import sys; from pipeline import extractor; from pipeline.config import load_config; "
+        "extractor.check(load_config('extractor_cifar10', sys.argv[1:])); sys.exit('torch' in sys.modules)"
+    )
+    sources = [f"data.source={two_colours}", f"data.heldout_source={two_colours}"]
+    subprocess.run([sys.executable, "-c", code, *sources], cwd=Path(extractor.__file__).parents[1], check=True)
+
+
+def test_the_job_trains_and_says_where(
+    run_job: Callable[..., subprocess.CompletedProcess[str]], two_colours: Path, tmp_path: Path
+) -> None:
+    sources = [f"extractor.train_source={two_colours}", f"extractor.test_source={two_colours}"]
+    done = run_job("train_extractor", "extractor_cifar10", *sources, *TINY, "extractor.epochs=1")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "extractor_cifar10-extractor"
+    assert done.stdout.splitlines()[-1] == f"RUN_FOLDER={folder}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert set(summary["results"]) == {"test_accuracy", "images_per_second", "parameters"}
+
+
+def test_the_shipped_weights_reach_their_stated_accuracy(shared: Path, repository: Path) -> None:
+    """On every 20th of the test pictures, 500 in all: five standard errors are about 7 percent."""
+    with safe_open(repository / "tatok_model" / "weights" / SHIPPED, framework="pt") as file:
+        stated = float(file.metadata()["test_accuracy"])
+    pictures = read_labelled(str(shared / "data" / "cifar10_jpeg_test.parquet"), DataConfig(), CompactExtractor.classes)
+    accuracy, _ = measure(CompactExtractor.shipped(), pictures.take(torch.arange(0, len(pictures), 20)))
+    assert abs(accuracy - stated) < 0.07
