@@ -82,10 +82,12 @@ def test_a_file_rewound_to_an_older_checkpoint_brings_no_step_twice(path):
     feed.commit()
     take(feed)
     new = path.with_name("new")
-    write(new, *range(12))  # longer again before anybody looked
+    write(new, *range(4))
+    write(new, *range(4, 20), name="psnr")  # longer again than what was read, before anybody looked
+    write(new, *range(4, 12))
     new.replace(path)
     feed.commit()
-    assert take(feed) == [("loss", 10), ("loss", 11)]
+    assert take(feed) == [("psnr", step) for step in range(4, 20)] + [("loss", 10), ("loss", 11)]
 
 
 def test_names_are_counted_separately(path):

@@ -200,6 +200,14 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_repeating(open_run
     assert run.mlflow_run_id == "run-0"
 
 
+def test_a_run_that_was_killed_before_its_summary_named_the_mlflow_run_finds_it_again(open_run, server):
+    run = open_run()
+    Tracker(run, FakeStore(server)).close("stopped")
+    with Tracker(run, FakeStore(server)):
+        pass
+    assert server.names == ["run-0"]
+
+
 def test_resuming_from_an_older_checkpoint_repeats_no_point(open_run, server):
     run = open_run()
     with track(run, server):
