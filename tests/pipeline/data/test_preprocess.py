@@ -1,5 +1,6 @@
 """The stage as a whole: every good row, every bad row, the same bytes however it is run, resumed or killed."""
 
+import io
 import json
 import os
 import signal
@@ -10,16 +11,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipeline.config import Config, load_config
 from pipeline.data import preprocess, ranges
 from pipeline.data.listing import Scan
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.plan import class_names
+from pipeline.data.plan import Plan, class_names, make_or_load_plan
 from pipeline.data.ranges import split_of
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput, Stopped
@@ -80,10 +83,6 @@ def rejected(run: Run) -> dict[str, str]:
 @pytest.fixture
 def broken_folder(tmp_path: Path, picture_bytes: Bytes) -> tuple[Path, set[str], set[str]]:
     """76 good pictures of two classes and 4 broken ones in between (5%): (folder, good ids, bad ids)."""
-    import io
-
-    from PIL import Image
-
     bomb = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(bomb, "PNG")
     broken = {
@@ -122,6 +121,20 @@ def test_every_good_picture_is_kept_and_every_bad_one_named(
     assert run.results["rejected"] == len(bad)
     assert run.outputs["shards"] == str(run.folder)
     assert set(run.inputs) == {"source"}
+
+
+def test_a_file_that_vanishes_after_the_plan_is_rejected(
+    configured: Callable[..., Config], class_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan_and_lose(*arguments: Any, plan: Callable[..., Plan] = make_or_load_plan) -> Plan:
+        made_plan = plan(*arguments)
+        (class_folders / "cat/1.png").unlink()
+        return made_plan
+
+    monkeypatch.setattr(preprocess, "make_or_load_plan", plan_and_lose)
+    run = made(configured(class_folders), "a")
+    assert rejected(run) == {"cat/1.png": "file cannot be read (FileNotFoundError)"}
+    assert len(rows(run)) == 5
 
 
 def test_pictures_of_the_right_kind_keep_their_bytes(

@@ -99,6 +99,18 @@ def test_only_the_last_few_row_groups_are_kept(tmp_path: Path) -> None:
     assert len(dataset._groups) == CACHED_GROUPS
 
 
+def test_a_shard_that_fails_half_way_or_has_no_rows_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "a.parquet") as broken:
+        for row in rows_of(range(ROW_GROUP_ROWS + 1)):
+            broken.add(row)
+        raise RuntimeError
+    with ShardWriter(tmp_path, "b.parquet") as empty:
+        pass
+    assert broken.shard is None
+    assert empty.shard is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_manifest_reads_back_as_it_was_written(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest.classes == ("cat", "dog")
