@@ -1,0 +1,14 @@
+"""Measure a tokenizer on held-out images.
+
+    python jobs/evaluate.py cifar10 tokenizer.checkpoint=runs/cifar10-train evaluate.baselines=[kmeans]
+    ray job submit --working-dir . -- python jobs/evaluate.py cifar10 ...
+
+Writes report.md and pictures/reconstructions.png into the run folder, logs to MLflow and shows a table. Without
+tokenizer.checkpoint it takes the tokenizer that `jobs/train.py` made with the same configuration, and trains it first
+where there is none.
+"""
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main("evaluate", "pipeline.evaluation.stage", __doc__)

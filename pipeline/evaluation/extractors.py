@@ -1,0 +1,72 @@
+"""The network behind the Frechet distance: which one it is, where its weights are, what its numbers are called."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import EvaluateConfig
+from pipeline.errors import BadInput
+from pipeline.paths import sha256_file
+from tatok_model.metrics.compact import CompactExtractor
+from tatok_model.metrics.extractor import FeatureExtractor
+from tatok_model.metrics.inception import Inception2015
+
+PROTOCOLS = {  # what moves the number and belongs beside it
+    "compact_cifar10": "bilinear antialiased to 32 pixels",
+    "inception2015": "TensorFlow 1 bilinear to 299 pixels, bias-free logits",
+}
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A loaded feature network and what it is."""
+
+    network: FeatureExtractor
+    weights_sha256: str
+
+    @property
+    def name(self) -> str:
+        """As in `rfd_<name>`."""
+        return self.network.name
+
+    @property
+    def comparable(self) -> bool:
+        """Whether its numbers may stand beside published ones."""
+        return self.name == Inception2015.name
+
+    @property
+    def distance_name(self) -> str:
+        """Only the real Inception gives an `rfid`."""
+        return "rfid" if self.comparable else f"rfd_{self.name}"
+
+    @property
+    def score_name(self) -> str:
+        """Only the real Inception gives an `inception_score`."""
+        return "inception_score" if self.comparable else f"is_{self.name}"
+
+    @property
+    def protocol(self) -> str:
+        """How it resizes."""
+        return PROTOCOLS[self.name]
+
+
+def extractor_name(config: EvaluateConfig) -> str:
+    """What `evaluate.extractor` means; `auto` is Inception when its weights are given."""
+    if config.extractor == "auto":
+        return Inception2015.name if config.inception_weights else CompactExtractor.name
+    return config.extractor
+
+
+def load_extractor(config: EvaluateConfig) -> Extractor:
+    """The network that the configuration asks for, with its weights.
+
+    Raises:
+        BadInput: `evaluate.inception_weights` is not the file of the FID Inception.
+    """
+    if extractor_name(config) == CompactExtractor.name:
+        compact = CompactExtractor.shipped()
+        return Extractor(compact, compact.weights_sha256)
+    try:
+        network = Inception2015.from_file(config.inception_weights)
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(f"evaluate.inception_weights: {error}") from None
+    return Extractor(network, sha256_file(Path(config.inception_weights)))

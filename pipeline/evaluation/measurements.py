@@ -1,0 +1,113 @@
+"""What was measured on some of the images: sums that merge, and pass between processes as bytes."""
+
+import io
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from tatok_model.metrics.frechet import FeatureStatistics
+from tatok_model.metrics.images import ImageQuality
+from tatok_model.metrics.scores import CodeUsage, InceptionScore
+
+
+class Totals:
+    """Named sums."""
+
+    def __init__(self, **values: float) -> None:
+        self.values = values
+
+    def merge(self, other: "Totals") -> None:
+        """Add another part's sums."""
+        for name, value in other.values.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state: one () per name."""
+        return {name: np.array(value) for name, value in self.values.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The inverse of `to_arrays`."""
+        return cls(**{name: float(value) for name, value in arrays.items()})
+
+
+class Pictures:
+    """Reconstructions that will be shown: (B, H, W, 3) uint8, in the order of their images."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def merge(self, other: "Pictures") -> None:
+        """Append a later part's pictures."""
+        self.images = np.concatenate([self.images, other.images])
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state: images (B, H, W, 3)."""
+        return {"images": self.images}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The inverse of `to_arrays`."""
+        return cls(arrays["images"])
+
+
+KINDS: dict[str, Any] = {
+    "features": FeatureStatistics,  # of reconstructions
+    "original_features": FeatureStatistics,  # only while there are no reference statistics
+    "score": InceptionScore,
+    "original_score": InceptionScore,
+    "quality": ImageQuality,
+    "codes_global": CodeUsage,
+    "codes_patch": CodeUsage,
+    "totals": Totals,
+    "pictures": Pictures,
+}
+
+
+class Measurements:
+    """One state per name of `KINDS`; names that were not measured are missing."""
+
+    def __init__(self, **states: Any) -> None:
+        self.states = states
+
+    def __getitem__(self, name: str) -> Any:
+        return self.states[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.states
+
+    @property
+    def images(self) -> int:
+        """How many images were measured."""
+        return int(self["features"].n)
+
+    def merge(self, later: "Measurements") -> None:
+        """Add what was measured on the images after these; sums of floats depend on their order.
+
+        Raises:
+            ValueError: the two did not measure the same things.
+        """
+        if self.states.keys() != later.states.keys():
+            raise ValueError(f"cannot merge {sorted(later.states)} into {sorted(self.states)}")
+        for name, state in later.states.items():
+            self[name].merge(state)
+
+    def to_bytes(self) -> bytes:
+        """As an uncompressed npz with one array per `name/part`."""
+        arrays = {
+            f"{name}/{part}": array for name, state in self.states.items() for part, array in state.to_arrays().items()
+        }
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The inverse of `to_bytes`."""
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                name, part = key.split("/")
+                parts.setdefault(name, {})[part] = arrays[key]
+        return cls(**{name: KINDS[name].from_arrays(arrays) for name, arrays in parts.items()})

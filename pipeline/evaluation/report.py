@@ -1,0 +1,42 @@
+"""What was found, for people: named numbers with notes, as a table in the terminal and as Markdown."""
+
+from dataclasses import dataclass
+
+SMALL = 2048  # images below which a Frechet distance says little
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str  # as in summary.json
+    value: float
+    note: str
+
+
+def terminal_table(title: str, rows: list[Row], warnings: list[str]) -> str:
+    """Aligned columns, then one line per warning."""
+    names, values = [row.name for row in rows], [format_value(row.value) for row in rows]
+    first, second = max(map(len, names)), max(map(len, values))
+    lines = [title, "-" * len(title)]
+    lines += [
+        f"{name:<{first}}  {value:>{second}}  {row.note}".rstrip()
+        for name, value, row in zip(names, values, rows, strict=True)
+    ]
+    return "\n".join([*lines, *(f"warning: {text}" for text in warnings)])
+
+
+def markdown(title: str, rows: list[Row], warnings: list[str], facts: dict[str, str]) -> str:
+    """The same as a page: table, warnings, and the facts that the numbers depend on."""
+    lines = [f"# {title}", "", "| metric | value | note |", "|---|---:|---|"]
+    lines += [f"| {row.name} | {format_value(row.value)} | {row.note} |" for row in rows]
+    lines += [""] + [f"- **warning:** {text}" for text in warnings]
+    lines += ["", "| fact | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def format_value(value: float) -> str:
+    """Four significant digits, whole numbers whole."""
+    if value == round(value) and abs(value) < 1e9:
+        return f"{value:.0f}"
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
