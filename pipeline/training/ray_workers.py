@@ -1,7 +1,9 @@
 """Ray Train around the worker: one process per worker, DDP between them, restarts after failures."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,22 @@ def run_workers(run: Run) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-    outcome: dict[str, Any] = trainer.fit().return_value
+    outcome: dict[str, Any] = _fit(trainer).return_value
     return outcome
+
+
+def _fit(trainer: Any) -> Any:
+    """Ray Train takes SIGINT for itself where `fit` is called on the main thread; a job's orderly stop needs it."""
+    result: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            result.set_result(trainer.fit())
+        except BaseException as problem:  # noqa: BLE001 - raised on the main thread instead
+            result.set_exception(problem)
+
+    threading.Thread(target=fit, daemon=True, name="ray-train").start()
+    return result.result()
 
 
 def _use_gpu(config: Config) -> bool:
