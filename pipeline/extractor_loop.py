@@ -136,8 +136,10 @@ def _restore(run: Run, network: CompactExtractor, optimizer: Optimizer) -> int:
         return 0
     with safe_open(path, framework="pt") as file:
         kept = file.metadata()
-        if kept["settings"] != settings(run):
-            raise BadInput(f"{str(path)!r} was trained with {kept['settings']}; expected {settings(run)} to go on")
+        asked, trained = json.loads(settings(run)), json.loads(kept["settings"])
+        for name, value in asked.items():
+            if trained[name] != value:
+                raise BadInput(f"{name} is {value!r}; expected {trained[name]!r}, with which {str(path)!r} was trained")
         network.load_state_dict({name: file.get_tensor(f"network.{name}") for name in network.state_dict()})
         for name, value in network.named_parameters():
             optimizer.state[value]["momentum_buffer"] = file.get_tensor(f"momentum.{name}").to(value.device)

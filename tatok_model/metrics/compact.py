@@ -52,6 +52,7 @@ class CompactExtractor(FeatureExtractor):
         """Features and logits; see `FeatureExtractor`.
 
         Images of another size are resized to 32x32 (bilinear, antialiased, aspect ratio not kept) without rounding.
+        Training runs it under autocast; features that are to be compared are computed outside of it, in float32.
         """
         check_images(images)
         pixels = images.float().contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)

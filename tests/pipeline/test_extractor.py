@@ -158,7 +158,7 @@ def test_a_state_that_was_configured_differently_is_refused(
     stop_after_an_epoch: Callable[[Config, str], None],
 ) -> None:
     stop_after_an_epoch(config(), "stopped")
-    with pytest.raises(BadInput, match=r"last_epoch\.safetensors' was trained with .*0\.05.*; expected .*0\.3"):
+    with pytest.raises(BadInput, match=r"learning_rate is 0\.3; expected 0\.05, with which .*last_epoch\.safetensors"):
         extractor.run(open_run(config("extractor.learning_rate=0.3"), "stopped", resume=True))
 
 
