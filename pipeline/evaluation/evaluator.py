@@ -86,9 +86,11 @@ class Evaluator:
     def measure(self, source: ImageSource, start: int, stop: int) -> Measurements:
         """Measure the plan's images `start` to before `stop`, batch by batch."""
         found = self._new()
+        started = time.perf_counter()
         for first in range(start, stop, self.plan.batch_size):
             numbers = np.arange(first, min(first + self.plan.batch_size, stop))
             self._measure_batch(found, source.images(self.plan.indices(numbers)), numbers)
+        found["totals"].merge(Totals(seconds=time.perf_counter() - started))
         return found
 
     def _new(self) -> Measurements:

@@ -13,7 +13,7 @@ from pipeline.errors import BadInput
 
 SPLIT_IMAGES = 5000  # images in a split of the Inception score, as in ADM's evaluator
 SHUFFLE_SEED = 2020  # of the deal of images into those splits: shards may be sorted by class
-NARROW, WIDE = 512, 4096  # images per range; a range returns F x F float64, 33.5 MB at 2048 features
+NARROW, WIDE = 512, 2048  # images per range; a range returns F x F float64, 33.5 MB at 2048 features
 NARROW_FEATURES = 512
 
 

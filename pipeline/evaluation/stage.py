@@ -77,14 +77,11 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], t
     from pipeline.evaluation.results import tokenizer_results
 
     reference = _known_reference(run, bench)
-    started = time.monotonic()
     found = bench.measure("evaluate", tokenizer, originals=reference is None)
-    seconds = time.monotonic() - started
     if reference is None:
         reference = _new_reference(run, bench, found)
     pixels = run.config.data.image_size**2
     results = tokenizer_results(found, reference, bench.extractor, pixels, bench.plan)
-    results["images_per_second"] = bench.plan.count / seconds
     if "kmeans" in run.config.evaluate.baselines:
         results |= _kmeans_results(run, bench, reference, results["bits_per_image"])
     run.results = results
