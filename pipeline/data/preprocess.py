@@ -101,11 +101,10 @@ def _make_parts(run: Run, plan: Plan, work: Work) -> tuple[list[Part], float]:
 def _on_ray(ray: Any, ranges: list[Range], work: Work) -> Iterator[tuple[Part, bool]]:
     """Results of `make_part` as they come, from one Ray Data task per range."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
-    workers = work.data.num_workers or int(ray.cluster_resources()["CPU"])
     items = [{"task": json.dumps(asdict(task))} for task in ranges]
     tasks = ray.data.from_items(items, override_num_blocks=len(items))  # one block is one Ray task
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would warn that its progress bars are off
-    pool = ray.data.TaskPoolStrategy(size=workers)
+    pool = ray.data.TaskPoolStrategy(size=work.data.num_workers or None)  # None: as many as there are CPUs
     for row in tasks.map(partial(_make_row, work=work), num_cpus=1, compute=pool).iter_rows():
         yield part_from_dict(json.loads(row["part"])), row["is_new"]
 
