@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
     "tiny": (192, 4, 4, 3),
@@ -33,9 +32,10 @@ class TokenizerConfig:
     shared_codebook: bool = False  # global and patch tokens use one codebook
     commitment_weight: float = 0.25  # weight of the commitment loss (vq)
     codebook_decay: float = 0.99  # EMA decay of the codebook (vq)
-    dead_code_threshold: float = 1.0  # a code whose EMA count falls below this is re-drawn from the batch (vq)
+    dead_code_share: float = 0.2  # an entry used less than this share of the average is re-drawn from the batch (vq)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # a list when it comes from a config.json
         if self.size not in SIZES:
             raise ValueError(f"size is {self.size!r}; expected one of {', '.join(SIZES)}")
         if self.patch_size < 1 or self.image_size < 1:
@@ -59,12 +59,6 @@ class TokenizerConfig:
                 f"fsq_levels {list(self.fsq_levels)} make {math.prod(self.fsq_levels)} codes; "
                 f"expected codebook_size, {self.codebook_size}"
             )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From the values of a config.json, where tuples are lists."""
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
 
     @property
     def grid_size(self) -> int:
@@ -98,7 +92,7 @@ def read_config(folder: Path) -> TokenizerConfig:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that TaTok saved")
     try:
-        return TokenizerConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        return TokenizerConfig(**json.loads((folder / "config.json").read_text()))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"config.json in {str(folder)!r} is not a tokenizer's: {error}") from None
 

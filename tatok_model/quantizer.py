@@ -9,7 +9,7 @@ Shapes: B images, L tokens, D width, K codebook entries.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from tatok_model.config import TokenizerConfig
@@ -24,13 +24,14 @@ class VQ(nn.Module):
     def __init__(self, width: int, config: TokenizerConfig) -> None:
         super().__init__()
         self.codebook_size = config.codebook_size
+        self.dead_code_share = config.dead_code_share
         self.quantize = VectorQuantize(
             dim=width,
             codebook_size=config.codebook_size,
             codebook_dim=config.codebook_dim,
             use_cosine_sim=True,
             decay=config.codebook_decay,
-            threshold_ema_dead_code=config.dead_code_threshold,
+            threshold_ema_dead_code=config.dead_code_share,
             commitment_weight=config.commitment_weight,
             kmeans_init=True,
             # None: on exactly where torch.distributed runs (with sync_kmeans, its default, also the first codebook).
@@ -46,6 +47,8 @@ class VQ(nn.Module):
         Returns:
             (B, L, D) embeddings of the entries, with gradients to `x`; (B, L) int64 indices; scalar commitment loss.
         """
+        if self.training:
+            self._scale_threshold(tokens=x.shape[0] * x.shape[1])
         # Nearby similarities are compared: float32 under any autocast.
         with torch.autocast(x.device.type, enabled=False):
             embeddings, indices, loss = self.quantize(x.float())
@@ -54,6 +57,17 @@ class VQ(nn.Module):
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
         return self.quantize.get_output_from_indices(indices)
+
+    def _scale_threshold(self, tokens: int) -> None:
+        """Count an entry as dead by its share of the average use.
+
+        The library wants a number of uses per step. With few tokens and many entries (8 global tokens of 64 images,
+        1000 entries) the average itself is below one: a fixed number would re-draw every entry at every step.
+        """
+        world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        codebook = self.quantize._codebook
+        codebook.threshold_ema_dead_code = self.dead_code_share * tokens * world / self.codebook_size
+        codebook.reset_cluster_size = tokens * world / self.codebook_size
 
 
 class FiniteScalar(nn.Module):

@@ -12,7 +12,6 @@ token.
 Shapes: B images, H = W image side, N patch positions, M global tokens, K codebook entries, D width, P patch side.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -40,7 +39,6 @@ class TaTok(
     PyTorchModelHubMixin,
     library_name="tatok",
     tags=["image-tokenizer"],
-    coders={TokenizerConfig: (dataclasses.asdict, TokenizerConfig.from_dict)},
 ):
     """The tokenizer.
 
