@@ -1,5 +1,6 @@
 """The Makefile on machines that lack something, and on one where everything is installed."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,11 @@ def checkout(tmp_path: Path, repository: Path) -> Path:
 
 
 def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=checkout, capture_output=True, text=True, timeout=60)
+    settings = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "PIP_ARGS", "PORT")  # of a `make test` around this one
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    return subprocess.run(
+        ["make", *arguments], cwd=checkout, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 def python_that_fails_at(word: str, checkout: Path) -> str:
