@@ -5,6 +5,8 @@ No network: N patches, one codeword each, K_b = floor(2^(bits / N)) codewords fi
 Shapes: B images, N patches, P patch side, K_b codewords, V = 3 P P values of a patch.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,10 @@ def sample_patches(source: ImageSource, images: int, used: int, each: int, patch
 def _cluster(patches: np.ndarray, count: int) -> Tensor:
     """(K_b, V) float32 codewords of (patches, V), by Lloyd's algorithm from random patches."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
-    fitted = KMeans(count, init="random", n_init=1, max_iter=ITERATIONS, tol=0, random_state=SEED).fit(patches)
+    fitted = KMeans(count, init="random", n_init=1, max_iter=ITERATIONS, tol=0, random_state=SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different patches than codewords: no harm done
+        fitted.fit(patches)
     return torch.from_numpy(fitted.cluster_centers_.astype(np.float32)).clamp(0, 1)

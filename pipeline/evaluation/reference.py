@@ -104,12 +104,12 @@ def read(path: str, feature_dim: int) -> Reference:
         BadInput: it is no such file, or not of `feature_dim` features.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            wanted = ("mu", "sigma", "n", "inception_score", "meta")
-            arrays = {name: file[name] for name in wanted if name in file.files}
+        with open(path, "rb") as raw:  # np.load leaves a file open that it cannot read
+            file = np.load(raw, allow_pickle=False)
+            arrays = {name: file[name] for name in ("mu", "sigma", "n", "inception_score", "meta") if name in file}
         mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
         meta = json.loads(str(arrays["meta"])) if "meta" in arrays else None
-    except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise BadInput(
             f"reference statistics {path!r} cannot be read ({' '.join(str(error).split())}); "
             "expected an npz with mu and sigma"

@@ -1,0 +1,181 @@
+"""Which tokenizer is evaluated, and what is refused before anything is read or after it was loaded."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import Config, load_config
+from pipeline.data.shards import ShardDataset
+from pipeline.errors import BadInput
+from pipeline.evaluation import inputs, stage
+from pipeline.evaluation.inputs import load_lpips, load_tokenizer, with_tokenizer
+from tatok_model.lpips import BACKBONES
+from tatok_model.tokenizer import TaTok
+
+SHAPE = [
+    "data.image_size=16",
+    "tokenizer.patch_size=4",
+    "tokenizer.global_tokens=2",
+    "tokenizer.quantizer=fsq",
+    "tokenizer.codebook_size=16",
+    "tokenizer.fsq_levels=[4,4]",
+    "tracking.uri=",
+]  # fmt: skip - that of the made tokenizer
+
+
+@pytest.fixture
+def config(tmp_path: Path, shards: Path) -> Config:
+    return load_config("smoke", [*SHAPE, f"run.output={tmp_path}", f"data.shards={shards}"])
+
+
+def given(config: Config, section: str, **values: Any) -> Config:
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def save_trained(config: Config, tokenizer: TaTok, fingerprint: str) -> Path:
+    """What a training run with this configuration would leave."""
+    folder = Path(config.run.output) / "smoke-train"
+    tokenizer.save_pretrained(folder / "checkpoint")
+    (folder / "summary.json").write_text(json.dumps({"inputs": {"shards": {"sha256": fingerprint}}}))
+    return folder / "checkpoint"
+
+
+def test_a_tokenizer_that_was_named_is_taken(config: Config) -> None:
+    named = given(config, "tokenizer", checkpoint="/elsewhere")
+    assert with_tokenizer(named) is named
+
+
+def test_the_tokenizer_that_training_left_is_taken(config: Config, tokenizer: TaTok, heldout: ShardDataset) -> None:
+    folder = save_trained(config, tokenizer, heldout.manifest.fingerprint)
+    stage.check(config)
+    found = with_tokenizer(config)
+    assert found.tokenizer.checkpoint == str(folder)
+    loaded, sha256 = load_tokenizer(found)
+    assert len(sha256) == 64
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, tokenizer.state_dict()[name]), name
+
+
+def test_a_tokenizer_trained_on_other_shards_is_not_taken_silently(config: Config, tokenizer: TaTok) -> None:
+    save_trained(config, tokenizer, "another")
+    with pytest.raises(BadInput, match="was trained on other shards than .* expected tokenizer.checkpoint"):
+        with_tokenizer(config)
+
+
+def test_without_a_tokenizer_one_is_trained_first(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def run_nested(name: str, module: str, nested: Config) -> SimpleNamespace:
+        asked.append((name, module, nested))
+        return SimpleNamespace(folder=Path("/made"))
+
+    monkeypatch.setattr(inputs, "run_nested", run_nested)
+    assert with_tokenizer(config).tokenizer.checkpoint == "/made/checkpoint"
+    assert asked == [("train", "pipeline.training.stage", config)]
+    assert "training first" in capsys.readouterr().err
+
+
+def test_a_hub_id_that_cannot_be_had_is_bad_input(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, **options: Any) -> str:
+        raise ConnectionError(f"no way to {name}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(BadInput, match=r"'owner/name' cannot be had from the hub \(no way to owner/name\)"):
+        load_tokenizer(given(config, "tokenizer", checkpoint="owner/name"))
+
+
+def test_a_hub_model_is_checked_and_loaded(
+    config: Config, tokenizer: TaTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "download")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path / "download"))
+    from_hub = given(config, "tokenizer", checkpoint="owner/name")
+    assert load_tokenizer(from_hub)[0].config == tokenizer.config
+    with pytest.raises(BadInput, match="has global_tokens 2; expected tokenizer.global_tokens, 4"):
+        load_tokenizer(given(from_hub, "tokenizer", global_tokens=4))
+
+
+def save_alexnet(folder: Path) -> dict[str, str]:
+    """Weight files of LPIPS with AlexNet, all zeros."""
+    backbone = BACKBONES[(64, 3, 11, 11)]()
+    weights = {
+        f"features.{name}": value * 0 for name, value in torch.nn.Sequential(*backbone.layers).state_dict().items()
+    }
+    heads = {f"lin{i}.model.1.weight": torch.zeros(1, c, 1, 1) for i, c in enumerate(backbone.channels)}
+    torch.save(weights, folder / "alex.pth")
+    torch.save(heads, folder / "heads.pth")
+    return {"lpips_backbone": str(folder / "alex.pth"), "lpips_heads": str(folder / "heads.pth")}
+
+
+def test_lpips_is_loaded_when_its_weights_are_given(config: Config, tmp_path: Path) -> None:
+    assert load_lpips(config) is None
+    files = save_alexnet(tmp_path)
+    large = load_config("smoke", ["data.image_size=32"])
+    loaded = load_lpips(given(large, "evaluate", **files))
+    assert loaded is not None
+    assert loaded.backbone.name == "AlexNet"
+    with pytest.raises(BadInput, match="data.image_size is 16; expected at least 31 pixels for LPIPS with AlexNet"):
+        load_lpips(given(config, "evaluate", **files))
+
+
+def test_files_that_are_not_lpips_are_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"w")
+    files = {"lpips_backbone": str(tmp_path / "w.pth"), "lpips_heads": str(tmp_path / "w.pth")}
+    with pytest.raises(BadInput, match="evaluate.lpips_backbone and evaluate.lpips_heads: .*not a readable"):
+        load_lpips(given(config, "evaluate", **files))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.num_workers=4096"], "evaluate.num_workers is 4096, which needs 4096 CPUs"),
+        (["tracking.uri=ftp://x"], "tracking.uri is 'ftp://x'"),
+        (["data.image_size=8"], "data.image_size is 8; expected at least 11 pixels for SSIM"),
+        (["evaluate.inception_weights=/no.pth"], "evaluate.inception_weights '/no.pth' does not exist"),
+        (["evaluate.reference=/no.npz"], "evaluate.reference '/no.npz' does not exist"),
+        (["evaluate.lpips_backbone=/no", "evaluate.lpips_heads=/no"], "evaluate.lpips_backbone '/no' does not exist"),
+        (["tokenizer.checkpoint=/no"], "tokenizer.checkpoint '/no' does not exist"),
+        (["data.source=/no"], "data.source '/no' does not exist"),
+        (["data.shards=/no"], "'/no' holds no manifest.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    config = load_config("smoke", [f"run.output={tmp_path}", "tracking.uri=", *overrides])
+    with pytest.raises(BadInput, match=message):
+        stage.check(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_of_another_architecture_or_image_size_is_refused(
+    config: Config, tokenizer: TaTok, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "made")
+    named = given(config, "tokenizer", checkpoint=str(tmp_path / "made"))
+    stage.check(named)
+    with pytest.raises(BadInput, match="has global_tokens 2; expected tokenizer.global_tokens, 5"):
+        stage.check(given(named, "tokenizer", global_tokens=5))
+    other = load_config("smoke", [f"data.shards={config.data.shards}", "tracking.uri="])
+    with pytest.raises(BadInput, match="were made for image size 16; expected data.image_size, 32"):
+        stage.check(replace(other, run=config.run))
+
+
+def test_checking_loads_neither_torch_nor_ray(run_python: Any, shards: Path) -> None:
+    code = f"""
+import sys
+from pipeline.config import load_config
+from pipeline.evaluation import stage
+stage.check(load_config("smoke", ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}"]))
+assert stage.default_name(load_config("smoke")) == "smoke-evaluate"
+assert not {{"torch", "ray", "mlflow", "sklearn"}} & set(sys.modules), sorted(sys.modules)
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
