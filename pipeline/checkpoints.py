@@ -150,7 +150,7 @@ def _steps(folder: Path) -> list[Path]:
 
 def _verified(path: Path) -> Checkpoint:
     record = json.loads((path / RECORD).read_text())
-    if record.get("format") != FORMAT or record.get("version") != VERSION:
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise ValueError(f"its {RECORD} is not of format {FORMAT} version {VERSION}")
     for name, checksum in record["sha256"].items():
         if sha256_file(path / name) != checksum:

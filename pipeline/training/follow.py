@@ -57,7 +57,9 @@ class Follower:
         for name in sorted(self._all_pictures() - self._pictures):
             self._pictures.add(name)
             step = int(name.removeprefix("step-").removesuffix(".png"))
-            self.tracker.picture(self.run.folder / "pictures" / name, "reconstructions", step)
+            path = self.run.folder / "pictures" / name
+            self.tracker.picture(path, "validation/reconstructions", step)
+            self.tracker.artifact(path, "pictures")
 
     def _newest_checkpoint(self) -> str:
         return max((path.name for path in (self.run.folder / "checkpoints").glob("step-*")), default="")

@@ -16,7 +16,7 @@ from pipeline import checkpoints
 from pipeline.checkpoints import check_same_architecture
 from pipeline.config import Config
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import Stopped
+from pipeline.errors import BadInput, Stopped
 from pipeline.grids import save_rows
 from pipeline.progress import Progress, say
 from pipeline.run import Run
@@ -181,7 +181,13 @@ def uses_bf16(config: Config, device: torch.device) -> bool:
 
 
 def pick_device(config: Config) -> torch.device:
-    """The configured device; `auto` is a GPU where there is one."""
+    """The configured device; `auto` is a GPU where there is one.
+
+    Raises:
+        BadInput: a GPU is wanted where there is none.
+    """
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("train.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
     if config.train.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.train.device)

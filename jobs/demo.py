@@ -1,0 +1,12 @@
+"""Walk every stage on photographs that ship inside scikit-image.
+
+    make demo
+    python jobs/demo.py
+
+Ends with a table, a picture of originals over reconstructions, and how to open the MLflow UI on the runs.
+"""
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main("demo", "pipeline.demo", __doc__)

@@ -1,0 +1,49 @@
+"""The stage behind `make demo`: every stage on photographs that ship inside scikit-image, in minutes on two CPU cores."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.evaluation import stage as evaluation
+from pipeline.job import run_nested
+from pipeline.progress import say
+from pipeline.run import Run
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made; see the check of evaluation, the last stage."""
+    evaluation.check(_inside(config, default_name(config)))
+
+
+def default_name(config: Config) -> str:
+    """`demo-1`, or the next number that is free: the demo can be run again and again."""
+    output = Path(config.run.output)
+    number = 1
+    while (output / f"{config.preset}-{number}").exists():
+        number += 1
+    return f"{config.preset}-{number}"
+
+
+def run(run: Run) -> None:
+    """Preprocess and train, then evaluate; the runs of the stages lie inside this run's folder."""
+    started = time.monotonic()
+    config = _inside(run.config, run.folder.name)
+    for stage, module in (("train", "pipeline.training.stage"), ("evaluate", "pipeline.evaluation.stage")):
+        say(f"\n== {stage} ==")
+        done = run_nested(stage, module, config)
+        run.results |= {f"{stage}_{name}": value for name, value in done.results.items()}
+        run.outputs |= {f"{stage}_{name}": path for name, path in done.outputs.items()}
+    run.results["seconds"] = time.monotonic() - started
+    say(
+        f"\nThe demo took {run.results['seconds']:.0f} s.\n"
+        f"Originals over reconstructions:  {run.outputs['evaluate_reconstructions']}\n"
+        "Curves, parameters and pictures:  make ui\n"
+        "Your own pictures:  .venv/bin/python jobs/train.py demo data.source=FOLDER run.name=mine"
+    )
+
+
+def _inside(config: Config, name: str) -> Config:
+    """The configuration of the stages: their run folders lie inside the demo's."""
+    output = str(Path(config.run.output) / name)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output=output, name=""))

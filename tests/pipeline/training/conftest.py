@@ -1,0 +1,83 @@
+"""A tiny training run: 32-pixel pictures of two colours, 16 codes, one or two dozen steps."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import Config, config_from_dict
+from pipeline.data.manifest import Manifest, Split, fingerprint
+from pipeline.data.writer import ShardWriter
+
+
+def picture(number: int) -> bytes:
+    """A smooth picture that differs from the others."""
+    y, x = np.mgrid[0:32, 0:32] / 32
+    phase = np.array([0.3, 1.1, 2.3]) * (number + 1)
+    values = 127 + 100 * np.sin(6.28 * (x[..., None] * (1 + number % 3) + y[..., None]) + phase)
+    file = io.BytesIO()
+    Image.fromarray(values.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_split(folder: Path, split: str, numbers: range) -> Split:
+    with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
+        for n in numbers:
+            size = {"height": 32, "width": 32}
+            writer.add({"id": f"{n}.png", "image": picture(n), **size, "label": -1, "label_name": ""})
+    return Split(len(numbers), (writer.shard,))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "shards").mkdir()
+    splits = {
+        "train": write_split(folder, "train", range(24)),
+        "heldout": write_split(folder, "heldout", range(24, 32)),
+    }
+    manifest = Manifest(32, {}, "made", (), splits, 0, fingerprint(splits))
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def configure(shards, tmp_path):
+    """`configure(train={"max_steps": 5})`: the tiny configuration with changes by section."""
+
+    def make(**sections) -> Config:
+        values = {
+            "run": {"output": str(tmp_path)},
+            "data": {"shards": str(shards)},
+            "tokenizer": {"patch_size": 8, "global_tokens": 2, "codebook_size": 16, "codebook_dim": 4},
+            "train": {
+                "max_steps": 8, "global_batch_size": 8, "warmup_steps": 2, "log_every": 2, "validate_every": 4,
+                "validation_images": 8, "checkpoint_every": 4, "grid_images": 2,
+            },
+            "tracking": {"uri": ""},
+        }  # fmt: skip
+        for name, changes in sections.items():
+            values[name] = {**values.get(name, {}), **changes}
+        return config_from_dict(values)
+
+    return make
+
+
+@pytest.fixture
+def run_training():
+    """`run_training(config, name)` trains in this process; returns the closed run."""
+    from pipeline.run import Run
+    from pipeline.training import stage
+
+    def train(config: Config, name: str, resume: bool = False) -> Run:
+        run = Run.open("train", config, name, resume)
+        try:
+            stage.run(run)
+        finally:
+            run.close()
+        return run
+
+    return train

@@ -1,0 +1,218 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import checkpoints
+from pipeline.config import load_config
+from pipeline.errors import BadInput, Stopped
+from pipeline.run import Run
+from pipeline.training import stage
+from pipeline.training.state import TrainState
+from tatok_model import TaTok
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return load_file(run.folder / "checkpoint" / "model.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def trained(configure, run_training):
+    return run_training(configure(), "whole")
+
+
+def test_a_run_leaves_a_tokenizer_metrics_and_pictures(trained):
+    assert TaTok.from_pretrained(trained.folder / "checkpoint").config.codebook_size == 16
+    names = {name for line in lines(trained) for name in line["metrics"]}
+    assert {"train/loss", "train/l2", "train/images_per_second", "codebook/usage_patch"} <= names
+    assert {"validation/psnr", "validation/rfd_compact_cifar10", "validation/codebook_perplexity"} <= names
+    assert sorted(path.name for path in (trained.folder / "pictures").iterdir()) == [
+        "step-00000004.png",
+        "step-00000008.png",
+    ]
+    assert trained.results["images_seen"] == 64
+    assert trained.results["validation_psnr"] > 5
+
+
+def test_the_last_validation_is_of_the_exported_weights(trained, shards):
+    from pipeline.data.shards import ShardDataset
+    from tatok_model.metrics.images import psnr, to_uint8
+
+    images = torch.from_numpy(ShardDataset(shards, "heldout").images(range(8))).permute(0, 3, 1, 2)
+    model = TaTok.from_pretrained(trained.folder / "checkpoint")
+    measured = psnr(images, to_uint8(model.reconstruct(images))).mean()
+    assert float(measured) == pytest.approx(trained.results["validation_psnr"], abs=1e-3)
+
+
+def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(trained, configure, run_training):
+    with pytest.raises(Stopped, match="max_minutes are over after step 1"):
+        run_training(configure(train={"max_minutes": 1e-9}), "broken")
+    resumed = run_training(configure(), "broken", resume=True)
+    assert equal(weights(resumed), weights(trained))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_logs_each_step_once(trained, configure, run_training):
+    killed = run_training(configure(train={"max_steps": 8, "checkpoint_every": 4, "keep_checkpoints": 9}), "killed")
+    for gone in ("checkpoint", "checkpoints/step-00000008"):  # as if SIGKILL had come after step 7
+        for path in (killed.folder / gone).iterdir():
+            path.unlink()
+        (killed.folder / gone).rmdir()
+    resumed = run_training(configure(), "killed", resume=True)
+    assert equal(weights(resumed), weights(trained))
+    steps = [line["step"] for line in lines(resumed) if "train/loss" in line["metrics"]]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_accumulated_micro_batches_take_the_step_of_one_large_batch(configure, run_training):
+    fsq = {"quantizer": "fsq", "fsq_levels": (4, 4), "codebook_size": 16}  # no codebook that sees each micro-batch
+    one = run_training(configure(tokenizer=fsq, train={"max_steps": 3}), "one")
+    four = run_training(configure(tokenizer=fsq, train={"max_steps": 3, "accumulation": 4}), "four")
+    for name, value in weights(one).items():
+        torch.testing.assert_close(value, weights(four)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_fine_tuning_starts_from_the_checkpoint(trained, configure):
+    config = configure(tokenizer={"checkpoint": str(trained.folder)})
+    from pipeline.training.worker import _starting_state
+
+    state = _starting_state(config, trained.folder.parent / "none", torch.device("cpu"))
+    assert state.step == 0
+    assert equal(state.model.state_dict(), weights(trained))
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [{"global_tokens": 0}, {"patch_tokens": False}], ids=["patch_only", "global_only"]
+)
+def test_the_controls_train(tokenizer, configure, run_training):
+    run = run_training(configure(tokenizer=tokenizer, train={"max_steps": 2}), "control")
+    assert run.results["steps"] == 2
+
+
+def test_an_adversarial_term_joins_at_its_step_and_survives_resuming(configure, run_training):
+    losses = {"gan": 0.1, "gan_start_step": 4}
+    whole = run_training(configure(losses=losses), "whole-gan")
+    with pytest.raises(Stopped):
+        run_training(configure(losses=losses, train={"max_minutes": 1e-9}), "gan")
+    run = run_training(configure(losses=losses), "gan", resume=True)
+    with_term = [line["step"] for line in lines(run) if "train/discriminator" in line["metrics"]]
+    assert with_term == [6, 8]
+    assert equal(weights(run), weights(whole))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(configure, run_training, monkeypatch):
+    nan = lambda self, one, other: {"l2": (other * float("nan")).sum()}  # noqa: E731
+    monkeypatch.setattr("tatok_model.losses.ReconstructionLoss.forward", nan)
+    with pytest.raises(FloatingPointError, match="the loss is nan; expected a number"):
+        run_training(configure(), "nan")
+
+
+def test_a_wish_to_stop_saves_a_checkpoint(configure):
+    run = Run.open("train", configure(train={"max_steps": 100000, "checkpoint_every": 0}), "stopped", resume=False)
+    run.request_stop()
+    with pytest.raises(Stopped, match="go on with --resume"):
+        stage.run(run)
+    run.close()
+    newest = checkpoints.latest(run.folder / "checkpoints")
+    assert newest is not None
+    assert newest.step == newest.record["samples_seen"] / 8
+    assert not (run.folder / "stop").exists()
+
+
+def test_the_state_survives_a_round_trip(configure, tmp_path):
+    state = TrainState(configure(losses={"gan": 1.0}), torch.device("cpu"))
+    output = state.model(torch.rand(4, 3, 32, 32))
+    output.images.mean().backward()
+    state.optimizer.step()
+    state.step = 5
+    checkpoints.save(tmp_path, 5, state.average, state.tensors(), keep=1)
+    other = TrainState(dataclasses.replace(state.config), torch.device("cpu"))
+    other.load(checkpoints.latest(tmp_path))
+    assert other.step == 5
+    assert equal(other.tensors(), state.tensors())
+    assert equal(other.average.state_dict(), state.average.state_dict())
+
+
+def test_empty_splits_are_refused(configure, shards, tmp_path):
+    from pipeline.data.manifest import Split, fingerprint, read_manifest
+
+    manifest = read_manifest(shards)
+    splits = {**manifest.splits, "heldout": Split(0, ())}
+    values = dataclasses.replace(manifest, splits=splits, fingerprint=fingerprint(splits)).to_dict()
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    run = Run.open("train", configure(data={"shards": str(tmp_path)}), "empty", resume=False)
+    with pytest.raises(BadInput, match="expected some in both splits"):
+        stage.run(run)
+    run.close()
+
+
+def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        stage.export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"num_workers": 512, "global_batch_size": 512}}, r"train\.num_workers is 512.*expected at most"),
+        ({"data": {"image_size": 64}}, "made for image size 32; expected data.image_size, 64"),
+        ({"data": {"shards": "/nowhere"}}, "holds no manifest.json"),
+        ({"data": {"shards": "", "source": "/nowhere"}}, "/nowhere.* does not exist"),
+        ({"data": {"shards": ""}}, "data.source"),
+        ({"tokenizer": {"checkpoint": "/nowhere"}}, "'/nowhere' does not exist"),
+        ({"tracking": {"uri": "file:///tmp/x"}}, "tracking.uri"),
+        (
+            {"losses": {"perceptual": 1, "perceptual_backbone": "/no", "perceptual_heads": "/no"}},
+            "'/no' does not exist; expected a file of weights",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(changes, message, configure):
+    with pytest.raises(BadInput, match=message):
+        stage.check(configure(**changes))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(trained, configure):
+    config = configure(tokenizer={"checkpoint": str(trained.folder), "global_tokens": 3})
+    with pytest.raises(BadInput, match=r"has global_tokens 2; expected tokenizer\.global_tokens, 3"):
+        stage.check(config)
+
+
+def test_a_gpu_that_is_not_there_is_refused(configure, monkeypatch):
+    from pipeline.training.worker import pick_device
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert pick_device(configure()).type == "cpu"
+    with pytest.raises(BadInput, match=r"train\.device is 'cuda'; expected cpu or auto"):
+        pick_device(configure(train={"device": "cuda"}))
+
+
+def test_the_default_name_says_preset_and_stage():
+    assert stage.default_name(load_config("smoke")) == "smoke-train"
+
+
+def test_the_loop_runs_without_ray_and_mlflow(run_python, configure, tmp_path):
+    config = configure(train={"max_steps": 2})
+    code = f"""
+import sys
+for name in ("ray", "mlflow"): sys.modules[name] = None
+from pathlib import Path
+from pipeline.config import config_from_dict
+from pipeline.run import Run
+from pipeline.training import stage
+config = config_from_dict({config.to_dict()!r})
+run = Run.open("train", config, "bare", resume=False)
+stage.run(run)
+print(int(run.results["steps"]))
+"""
+    found = run_python(code)
+    assert found.stdout.strip().endswith("2"), found.stderr
