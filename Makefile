@@ -46,6 +46,7 @@ format: $(INSTALLED)  ## format the code and repair what ruff can
 	$(BIN)/ruff format
 
 ui: $(INSTALLED)  ## MLflow on this checkout's runs, for this machine only (PORT=5000)
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (Ctrl-C ends the server)"
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///mlflow.db
 
 lock:  ## resolve the dependencies afresh and write requirements.lock

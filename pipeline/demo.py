@@ -1,4 +1,4 @@
-"""The stage behind `make demo`: every stage on photographs that ship inside scikit-image, in minutes on two CPU cores."""
+"""The stage behind `make demo`: every stage on photographs that ship inside scikit-image, in minutes on two cores."""
 
 import dataclasses
 import time

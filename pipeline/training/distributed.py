@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -30,6 +30,15 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of every worker's tensor, on every worker."""
+    if not active():
+        return tensor
+    summed = tensor.detach().clone()
+    distributed.all_reduce(summed)
+    return summed
 
 
 def any_true(value: bool, device: torch.device) -> bool:

@@ -91,12 +91,13 @@ class Meter:
                 self._counts[kind] = self._counts[kind] + counts if kind in self._counts else counts
 
     def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of this stretch by their logged names.
+        """Metrics of this stretch by their logged names, over all workers; every worker has to ask.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        metrics = {f"train/{name}": float(value) for name, value in terms.items()}
+        values = distributed.total(torch.stack([value.float() for value in terms.values()])) / distributed.world_size()
+        metrics = {f"train/{name}": float(value) for name, value in zip(terms, values, strict=True)}
         if not math.isfinite(metrics["train/loss"]):
             raise FloatingPointError(
                 f"the loss is {metrics['train/loss']}; expected a number: try a lower learning rate"
@@ -104,7 +105,7 @@ class Meter:
         metrics["train/learning_rate"] = self._optimizer.param_groups[0]["lr"]
         metrics["train/images_per_second"] = self.images / max(self._seconds, 1e-9)
         for kind, counts in self._counts.items():
-            usage = CodeUsage.from_arrays({"counts": counts.cpu().numpy()})
+            usage = CodeUsage.from_arrays({"counts": distributed.total(counts).cpu().numpy()})
             metrics[f"codebook/usage_{kind}"] = usage.usage
             metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
         return metrics

@@ -23,25 +23,38 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def write_split(folder: Path, split: str, numbers: range) -> Split:
+def write_split(folder: Path, split: str, pictures: list[bytes]) -> Split:
     with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
-        for n in numbers:
+        for number, data in enumerate(pictures):
             size = {"height": 32, "width": 32}
-            writer.add({"id": f"{n}.png", "image": picture(n), **size, "label": -1, "label_name": ""})
-    return Split(len(numbers), (writer.shard,))
+            writer.add({"id": f"{number}.png", "image": data, **size, "label": -1, "label_name": ""})
+    return Split(len(pictures), (writer.shard,))
+
+
+def write_shards(folder: Path, train: list[bytes], heldout: list[bytes]) -> Path:
+    (folder / "shards").mkdir()
+    splits = {"train": write_split(folder, "train", train), "heldout": write_split(folder, "heldout", heldout)}
+    manifest = Manifest(32, {}, "made", (), splits, 0, fingerprint(splits))
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    (folder / "shards").mkdir()
-    splits = {
-        "train": write_split(folder, "train", range(24)),
-        "heldout": write_split(folder, "heldout", range(24, 32)),
-    }
-    manifest = Manifest(32, {}, "made", (), splits, 0, fingerprint(splits))
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
-    return folder
+    pictures = [picture(number) for number in range(32)]
+    return write_shards(tmp_path_factory.mktemp("shards"), pictures[:24], pictures[24:])
+
+
+@pytest.fixture
+def four_photographs(tmp_path) -> Path:
+    """Shards with the same four tiles of photographs in both splits."""
+    from pipeline.samples import list_tiles, read_tile
+
+    names = list_tiles(32)
+    tiles = [read_tile(name, 32) for name in names[:: len(names) // 4][:4]]
+    folder = tmp_path / "four"
+    folder.mkdir()
+    return write_shards(folder, tiles, tiles)
 
 
 @pytest.fixture
