@@ -121,7 +121,7 @@ class Evaluator:
         self._add_features(found, "", pictures, numbers)
         if self.originals:
             self._add_features(found, "original_", images, numbers)
-        found["quality"].update(images.cpu(), pictures.cpu())
+        found["quality"].update(images, pictures)
         for kind, indices in (("global", tokens.global_indices), ("patch", tokens.patch_indices[tokens.kept_mask])):
             if f"codes_{kind}" in found:
                 found[f"codes_{kind}"].update(indices)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoints import check_architecture
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
+from pipeline.data import preprocess
 from pipeline.data.manifest import check_shards, read_manifest
 from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import load_tokenizer, with_tokenizer, with_trained
@@ -49,7 +50,7 @@ def check(config: Config) -> None:
     if config.data.shards:
         check_shards(config)
     else:
-        training.preprocess.check(config)
+        preprocess.check(config)
 
 
 def default_name(config: Config) -> str:
@@ -176,7 +177,7 @@ def _draw(run: Run, bench: "Bench", found: "Measurements", tracker: Tracker) -> 
     """Originals over reconstructions."""
     from pipeline.grids import save_rows
 
-    originals = bench.pictures.images(bench.plan.indices(bench.plan.shown()))
+    originals = bench.pictures.images(bench.plan.indices(bench.plan.shown()).tolist())
     path = run.folder / "pictures" / "reconstructions.png"
     save_rows(path, [originals, found["pictures"].images])
     run.outputs["reconstructions"] = str(path)

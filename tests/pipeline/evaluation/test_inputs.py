@@ -23,9 +23,10 @@ SHAPE = [
     "tokenizer.global_tokens=2",
     "tokenizer.quantizer=fsq",
     "tokenizer.codebook_size=16",
+    "tokenizer.codebook_dim=16",
     "tokenizer.fsq_levels=[4,4]",
     "tracking.uri=",
-]  # fmt: skip - that of the made tokenizer
+]  # that of the made tokenizer
 
 
 @pytest.fixture
