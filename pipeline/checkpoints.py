@@ -97,6 +97,12 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def find(path: str) -> Path:
     """The folder that `tokenizer.checkpoint` means: a checkpoint, or the run folder of a training that ended.
 

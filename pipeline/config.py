@@ -108,10 +108,12 @@ class TrainConfig:
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16")
-        for name in ("max_steps", "global_batch_size", "accumulation", "log_every", "keep_checkpoints"):
+        for name in (
+            "max_steps", "global_batch_size", "accumulation", "log_every", "keep_checkpoints", "validation_images",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
-            "max_minutes", "warmup_steps", "weight_decay", "clip_norm", "validate_every", "validation_images",
+            "max_minutes", "warmup_steps", "weight_decay", "clip_norm", "validate_every",
             "grid_images", "checkpoint_every", "max_failures", "min_learning_rate",
         ):  # fmt: skip
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

@@ -37,7 +37,7 @@ def run(run: Run) -> None:
     run.results["seconds"] = time.monotonic() - started
     say(
         f"\nThe demo took {run.results['seconds']:.0f} s.\n"
-        f"Originals over reconstructions:  {run.outputs['evaluate_reconstructions']}\n"
+        f"Originals over reconstructions:  {run.outputs.get('evaluate_reconstructions', 'none drawn')}\n"
         "Curves, parameters and pictures:  make ui\n"
         "Your own pictures:  .venv/bin/python jobs/train.py demo data.source=FOLDER run.name=mine"
     )

@@ -30,7 +30,7 @@ class TokenizerConfig:
     codebook_dim: int = 16  # width of a code vector (vq)
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)  # levels per dimension (fsq)
     shared_codebook: bool = False  # global and patch tokens use one codebook
-    commitment_weight: float = 0.25  # weight of the commitment loss (vq)
+    commitment_weight: float = 0.1  # weight of the commitment loss (vq)
     codebook_decay: float = 0.99  # EMA decay of the codebook (vq)
     dead_code_share: float = 0.2  # an entry used less than this share of the average is re-drawn from the batch (vq)
 

@@ -77,10 +77,16 @@ class LeCam(nn.Module):
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
 
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Scalar penalty for scores of any shape; updates the running means."""
-        with torch.no_grad():
-            self.real_mean.lerp_(real.float().mean(), 1 - self.decay)
-            self.fake_mean.lerp_(fake.float().mean(), 1 - self.decay)
+    def forward(self, real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
+        """Scalar penalty for scores; updates the running means.
+
+        Args:
+            real: scores of originals, any shape.
+            fake: scores of reconstructions, any shape.
+            real_mean: scalar mean of `real` over all workers.
+            fake_mean: scalar mean of `fake` over all workers.
+        """
+        self.real_mean.lerp_(real_mean.detach(), 1 - self.decay)
+        self.fake_mean.lerp_(fake_mean.detach(), 1 - self.decay)
         towards_fake = torch.relu(real - self.fake_mean).square().mean()
         return towards_fake + torch.relu(self.real_mean - fake).square().mean()

@@ -33,9 +33,11 @@ class VQ(nn.Module):
             decay=config.codebook_decay,
             threshold_ema_dead_code=config.dead_code_share,
             commitment_weight=config.commitment_weight,
-            kmeans_init=True,
-            # None: on exactly where torch.distributed runs (with sync_kmeans, its default, also the first codebook).
-            sync_codebook=None,
+            rotation_trick=True,  # gradients are rotated along with the vector, arXiv 2410.06424
+            # The first codebook is random: one made of the first batch is no better after some hundred steps and would
+            # depend on the number of workers.
+            kmeans_init=False,
+            sync_codebook=None,  # on exactly where torch.distributed runs
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

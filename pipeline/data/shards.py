@@ -23,7 +23,7 @@ from pipeline.errors import BadInput
 
 MEMORY_BYTES = 512 * 2**20  # splits up to this size are kept in memory
 ROW_GROUP_ROWS = 64  # small, because one row group is the least that random access reads
-CACHED_GROUPS = 16  # row groups kept of a split that is not in memory
+CACHED_GROUPS = 128  # row groups kept of a split that is not in memory: two windows of training's order
 SCHEMA = pa.schema(
     {
         "id": pa.string(),

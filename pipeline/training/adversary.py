@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.training import distributed
 from tatok_model.discriminator import Discriminator
 from tatok_model.losses import hinge_discriminator_loss, hinge_generator_loss
 
@@ -49,7 +50,8 @@ class Adversary:
             scores = self._wrapped(torch.cat([originals, pictures.clamp(0, 1)]))
         real, fake = scores.float().chunk(2)
         loss = hinge_discriminator_loss(real, fake)
-        penalty = self.config.lecam * self.network.lecam(real, fake)
+        means = distributed.total(torch.stack([real.detach().mean(), fake.detach().mean()])) / distributed.world_size()
+        penalty = self.config.lecam * self.network.lecam(real, fake, *means)
         (loss + penalty).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker
-from pipeline.training.worker import STOP_FILE
+from pipeline.training.recorder import STOP_FILE
 
 SECONDS = 0.5  # between looks
 
@@ -25,9 +26,12 @@ def followed(run: Run, tracker: Tracker) -> Iterator[None]:
 
     def follow() -> None:
         while not ended.wait(SECONDS):
-            if run.should_stop:
-                stop_file.touch()
-            follower.look()
+            try:
+                if run.should_stop:
+                    stop_file.touch()
+                follower.look()
+            except OSError as error:  # a full or slow disk must not end the only thread that hears a stop
+                say(f"following the run: {error}")
 
     thread = threading.Thread(target=follow, daemon=True, name="follow")
     thread.start()

@@ -41,6 +41,8 @@ def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Ho
     state = objective.state
     meter = Meter(state, config)
     deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else float("inf")
+    if state.step >= config.max_steps:  # ended before, but not yet exported
+        hooks.validate(state)
     for batch in batches.between(state.step, config.max_steps):
         terms, tokens = objective.step(batch.images)
         meter.add(tokens)
@@ -50,12 +52,13 @@ def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Ho
             hooks.log(metrics, state.step)
             hooks.advance(meter.images, metrics["train/loss"])
             meter.reset()
-        if _due(state.step, config.validate_every) or done:
-            hooks.validate(state)
-            meter.restart_clock()
         reason = "" if done else _stop_reason(hooks, state.step, batches.world, deadline, objective.device)
         if _due(state.step, config.checkpoint_every) or done or reason:
+            check_finite(float(distributed.total(terms["loss"])))
             hooks.save(state)
+            meter.restart_clock()
+        if _due(state.step, config.validate_every) or done:
+            hooks.validate(state)
             meter.restart_clock()
         if reason:
             raise Stopped(f"{reason} after step {state.step}; go on with --resume")
@@ -80,15 +83,18 @@ class Meter:
         self._counted = time.perf_counter()
 
     def add(self, tokens: Tokens) -> None:
-        """Count one step. Counts stay on the device: reading them every step would make it wait."""
+        """Count one step. Counts stay on the device, without a look at them: it would have to wait."""
         now = time.perf_counter()
         self._seconds += now - self._counted
         self._counted = now
         self.images += self._config.global_batch_size
-        for kind, indices in (("global", tokens.global_indices), ("patch", tokens.patch_indices[tokens.kept_mask])):
-            if indices.numel():
-                counts = torch.bincount(indices.flatten(), minlength=self._codes)
-                self._counts[kind] = self._counts[kind] + counts if kind in self._counts else counts
+        everything = torch.ones_like(tokens.global_indices)
+        for kind, indices, kept in (
+            ("global", tokens.global_indices, everything),
+            ("patch", tokens.patch_indices, tokens.kept_mask.long()),
+        ):
+            counts = self._counts.setdefault(kind, indices.new_zeros(self._codes))
+            counts.scatter_add_(0, indices.flatten(), kept.flatten())
 
     def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of this stretch by their logged names, over all workers; every worker has to ask.
@@ -98,17 +104,25 @@ class Meter:
         """
         values = distributed.total(torch.stack([value.float() for value in terms.values()])) / distributed.world_size()
         metrics = {f"train/{name}": float(value) for name, value in zip(terms, values, strict=True)}
-        if not math.isfinite(metrics["train/loss"]):
-            raise FloatingPointError(
-                f"the loss is {metrics['train/loss']}; expected a number: try a lower learning rate"
-            )
+        check_finite(metrics["train/loss"])
         metrics["train/learning_rate"] = self._optimizer.param_groups[0]["lr"]
         metrics["train/images_per_second"] = self.images / max(self._seconds, 1e-9)
         for kind, counts in self._counts.items():
             usage = CodeUsage.from_arrays({"counts": distributed.total(counts).cpu().numpy()})
-            metrics[f"codebook/usage_{kind}"] = usage.usage
-            metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
+            if usage.counts.sum():
+                metrics[f"codebook/usage_{kind}"] = usage.usage
+                metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
         return metrics
+
+
+def check_finite(loss: float) -> None:
+    """A loss that is no number would spoil the weights and then every checkpoint.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}; expected a number: try a lower learning rate")
 
 
 def _due(step: int, every: int) -> bool:

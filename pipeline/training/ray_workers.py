@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cluster import connect
 from pipeline.config import Config, config_from_dict
+from pipeline.errors import BadInput
 from pipeline.run import Run
 
 
@@ -18,11 +19,12 @@ def run_workers(run: Run) -> dict[str, Any]:
     A worker that dies takes the others down; Ray starts all again, at most `train.max_failures` times, and they go on
     from the newest checkpoint in the run folder, which every node has to see.
     """
-    connect()
+    ray = connect()
+    train = run.config.train
+    check_resources(ray.cluster_resources(), run.config)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    train = run.config.train
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": run.config.to_dict(), "folder": str(run.folder)},
@@ -39,6 +41,10 @@ def run_workers(run: Run) -> dict[str, Any]:
         ),
     )
     outcome: dict[str, Any] = _fit(trainer).return_value
+    if outcome.get("bad_input"):
+        raise BadInput(outcome["bad_input"])
+    if outcome.get("not_finite"):
+        raise FloatingPointError(outcome["not_finite"])
     return outcome
 
 
@@ -54,6 +60,24 @@ def _fit(trainer: Any) -> Any:
 
     threading.Thread(target=fit, daemon=True, name="ray-train").start()
     return result.result()
+
+
+def check_resources(resources: dict[str, float], config: Config) -> None:
+    """Refuse what Ray would wait for without end.
+
+    Raises:
+        BadInput: more CPUs or GPUs are asked for than the cluster has.
+    """
+    train = config.train
+    wanted = {"CPU": train.num_workers * train.cpus_per_worker}
+    if train.device == "cuda":
+        wanted["GPU"] = train.num_workers
+    for kind, count in wanted.items():
+        if count > resources.get(kind, 0):
+            raise BadInput(
+                f"train.num_workers is {train.num_workers}, which needs {count:g} {kind}s; "
+                f"expected at most what the cluster has, {resources.get(kind, 0):g}"
+            )
 
 
 def _use_gpu(config: Config) -> bool:
@@ -75,7 +99,13 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
     config = config_from_dict(values["config"])
     run = Run("train", config, Path(values["folder"]), command=["ray-train-worker"])
     device = ray.train.torch.get_device()
-    return work(run, device, _for_workers(compiled(config)), report=ray.train.report)
+    try:
+        return work(run, device, _for_workers(compiled(config)), report=ray.train.report)
+    # Both come to all workers alike, and starting again would not help: the driver raises them.
+    except BadInput as error:
+        return {"bad_input": str(error)}
+    except FloatingPointError as error:
+        return {"not_finite": str(error)}
 
 
 def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -5,16 +5,19 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.checkpoints import check_architecture, latest
+from pipeline.checkpoints import check_architecture, find, is_hub_id, latest
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data import preprocess
 from pipeline.data.manifest import check_shards, read_manifest
 from pipeline.errors import BadInput, Stopped
 from pipeline.job import run_nested
+from pipeline.paths import sha256_file
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker, check_tracking
+
+SMALLEST = 11  # pixels a side: the window of SSIM, which validation measures
 
 
 def check(config: Config) -> None:
@@ -27,6 +30,8 @@ def check(config: Config) -> None:
     check_cpus("train.num_workers", config.train.num_workers, config.train.cpus_per_worker)
     check_tracking(config)
     check_architecture(config)
+    if config.data.image_size < SMALLEST:
+        raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels for SSIM")
     for key in ("perceptual_backbone", "perceptual_heads"):
         path = getattr(config.losses, key)
         if path and not Path(path).is_file():
@@ -48,7 +53,7 @@ def run(run: Run) -> None:
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
     if run.config.tokenizer.checkpoint:
-        run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": ""}
+        run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": _sha256(run.config)}
     if manifest.splits["train"].rows == 0 or manifest.splits["heldout"].rows == 0:
         rows = {name: split.rows for name, split in manifest.splits.items()}
         raise BadInput(f"shards {run.config.data.shards!r} hold {rows} pictures; expected some in both splits")
@@ -63,6 +68,12 @@ def with_shards(config: Config) -> Config:
     say("data.shards is empty: preprocessing data.source first")
     made = run_nested("preprocess", "pipeline.data.preprocess", config)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=str(made.folder)))
+
+
+def _sha256(config: Config) -> str:
+    """Of the weights that training starts from; '' for those of the hub, which are not here yet."""
+    path = config.tokenizer.checkpoint
+    return "" if is_hub_id(path) else sha256_file(find(path) / "model.safetensors")
 
 
 def _train(run: Run, tracker: Tracker) -> None:

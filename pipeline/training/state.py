@@ -19,6 +19,7 @@ class TrainState:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config = config
         self.step = 0
+        self.seconds = 0.0  # spent by earlier attempts
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         self.model = TaTok(config.tokenizer.architecture()).to(device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -30,6 +31,7 @@ class TrainState:
         self.model.load_state_dict(weights.state_dict())
         self.average.load_state_dict(weights.state_dict())
 
+    @torch.no_grad()
     def update_average(self) -> None:
         """Move the average towards the model; early steps count more, so that it forgets the start."""
         decay = min(self.config.train.ema_decay, (1 + self.step) / (10 + self.step))
@@ -57,6 +59,7 @@ class TrainState:
             self.adversary.network.load_state_dict(_under("discriminator", found))
             _load_optimizer(self.adversary.optimizer, _under("discriminator_optimizer", found))
         self.step = checkpoint.step
+        self.seconds = float(checkpoint.record.get("seconds", 0.0))
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

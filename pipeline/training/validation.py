@@ -42,22 +42,26 @@ class Validator:
         keep_originals = self._originals is None
         originals = FeatureStatistics(self.extractor.feature_dim)
         reconstructed = FeatureStatistics(self.extractor.feature_dim)
-        quality, usage = ImageQuality(), CodeUsage(model.config.codebook_size)
+        quality = ImageQuality()
+        usage = {kind: CodeUsage(model.config.codebook_size) for kind in ("global", "patch")}
         for images in self._batches():
             tokens = model.encode(images)
             pictures = to_uint8(model.decode(tokens))
             quality.update(images.cpu(), pictures.cpu())
-            usage.update(tokens.patch_indices[tokens.kept_mask])
-            usage.update(tokens.global_indices)
+            usage["global"].update(tokens.global_indices)
+            usage["patch"].update(tokens.patch_indices[tokens.kept_mask])
             reconstructed.update(self.extractor(pictures)[0])
             if keep_originals:
                 originals.update(self.extractor(images)[0])
         if keep_originals:
             self._originals = _merged(originals)
-        quality, usage, reconstructed = _merged(quality), _merged(usage), _merged(reconstructed)
+        quality, reconstructed = _merged(quality), _merged(reconstructed)
         found = {f"validation/{name}": value for name, value in quality.results().items()}
-        found["validation/codebook_usage"] = usage.usage
-        found["validation/codebook_perplexity"] = usage.perplexity
+        for kind, counted in usage.items():
+            merged = _merged(counted)
+            if merged.counts.sum():
+                found[f"validation/codebook_usage_{kind}"] = merged.usage
+                found[f"validation/codebook_perplexity_{kind}"] = merged.perplexity
         if self._originals is not None and reconstructed.n > 1:
             distance = frechet_distance(
                 self._originals.mean(), self._originals.covariance(), reconstructed.mean(), reconstructed.covariance()

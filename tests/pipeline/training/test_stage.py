@@ -35,7 +35,7 @@ def test_a_run_leaves_a_tokenizer_metrics_and_pictures(trained):
     assert TaTok.from_pretrained(trained.folder / "checkpoint").config.codebook_size == 16
     names = {name for line in lines(trained) for name in line["metrics"]}
     assert {"train/loss", "train/l2", "train/images_per_second", "codebook/usage_patch"} <= names
-    assert {"validation/psnr", "validation/rfd_compact_cifar10", "validation/codebook_perplexity"} <= names
+    assert {"validation/psnr", "validation/rfd_compact_cifar10", "validation/codebook_perplexity_global"} <= names
     assert sorted(path.name for path in (trained.folder / "pictures").iterdir()) == [
         "step-00000004.png",
         "step-00000008.png",
@@ -83,9 +83,9 @@ def test_accumulated_micro_batches_take_the_step_of_one_large_batch(configure, r
 
 def test_fine_tuning_starts_from_the_checkpoint(trained, configure):
     config = configure(tokenizer={"checkpoint": str(trained.folder)})
-    from pipeline.training.worker import _starting_state
+    from pipeline.training.resume import starting_state
 
-    state = _starting_state(config, trained.folder.parent / "none", torch.device("cpu"))
+    state = starting_state(config, trained.folder.parent / "none", torch.device("cpu"))
     assert state.step == 0
     assert equal(state.model.state_dict(), weights(trained))
 
@@ -140,6 +140,16 @@ def test_the_state_survives_a_round_trip(configure, tmp_path):
     assert other.step == 5
     assert equal(other.tensors(), state.tensors())
     assert equal(other.average.state_dict(), state.average.state_dict())
+
+
+def test_the_average_carries_no_graph(configure):
+    state = TrainState(configure(), torch.device("cpu"))
+    for _ in range(2):
+        state.model(torch.rand(4, 3, 32, 32)).images.mean().backward()
+        state.step += 1
+        state.update_average()
+    tensors = [*state.average.parameters(), *state.average.buffers()]
+    assert all(tensor.grad_fn is None for tensor in tensors)
 
 
 def test_empty_splits_are_refused(configure, shards, tmp_path):
