@@ -86,7 +86,8 @@ def rows(results: dict[str, float], extractor: Extractor, device: str) -> Iterat
 
 
 def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict[str, str]:
-    rate = f"one worker on {device}, batch {results['batch_size']:.0f}, after warm-up"
+    place = "one CPU core" if device == "cpu" else "one GPU"  # what each actor reserves
+    rate = f"one worker on {place}, batch {results['batch_size']:.0f}, after warm-up"
     return {
         "images": "held-out",
         "psnr": "dB, mean over images",

@@ -180,3 +180,14 @@ assert not {{"torch", "ray", "mlflow", "sklearn"}} & set(sys.modules), sorted(sy
 """
     finished = run_python(code)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_dry_run_of_the_job_checks_everything_and_writes_nothing(run_job: Any, tmp_path: Path) -> None:
+    finished = run_job("evaluate", "smoke", "--dry-run")
+    assert finished.returncode == 0, finished.stderr
+    assert "preset: smoke" in finished.stdout
+    assert list(tmp_path.iterdir()) == []
+    refused = run_job("evaluate", "smoke", "--dry-run", "tokenizer.checkpoint=nowhere/to/be/found")
+    assert refused.returncode == 2
+    assert "tokenizer.checkpoint" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -121,7 +121,7 @@ def test_the_table_shows_every_number_and_every_warning(results: dict[str, float
         assert name in shown
         assert f"| {name} |" in page
     assert "baseline_kmeans_psnr" in shown
-    assert "one worker on cpu, batch 8, after warm-up" in shown
+    assert "one worker on one CPU core, batch 8, after warm-up" in shown
     assert shown.endswith("warning: few images")
     assert "- **warning:** few images" in page
     assert "| device | cpu |" in page
