@@ -106,7 +106,7 @@ def _outcome(problem: BaseException) -> tuple[str, str, int]:
         return "stopped", str(problem), STOPPED
     if isinstance(problem, KeyboardInterrupt):
         return "stopped", "interrupted", STOPPED
-    return "failed", f"{type(problem).__name__}: {problem}", FAILED
+    return "failed", " ".join(f"{type(problem).__name__}: {problem}".split()), FAILED
 
 
 def _named(config: Config, name: str) -> Config:

@@ -42,6 +42,7 @@ class Run:
         self._stop = threading.Event()
         self._command = command or sys.argv
         self._started = time.time()
+        self._config_sha256 = config.sha256()  # as asked for: stages fill in what they make
         self._commit = commit()  # now: the clone may move on while the run lasts
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
@@ -130,7 +131,7 @@ class Run:
             "error": error,
             "exit_code": exit_code,
             "command": shlex.join(self._command),
-            "config_sha256": self.config.sha256(),
+            "config_sha256": self._config_sha256,
             "seed": self.config.train.seed,
             **self._commit,
             "hardware": hardware(),

@@ -54,6 +54,11 @@ class TokenizerConfig:
             raise ValueError(
                 f"codebook_size is {self.codebook_size} and codebook_dim {self.codebook_dim}; expected at least 2 and 1"
             )
+        if not 0 <= self.commitment_weight < math.inf:
+            raise ValueError(f"commitment_weight is {self.commitment_weight}; expected 0 or more")
+        for name in ("codebook_decay", "dead_code_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0 and below 1")
         if self.quantizer == "fsq" and math.prod(self.fsq_levels) != self.codebook_size:
             raise ValueError(
                 f"fsq_levels {list(self.fsq_levels)} make {math.prod(self.fsq_levels)} codes; "
@@ -112,8 +117,8 @@ class LossConfig:
     discriminator_lr: float = 1e-4  # learning rate of the discriminator
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "gan", "lecam"):
-            if getattr(self, name) < 0:
+        for name in ("l1", "l2", "perceptual", "gan", "lecam", "discriminator_lr"):
+            if not 0 <= getattr(self, name) < math.inf:  # refuses not-a-number too
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.l1 == self.l2 == self.perceptual == 0:
             raise ValueError("l1, l2 and perceptual are all 0; expected at least one reconstruction term")

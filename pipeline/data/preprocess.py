@@ -152,7 +152,8 @@ def _report(run: Run, manifest: Manifest, speed: float) -> None:
         "rejected": manifest.rejected,
         "images_per_second": round(speed, 1),
     }
-    say(f"preprocess: {_told(manifest)}, {speed:.0f} images/s -> {run.folder}")
+    rate = f", {speed:.0f} images/s" if speed else ""  # 0: everything was there already
+    say(f"preprocess: {_told(manifest)}{rate} -> {run.folder}")
     if not manifest.splits["heldout"].rows:
         say("warning: nothing is held out; expected a larger data.heldout_fraction or a data.heldout_source")
 

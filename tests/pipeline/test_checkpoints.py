@@ -60,6 +60,12 @@ def test_a_checkpoint_half_written_is_not_seen(folder, model, monkeypatch):
     assert checkpoints.latest(folder).step == 30
 
 
+def test_what_a_killed_process_left_is_removed(folder):
+    (folder / ".step-00000040.123").mkdir()
+    checkpoints.remove_leftovers(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000020", "step-00000030"]
+
+
 def test_the_record_names_what_it_is(folder):
     record = json.loads((folder / "step-00000030" / "training_state.json").read_text())
     assert record["format"] == "tatok-training-state"

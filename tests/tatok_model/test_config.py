@@ -30,6 +30,9 @@ def test_the_four_sizes_are_there():
         ({"global_tokens": 0, "patch_tokens": False}, "at least one kind of token"),
         ({"quantizer": "lfq"}, "expected vq or fsq"),
         ({"codebook_size": 1}, "expected at least 2"),
+        ({"commitment_weight": -1.0}, r"commitment_weight is -1\.0; expected 0 or more"),
+        ({"codebook_decay": 1.0}, r"codebook_decay is 1\.0; expected at least 0 and below 1"),
+        ({"dead_code_share": -0.1}, r"dead_code_share is -0\.1"),
         ({"quantizer": "fsq", "codebook_size": 999}, r"make 1000 codes; expected codebook_size, 999"),
     ],
 )
@@ -42,6 +45,7 @@ def test_a_tokenizer_that_cannot_be_is_refused(changes, message):
     ("changes", "message"),
     [
         ({"l1": -1}, "l1 is -1; expected 0 or more"),
+        ({"l2": float("nan")}, "l2 is nan; expected 0 or more"),
         ({"l2": 0}, "expected at least one reconstruction term"),
         ({"perceptual": 1.0}, "expected perceptual_backbone and perceptual_heads"),
         ({"gan_start_step": -1}, "gan_start_step is -1"),

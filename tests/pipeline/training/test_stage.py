@@ -210,6 +210,46 @@ def test_the_default_name_says_preset_and_stage():
     assert stage.default_name(load_config("smoke")) == "smoke-train"
 
 
+@pytest.mark.gpu
+def test_training_runs_in_bf16_on_a_gpu(configure, run_training):
+    run = run_training(configure(train={"device": "cuda"}, losses={"gan": 0.1}), "gpu")
+    assert run.results["steps"] == 8
+    assert run.results["validation_psnr"] > 5
+
+
+def test_going_on_with_other_values_is_refused(configure, run_training):
+    with pytest.raises(Stopped):
+        run_training(configure(train={"max_minutes": 1e-9}), "changed")
+    with pytest.raises(BadInput, match=r"train\.seed is 1; expected 0, as this run was begun"):
+        run_training(configure(train={"seed": 1}), "changed", resume=True)
+    with pytest.raises(BadInput, match=r"tokenizer\.global_tokens is 3; expected 2"):
+        run_training(configure(tokenizer={"global_tokens": 3}), "changed", resume=True)
+
+
+def test_resuming_a_finished_run_measures_it_again_and_changes_nothing(trained, configure, run_training):
+    before = weights(trained)
+    again = run_training(configure(), "whole", resume=True)
+    assert equal(weights(again), before)
+    assert again.results["validation_psnr"] == pytest.approx(trained.results["validation_psnr"], abs=1e-6)
+    assert again.results["train_seconds"] >= trained.results["train_seconds"] * 0.5
+
+
+def test_more_workers_than_the_cluster_has_cpus_are_refused(configure):
+    from pipeline.training.ray_workers import check_resources
+
+    config = configure(train={"num_workers": 4})
+    check_resources({"CPU": 4.0}, config)
+    with pytest.raises(BadInput, match="needs 4 CPUs; expected at most what the cluster has, 3"):
+        check_resources({"CPU": 3.0}, config)
+    with pytest.raises(BadInput, match="needs 4 GPUs; expected at most what the cluster has, 0"):
+        check_resources({"CPU": 4.0}, configure(train={"num_workers": 4, "device": "cuda"}))
+
+
+def test_pictures_too_small_for_ssim_are_refused(configure):
+    with pytest.raises(BadInput, match=r"data\.image_size is 8; expected at least 11 pixels"):
+        stage.check(configure(data={"image_size": 8}, tokenizer={"patch_size": 4}))
+
+
 def test_the_loop_runs_without_ray_and_mlflow(run_python, configure, tmp_path):
     config = configure(train={"max_steps": 2})
     code = f"""
