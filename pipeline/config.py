@@ -157,7 +157,7 @@ class EvaluateConfig:
         for name in self.baselines:
             _require(name in ("kmeans",), "baselines", name, "a list of: kmeans")
         if self.extractor == "inception2015":
-            _require(bool(self.inception_weights), "inception_weights", "''", "the path of the FID Inception weights")
+            _require(bool(self.inception_weights), "inception_weights", "", "the path of the FID Inception weights")
         _require(
             bool(self.lpips_backbone) == bool(self.lpips_heads),
             "lpips_heads",

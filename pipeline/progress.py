@@ -29,6 +29,7 @@ class Progress:
         )
         self._every = every_seconds
         self._shown = time.monotonic()
+        self._told: float = -1  # the count that was last printed
 
     def advance(self, count: int, **notes: str) -> None:
         """Add `count`; `notes` are shown beside the rate."""
@@ -36,15 +37,20 @@ class Progress:
             self._bar.set_postfix(notes, refresh=False)
         self._bar.update(count)
         if not self._terminal and time.monotonic() - self._shown >= self._every:
-            self._shown = time.monotonic()
-            print(str(self._bar), file=sys.stderr, flush=True)
+            self._show()
 
     def close(self) -> None:
         """Show the final state."""
         if not self._terminal:
-            print(str(self._bar), file=sys.stderr, flush=True)
+            if self._told != self._bar.n:
+                self._show()
             self._bar.disable = True
         self._bar.close()
+
+    def _show(self) -> None:
+        """Print one line."""
+        self._shown, self._told = time.monotonic(), self._bar.n
+        print(str(self._bar), file=sys.stderr, flush=True)
 
 
 @contextmanager

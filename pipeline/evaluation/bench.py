@@ -11,9 +11,9 @@ from pipeline.errors import Stopped
 from pipeline.evaluation.actors import measure_on_actors, pick_device
 from pipeline.evaluation.evaluator import Instruments, merged
 from pipeline.evaluation.extractors import Extractor, load_extractor
-from pipeline.evaluation.inputs import load_lpips
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.plan import Plan, make_plan
+from pipeline.pretrained import load_lpips
 from pipeline.progress import progress
 from pipeline.run import Run
 
@@ -41,7 +41,9 @@ class Bench:
         pictures = ShardDataset(config.data.shards, "heldout")
         extractor = load_extractor(config.evaluate)
         plan = make_plan(len(pictures), extractor.network.feature_dim, config.evaluate)
-        instruments = Instruments(extractor.network, load_lpips(config))
+        files = config.evaluate.lpips_backbone, config.evaluate.lpips_heads
+        lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
+        instruments = Instruments(extractor.network, lpips)
         return cls(run, pictures.manifest, pictures, plan, extractor, instruments, pick_device(config.evaluate))
 
     def measure(self, label: str, codec: Any, originals: bool) -> Measurements:

@@ -10,8 +10,9 @@ from pipeline.config import Config
 from pipeline.data import preprocess
 from pipeline.data.manifest import check_shards, read_manifest
 from pipeline.errors import BadInput
-from pipeline.evaluation.inputs import load_tokenizer, with_tokenizer, with_trained
+from pipeline.evaluation.inputs import with_tokenizer, with_trained
 from pipeline.paths import sha256_file, write_atomically
+from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker, check_tracking

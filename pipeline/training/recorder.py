@@ -57,7 +57,7 @@ class Recorder:
         self.log(self.validated, state.step)
         if not self.first:
             return
-        if self.validator.grid:
+        if len(self.validator.shown):
             path = self.run.folder / "pictures" / f"step-{state.step:08d}.png"
             save_rows(path, self.validator.examples(state.average))
         values = ", ".join(f"{k.removeprefix('validation/')} {v:.4g}" for k, v in self.validated.items())

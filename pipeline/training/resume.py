@@ -6,13 +6,12 @@ from typing import Any
 import torch
 
 from pipeline import checkpoints
-from pipeline.checkpoints import check_same_architecture
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
+from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.training.state import TrainState
-from tatok_model.tokenizer import TaTok
 
 FREE = {  # keys of `train` that may change between attempts: they do not decide what a step does
     "num_workers", "device", "compile", "max_steps", "max_minutes", "log_every", "validate_every", "validation_images",
@@ -24,7 +23,7 @@ def starting_state(config: Config, folder: Path, device: torch.device) -> TrainS
     """From the run's newest checkpoint in `folder`, else from `tokenizer.checkpoint`, else new.
 
     Raises:
-        BadInput: the run was begun with other values, or `tokenizer.checkpoint` has another architecture.
+        BadInput: the run was begun with other values, or `tokenizer.checkpoint` cannot be used.
     """
     state = TrainState(config, device)
     checkpoint = checkpoints.latest(folder)
@@ -33,10 +32,7 @@ def starting_state(config: Config, folder: Path, device: torch.device) -> TrainS
         state.load(checkpoint)
         say(f"going on from step {state.step}")
     elif config.tokenizer.checkpoint:
-        path = config.tokenizer.checkpoint
-        weights = TaTok.from_pretrained(path if checkpoints.is_hub_id(path) else checkpoints.find(path))
-        check_same_architecture(path, weights.config, config.tokenizer.architecture())
-        state.start_from(weights)
+        state.start_from(load_tokenizer(config)[0])
     return state
 
 

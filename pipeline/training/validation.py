@@ -18,7 +18,9 @@ BATCH = 64  # pictures per forward pass
 
 
 class Validator:
-    """Measures a tokenizer on the first `count` held-out pictures, shared out over the workers.
+    """Measures a tokenizer on `count` held-out pictures, evenly spread over the split, shared out over the workers.
+
+    Evenly, because a split in the order of its classes would otherwise show one class only.
 
     Args:
         pictures: the held-out split.
@@ -33,8 +35,8 @@ class Validator:
     ) -> None:
         self.pictures, self.device = pictures, device
         self.extractor = extractor.to(device)
-        self.count = min(count, len(pictures))
-        self.grid = min(grid, len(pictures))
+        self.indices = spread(len(pictures), count)
+        self.shown = spread(len(pictures), grid)
         self._originals: FeatureStatistics | None = None
 
     def measure(self, model: TaTok) -> dict[str, float]:
@@ -70,19 +72,25 @@ class Validator:
         return found
 
     def examples(self, model: TaTok) -> list[np.ndarray]:
-        """Originals and reconstructions of the first pictures: two (B, H, W, 3) uint8."""
-        images = self._load(np.arange(self.grid))
+        """Originals and reconstructions of a few pictures: two (B, H, W, 3) uint8."""
+        images = self._load(self.shown)
         pictures = to_uint8(model.reconstruct(images))
         return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in (images, pictures)]
 
     def _batches(self) -> Any:
-        mine = np.arange(self.count)[distributed.rank() :: distributed.world_size()]
+        mine = self.indices[distributed.rank() :: distributed.world_size()]
         for start in range(0, len(mine), BATCH):
             yield self._load(mine[start : start + BATCH])
 
     def _load(self, indices: np.ndarray) -> Tensor:
         images = np.ascontiguousarray(self.pictures.images(indices).transpose(0, 3, 1, 2))
         return torch.from_numpy(images).to(self.device)
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """(min(count, total),) int64, numbers from 0 to total - 1 at even distances."""
+    count = min(count, total)
+    return np.arange(count) * total // max(count, 1)
 
 
 def _merged(part: Any) -> Any:

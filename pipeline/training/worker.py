@@ -12,6 +12,7 @@ import torch
 from pipeline.config import Config
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput, Stopped
+from pipeline.pretrained import load_lpips
 from pipeline.run import Run
 from pipeline.training import distributed
 from pipeline.training.batches import Batches
@@ -69,12 +70,8 @@ def work(
 def _losses(config: Config, device: torch.device) -> ReconstructionLoss:
     perceptual = None
     if config.losses.perceptual:
-        from tatok_model.lpips import LPIPS
-
-        try:
-            perceptual = LPIPS.from_files(config.losses.perceptual_backbone, config.losses.perceptual_heads)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"losses.perceptual cannot be computed: {error}") from None
+        files = config.losses.perceptual_backbone, config.losses.perceptual_heads
+        perceptual = load_lpips("losses.perceptual", *files, config.data.image_size)
     return ReconstructionLoss(config.losses, perceptual).to(device)
 
 

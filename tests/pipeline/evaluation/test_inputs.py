@@ -13,7 +13,8 @@ from pipeline.config import Config, load_config
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
 from pipeline.evaluation import inputs, stage
-from pipeline.evaluation.inputs import load_lpips, load_tokenizer, with_tokenizer
+from pipeline.evaluation.inputs import with_tokenizer
+from pipeline.pretrained import load_lpips, load_tokenizer
 from tatok_model.lpips import BACKBONES
 from tatok_model.tokenizer import TaTok
 
@@ -115,22 +116,18 @@ def save_alexnet(folder: Path) -> dict[str, str]:
     return {"lpips_backbone": str(folder / "alex.pth"), "lpips_heads": str(folder / "heads.pth")}
 
 
-def test_lpips_is_loaded_when_its_weights_are_given(config: Config, tmp_path: Path) -> None:
-    assert load_lpips(config) is None
+def test_lpips_is_loaded_when_its_weights_are_given(tmp_path: Path) -> None:
     files = save_alexnet(tmp_path)
-    large = load_config("smoke", ["data.image_size=32"])
-    loaded = load_lpips(given(large, "evaluate", **files))
-    assert loaded is not None
-    assert loaded.backbone.name == "AlexNet"
+    assert load_lpips("evaluate.lpips", *files.values(), image_size=32).backbone.name == "AlexNet"
     with pytest.raises(BadInput, match="data.image_size is 16; expected at least 31 pixels for LPIPS with AlexNet"):
-        load_lpips(given(config, "evaluate", **files))
+        load_lpips("evaluate.lpips", *files.values(), image_size=16)
 
 
-def test_files_that_are_not_lpips_are_refused(config: Config, tmp_path: Path) -> None:
+def test_files_that_are_not_lpips_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"w")
     files = {"lpips_backbone": str(tmp_path / "w.pth"), "lpips_heads": str(tmp_path / "w.pth")}
     with pytest.raises(BadInput, match="evaluate.lpips_backbone and evaluate.lpips_heads: .*not a readable"):
-        load_lpips(given(config, "evaluate", **files))
+        load_lpips("evaluate.lpips", *files.values(), image_size=32)
 
 
 @pytest.mark.parametrize(

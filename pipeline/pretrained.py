@@ -1,0 +1,69 @@
+"""Networks that come from files or from the hub, loaded so that bad input is told in one sentence."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.checkpoints import check_same_architecture, find, is_hub_id
+from pipeline.config import Config
+from pipeline.errors import BadInput
+from pipeline.paths import sha256_file
+
+if TYPE_CHECKING:  # torch is imported inside functions: a stage's `check` answers without it
+    from tatok_model.lpips import LPIPS
+    from tatok_model.tokenizer import TaTok
+
+
+def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
+    """The tokenizer of `tokenizer.checkpoint` and the sha256 of its weights.
+
+    Raises:
+        BadInput: it cannot be had from the hub, or has another architecture than configured.
+    """
+    from tatok_model.config import read_config
+    from tatok_model.tokenizer import TaTok
+
+    path = config.tokenizer.checkpoint
+    folder = _from_hub(path) if is_hub_id(path) else find(path)
+    check_same_architecture(path, read_config(folder), config.tokenizer.architecture())
+    return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(
+            f"tokenizer.checkpoint {name!r} cannot be had from the hub ({reason}); "
+            "expected a checkpoint folder or a hub id"
+        ) from None
+
+
+def load_lpips(section: str, backbone: str, heads: str, image_size: int) -> "LPIPS":
+    """LPIPS with the weights of two files.
+
+    Args:
+        section: the keys' beginning, for messages: `evaluate.lpips` or `losses.perceptual`.
+        backbone: path of VGG16 or AlexNet weights.
+        heads: path of the linear heads.
+        image_size: pixels a side of the pictures it will compare.
+
+    Raises:
+        BadInput: the files are not such weights, or pictures are too small for the backbone.
+    """
+    from tatok_model.lpips import LPIPS
+
+    try:
+        lpips = LPIPS.from_files(backbone, heads)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{section}_backbone and {section}_heads: {error}") from None
+    smallest = lpips.backbone.smallest
+    if image_size < smallest:
+        raise BadInput(
+            f"data.image_size is {image_size}; expected at least {smallest} pixels for LPIPS with "
+            f"{lpips.backbone.name}, or no {section}_backbone"
+        )
+    return lpips
