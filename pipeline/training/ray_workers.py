@@ -2,6 +2,7 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -116,6 +117,8 @@ def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def wrap(module: Any) -> Any:
         if distributed.get_world_size() == 1:
             return compile_module(module)
-        return DistributedDataParallel(compile_module(module), broadcast_buffers=False)
+        with warnings.catch_warnings():  # the new name of the option is not known to every torch in our range
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(compile_module(module), broadcast_buffers=False)
 
     return wrap

@@ -15,13 +15,14 @@ def losses(run):
     return torch.tensor([line["metrics"]["train/l2"] for line in lines if "train/l2" in line["metrics"]])
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "tolerance"),
-    # FSQ computes the same sums in another order. VQ draws its first codebook from other samples of the same batch,
-    # so its first losses differ more; both then fall alike.
-    [(FSQ, 1e-3), ({}, 0.05)],
-    ids=["fsq", "vq"],
-)
+CASES = {
+    "fsq": (FSQ, 1e-3),  # the same sums in another order
+    "vq": ({"dead_code_share": 0.0}, 1e-2),  # the same, and a nearest entry may flip
+    "vq, dead entries re-drawn": ({}, 0.15),  # from other samples of the same batch: a dozen steps are noisy
+}
+
+
+@pytest.mark.parametrize(("tokenizer", "tolerance"), CASES.values(), ids=CASES)
 def test_two_workers_reach_the_loss_of_one(ray_session, configure, run_training, tokenizer, tolerance):
     one = run_training(configure(tokenizer=tokenizer, train=STEPS), "one")
     two = run_training(configure(tokenizer=tokenizer, train={**STEPS, "num_workers": 2}), "two")
