@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import check_architecture
+from pipeline.checks import check_files, check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
-from pipeline.data import preprocess
-from pipeline.data.manifest import check_shards, read_manifest
-from pipeline.errors import BadInput
+from pipeline.data.manifest import read_manifest
 from pipeline.evaluation.inputs import with_tokenizer, with_trained
 from pipeline.paths import sha256_file, write_atomically
 from pipeline.pretrained import load_tokenizer
@@ -23,8 +22,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     from pipeline.evaluation.measurements import Measurements
     from pipeline.evaluation.reference import Reference
 
-FILES = ("inception_weights", "reference", "lpips_backbone", "lpips_heads")
-SMALLEST = 11  # pixels a side: SSIM's window
+FILES = ("evaluate.inception_weights", "evaluate.reference", "evaluate.lpips_backbone", "evaluate.lpips_heads")
 
 
 def check(config: Config) -> None:
@@ -37,21 +35,13 @@ def check(config: Config) -> None:
     """
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_tracking(config)
-    if config.data.image_size < SMALLEST:
-        raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels for SSIM")
-    for key in FILES:
-        path = getattr(config.evaluate, key)
-        if path and not Path(path).is_file():
-            raise BadInput(f"evaluate.{key} {path!r} does not exist; expected a file")
+    check_files(config, *FILES)
     found = with_trained(config)
     if not found.tokenizer.checkpoint:
         training.check(config)
         return
     check_architecture(found)
-    if config.data.shards:
-        check_shards(config)
-    else:
-        preprocess.check(config)
+    check_pictures(config)
 
 
 def default_name(config: Config) -> str:

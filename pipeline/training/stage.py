@@ -6,18 +6,16 @@ import shutil
 from pathlib import Path
 
 from pipeline.checkpoints import check_architecture, find, is_hub_id, latest
+from pipeline.checks import check_files, check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
-from pipeline.data import preprocess
-from pipeline.data.manifest import check_shards, read_manifest
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput, Stopped
 from pipeline.job import run_nested
 from pipeline.paths import sha256_file
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker, check_tracking
-
-SMALLEST = 11  # pixels a side: the window of SSIM, which validation measures
 
 
 def check(config: Config) -> None:
@@ -30,16 +28,8 @@ def check(config: Config) -> None:
     check_cpus("train.num_workers", config.train.num_workers, config.train.cpus_per_worker)
     check_tracking(config)
     check_architecture(config)
-    if config.data.image_size < SMALLEST:
-        raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels for SSIM")
-    for key in ("perceptual_backbone", "perceptual_heads"):
-        path = getattr(config.losses, key)
-        if path and not Path(path).is_file():
-            raise BadInput(f"losses.{key} {path!r} does not exist; expected a file of weights")
-    if config.data.shards:
-        check_shards(config)
-    else:
-        preprocess.check(config)
+    check_files(config, "losses.perceptual_backbone", "losses.perceptual_heads")
+    check_pictures(config)
 
 
 def default_name(config: Config) -> str:

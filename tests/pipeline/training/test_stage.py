@@ -182,7 +182,7 @@ def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
         ({"tracking": {"uri": "file:///tmp/x"}}, "tracking.uri"),
         (
             {"losses": {"perceptual": 1, "perceptual_backbone": "/no", "perceptual_heads": "/no"}},
-            "'/no' does not exist; expected a file of weights",
+            "losses.perceptual_backbone '/no' does not exist; expected a file",
         ),
     ],
 )

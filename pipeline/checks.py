@@ -1,0 +1,41 @@
+"""What several stages check before anything is made: pictures and files. Imports neither torch nor ray."""
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data import preprocess
+from pipeline.data.manifest import check_shards
+from pipeline.errors import BadInput
+
+SMALLEST = 11  # pixels a side: the window of SSIM, which validation and evaluation measure
+
+
+def check_pictures(config: Config) -> None:
+    """Refuse pictures that cannot be used; reads none.
+
+    Raises:
+        BadInput: too small for SSIM, shards made for another image size, or, without shards, no source to make them of.
+    """
+    if config.data.image_size < SMALLEST:
+        raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels for SSIM")
+    if config.data.shards:
+        check_shards(config)
+    else:
+        preprocess.check(config)
+
+
+def check_files(config: Config, *keys: str) -> None:
+    """Refuse files that are named and not there.
+
+    Args:
+        config: the configuration.
+        keys: `section.key` of paths; an empty path is none.
+
+    Raises:
+        BadInput: naming the first that is missing.
+    """
+    for key in keys:
+        section, name = key.split(".")
+        path = getattr(getattr(config, section), name)
+        if path and not Path(path).is_file():
+            raise BadInput(f"{key} {path!r} does not exist; expected a file")
