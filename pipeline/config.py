@@ -84,7 +84,7 @@ class TrainConfig:
     max_steps: int = 1000  # optimiser steps
     max_minutes: float = 0.0  # stop (resumable) after this many minutes; 0: no limit
     global_batch_size: int = 64  # images per optimiser step over all workers
-    accumulation: int = 1  # micro-batches per optimiser step
+    accumulation: int = 1  # micro-batches per optimiser step; the codebook averages move with each of them
     learning_rate: float = 1e-3  # peak
     min_learning_rate: float = 1e-5  # at the end of the cosine
     warmup_steps: int = 100  # linear warm-up
