@@ -39,7 +39,12 @@ SHAPING = (
     "codebook_dim",
     "fsq_levels",
     "shared_codebook",
+    "entropy_layers",
+    "entropy_width",
+    "entropy_globals",
+    "expected_fill",
 )  # fmt: skip - the keys that decide the weights' shapes
+OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,14 @@ def check_architecture(config: Config) -> None:
         found = read_config(find(path))
     except (FileNotFoundError, ValueError) as error:
         raise BadInput(str(error)) from None
-    check_same_architecture(path, found, config.tokenizer.architecture())
+    check_same_architecture(path, found, config)
 
 
-def check_same_architecture(path: str, found: TokenizerConfig, wanted: TokenizerConfig) -> None:
-    """Raises BadInput naming the first key in which a checkpoint's architecture differs."""
-    for name in SHAPING:
+def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -> None:
+    """Raises BadInput naming the first key in which a checkpoint's architecture differs from the configuration's."""
+    wanted = config.tokenizer.architecture()
+    anew = OF_ENTROPY_MODEL if config.train.parts == "entropy" else ()
+    for name in (key for key in SHAPING if key not in anew):
         if getattr(found, name) != getattr(wanted, name):
             raise BadInput(
                 f"tokenizer.checkpoint {path!r} has {name} {getattr(found, name)}; "

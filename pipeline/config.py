@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from pipeline.errors import BadInput
-from tatok_model.config import LossConfig, TokenizerConfig
+from tatok_model.config import KeptSetConfig, LossConfig, TokenizerConfig
+from tatok_model.filtering_rules import check_cut
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class TokenizerSection(TokenizerConfig):
 class TrainConfig:
     """One training run. Schedules count optimiser steps; `max_minutes` only stops."""
 
+    parts: str = "all"  # all | entropy: train the entropy model alone, on the frozen tokenizer.checkpoint
     num_workers: int = 0  # 0: in this process; n: n Ray Train workers (DDP)
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto (bf16 on GPU, float32 on CPU) | float32 | bf16
@@ -105,6 +107,7 @@ class TrainConfig:
     fused: bool = True  # fused AdamW
 
     def __post_init__(self) -> None:
+        _require(self.parts in ("all", "entropy"), "parts", self.parts, "all or entropy")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16")
@@ -128,6 +131,26 @@ class TrainConfig:
             self.global_batch_size,
             f"a multiple of num_workers x accumulation, {parts}",
         )
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Dynamic token filtering: how patch tokens are ranked, and where a ranking is cut."""
+
+    score: str = "surprisal"  # surprisal | entropy | pixel_entropy | random | grid
+    rounds: int = 1  # R: open positions are scored anew in every round; more than 1 for surprisal and entropy only
+    rule: str = "relative"  # relative | residual | marginal | count
+    threshold: float = 1.0  # tau (a share), bits, bits or patch tokens, as the rule has it
+    replay: bool = False  # score entropy: decoders repeat the ranking, positions are not sent
+    coding_rounds: int = 8  # rounds in which kept codes are entropy-coded, for bits_coded
+
+    def __post_init__(self) -> None:
+        check_cut(self.score, self.rule, self.threshold, positions=2**31)
+        _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        _require(self.coding_rounds >= 1, "coding_rounds", self.coding_rounds, "at least 1")
+        asks = self.score in ("surprisal", "entropy")
+        _require(asks or self.rounds == 1, "rounds", self.rounds, f"1 for the score {self.score!r}")
+        _require(not self.replay or self.score == "entropy", "replay", self.replay, "false unless score is entropy")
 
 
 @dataclass(frozen=True)
@@ -202,6 +225,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
     losses: LossConfig = field(default_factory=LossConfig)
+    kept_sets: KeptSetConfig = field(default_factory=KeptSetConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
@@ -212,6 +237,22 @@ class Config:
             raise ValueError(
                 f"tokenizer.image_size is {self.tokenizer.image_size}; expected data.image_size, {self.data.image_size}"
             )
+        if self.train.parts == "entropy" and not (self.tokenizer.checkpoint and self.tokenizer.has_entropy_model):
+            raise ValueError(
+                "train.parts is 'entropy'; expected tokenizer.checkpoint to name the tokenizer that stays as it is, "
+                "with patch tokens and tokenizer.entropy_layers above 0"
+            )
+        if self.tokenizer.patch_tokens:
+            self._check_filter(self.tokenizer.patch_positions)
+
+    def _check_filter(self, positions: int) -> None:
+        section = self.filter
+        if section.rule == "count" and section.threshold > positions:
+            raise ValueError(
+                f"filter.threshold is {section.threshold:g}; expected at most {positions}, the patch tokens of an image"
+            )
+        if section.rounds > positions:
+            raise ValueError(f"filter.rounds is {section.rounds}; expected 1 to {positions}, the patch positions")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in a YAML file."""

@@ -24,7 +24,7 @@ def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
 
     path = config.tokenizer.checkpoint
     folder = _from_hub(path) if is_hub_id(path) else find(path)
-    check_same_architecture(path, read_config(folder), config.tokenizer.architecture())
+    check_same_architecture(path, read_config(folder), config)
     return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
 
 

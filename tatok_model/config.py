@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
+    "nano": (128, 4, 4, 2),
     "tiny": (192, 4, 4, 3),
     "small": (512, 8, 8, 8),
     "base": (768, 12, 12, 12),
@@ -33,6 +34,10 @@ class TokenizerConfig:
     commitment_weight: float = 0.1  # weight of the commitment loss (vq)
     codebook_decay: float = 0.99  # EMA decay of the codebook (vq)
     dead_code_share: float = 0.2  # an entry used less than this share of the average is re-drawn from the batch (vq)
+    entropy_layers: int = 2  # blocks of the entropy model q(c_i | g, c_S); 0: none, nothing can be filtered by it
+    entropy_width: int = 96  # its width, a multiple of 32
+    entropy_globals: bool = True  # False: q(c_i | c_S), blind to the global tokens, to measure what they tell
+    expected_fill: bool = True  # the decoder gets the expected code under q where a patch token was dropped
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # a list when it comes from a config.json
@@ -48,6 +53,14 @@ class TokenizerConfig:
             raise ValueError(f"global_tokens is {self.global_tokens}; expected 0 or more")
         if not self.patch_tokens and self.global_tokens == 0:
             raise ValueError("patch_tokens is false and global_tokens is 0; expected at least one kind of token")
+        if self.entropy_layers < 0 or self.entropy_width < 32 or self.entropy_width % 32:
+            raise ValueError(
+                f"entropy_layers is {self.entropy_layers} and entropy_width {self.entropy_width}; "
+                "expected 0 or more, and a multiple of 32"
+            )
+        self._check_quantizer()
+
+    def _check_quantizer(self) -> None:
         if self.quantizer not in ("vq", "fsq"):
             raise ValueError(f"quantizer is {self.quantizer!r}; expected vq or fsq")
         if self.codebook_size < 2 or self.codebook_dim < 1:
@@ -74,6 +87,11 @@ class TokenizerConfig:
     def patch_positions(self) -> int:
         """N, the number of patch positions."""
         return self.grid_size**2
+
+    @property
+    def has_entropy_model(self) -> bool:
+        """Whether there is a q: patch codes exist and the configuration wants one."""
+        return self.patch_tokens and self.entropy_layers > 0
 
     @property
     def max_tokens(self) -> int:
@@ -126,3 +144,42 @@ class LossConfig:
             raise ValueError("perceptual is on; expected perceptual_backbone and perceptual_heads to name weight files")
         if self.gan_start_step < 0:
             raise ValueError(f"gan_start_step is {self.gan_start_step}; expected 0 or more")
+
+
+ORDERS = ("filter", "grid", "pixel_entropy")
+
+
+@dataclass(frozen=True)
+class KeptSetConfig:
+    """Which patch tokens a training step keeps: shares of the samples, which add up to 1."""
+
+    all: float = 0.15  # everything
+    none: float = 0.05  # global tokens only
+    random: float = 0.40  # a random set of uniform size
+    blocks: float = 0.15  # a square block of uniform size
+    filtered: float = 0.25  # a prefix of uniform length of `order`
+    order: str = "filter"  # filter: the entropy model's own ranking | grid | pixel_entropy: controls
+    warmup_steps: int = 500  # steps in which `filtered` sets are random, while the entropy model learns
+    hide_globals: float = 0.10  # share of samples whose entropy model sees no global tokens; taken from `all`
+    global_tail: float = 0.0  # share of samples that lose a tail of uniform length of their global tokens
+
+    def __post_init__(self) -> None:
+        for name in ("all", "none", "random", "blocks", "filtered", "hide_globals", "global_tail"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
+        if abs(sum(self.shares()) - 1) > 1e-6:
+            raise ValueError(
+                f"all, none, random, blocks and filtered are {list(self.shares())}; expected shares that add up to 1"
+            )
+        if self.order not in ORDERS:
+            raise ValueError(f"order is {self.order!r}; expected one of {', '.join(ORDERS)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
+
+    def shares(self) -> tuple[float, ...]:
+        """Of all, none, random, blocks, filtered."""
+        return (self.all, self.none, self.random, self.blocks, self.filtered)
+
+    def hidden_share(self) -> float:
+        """Of the samples that keep everything, how many hide the global tokens from the entropy model."""
+        return min(self.hide_globals / self.all, 1.0) if self.all else 0.0

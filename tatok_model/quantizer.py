@@ -3,7 +3,7 @@
 `vq` is a codebook of unit vectors kept by exponential averages, `fsq` rounds a few bounded numbers (arXiv 2309.15505).
 Both come from vector-quantize-pytorch; this file gives them one interface.
 
-Shapes: B images, L tokens, D width, K codebook entries.
+Shapes: B images, L tokens, D width, K codebook entries, d code width.
 """
 
 import math
@@ -60,6 +60,15 @@ class VQ(nn.Module):
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
         return self.quantize.get_output_from_indices(indices)
 
+    @property
+    def code_dim(self) -> int:
+        """d, width of a code vector."""
+        return int(self.quantize.codebook.shape[-1])
+
+    def codes(self) -> Tensor:
+        """(K, d) code vectors of all entries, without gradients."""
+        return self.quantize.codebook.detach()
+
     def _scale_threshold(self, tokens: int) -> None:
         """Count an entry as dead by its share of the average use.
 
@@ -89,6 +98,15 @@ class FiniteScalar(nn.Module):
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
         return self.quantize.indices_to_codes(indices)
+
+    @property
+    def code_dim(self) -> int:
+        """d, numbers per code."""
+        return int(self.quantize.implicit_codebook.shape[-1])
+
+    def codes(self) -> Tensor:
+        """(K, d) code vectors of all entries, without gradients."""
+        return self.quantize.implicit_codebook.detach()
 
 
 def build_quantizer(width: int, config: TokenizerConfig) -> VQ | FiniteScalar:

@@ -1,17 +1,21 @@
 """TaTok: an image becomes M global tokens and N patch tokens, and an image again.
 
     tokenizer = TaTok.from_pretrained("path/to/checkpoint")
-    tokens = tokenizer.encode(images)      # (B, 3, H, W) in [0, 1] or uint8
-    pictures = tokenizer.decode(tokens)    # (B, 3, H, W) in [0, 1]
+    tokens = tokenizer.encode(images)                    # (B, 3, H, W) in [0, 1] or uint8; all tokens
+    tokens = tokenizer.rank(tokens)                      # which patch tokens matter most, once for every threshold
+    short = tokens.cut("residual", 60.0)                 # at most 60 bits left unsaid of each image
+    pictures = tokenizer.decode(short)                   # (B, 3, H, W) in [0, 1]
 
-One transformer reads the patches together with M learnable global tokens; both kinds are quantized; a second one
-writes every patch from the global tokens and the patch tokens that were kept. Where a patch token is missing the
-decoder sees a learned mask token, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no patch
-token.
+One transformer reads the patches together with M learnable global tokens; both kinds are quantized. An entropy model
+q(c_i | g, c_S) says what each patch code adds to those that are kept. A second transformer writes every patch from the
+global tokens and the patch tokens that were kept; where one was dropped it sees a learned mask token and what q expects
+there, never the dropped code, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no patch token.
 
-Shapes: B images, H = W image side, N patch positions, M global tokens, K codebook entries, D width, P patch side.
+Shapes: B images, H = W image side, N patch positions, M global tokens, K codebook entries, D width, d code width, P
+patch side, n positions asked for.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,9 +24,13 @@ from einops import repeat
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from tatok_model.config import SIZES, TokenizerConfig, read_config
+from tatok_model import filtering, orders
+from tatok_model.config import SIZES, KeptSetConfig, TokenizerConfig, read_config
+from tatok_model.entropy import EntropyModel
+from tatok_model.filtering_rules import SCORES, check_rounds
+from tatok_model.kept_sets import KeptSets, Wanted, draw, kept_sets
 from tatok_model.quantizer import build_quantizer
-from tatok_model.tokens import Tokens
+from tatok_model.tokens import Ranking, Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, unpatchify
 
 
@@ -31,6 +39,17 @@ class Reconstruction(NamedTuple):
 
     images: Tensor  # (B, 3, H, W), about [0, 1], not clipped: a clipped value would carry no gradient
     tokens: Tokens
+    commitment_loss: Tensor  # scalar
+    code_bits: Tensor  # (n,) surprisal of the codes that the entropy model predicted; its mean is that model's loss
+
+
+class Codes(NamedTuple):
+    """Quantized tokens of a batch."""
+
+    global_embeddings: Tensor  # (B, M, D), with gradients
+    patch_embeddings: Tensor | None  # (B, N, D), with gradients; None: global_only
+    global_indices: Tensor  # (B, M) int64
+    patch_indices: Tensor  # (B, N) int64
     commitment_loss: Tensor  # scalar
 
 
@@ -69,26 +88,58 @@ class TaTok(
         init_linear(self.patch_embedding)
         init_linear(self.to_pixels)
 
-    def forward(self, images: Tensor, kept_mask: Tensor | None = None) -> Reconstruction:
-        """Encode, quantize, drop what `kept_mask` drops, decode; with gradients.
+        self.entropy_model: EntropyModel | None = None
+        if self.patch_quantizer is not None and config.has_entropy_model:
+            sizes = config.codebook_size, config.entropy_width, config.entropy_layers
+            seen = m if config.entropy_globals else 0
+            self.entropy_model = EntropyModel(self.patch_quantizer.code_dim, seen, n, *sizes)
+            if config.expected_fill:
+                self.from_expected = nn.Linear(self.patch_quantizer.code_dim, width, bias=False)
+                self.fill_gate = nn.Parameter(torch.zeros(width))  # training starts without the expected codes
+                init_linear(self.from_expected)
+
+    def forward(
+        self,
+        images: Tensor,
+        kept_mask: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        mix: KeptSetConfig | None = None,
+        filtering_now: bool = True,
+        reconstruct: bool = True,
+    ) -> Reconstruction:
+        """Encode, quantize, drop, decode; with gradients. The choice of what is kept carries none.
 
         Args:
             images: (B, 3, H, W) floats in [0, 1].
-            kept_mask: (B, N) bool, True means kept; None keeps every patch token the configuration has.
+            kept_mask: (B, N) bool, True means kept; None keeps every patch token the configuration has, or what
+                `uniforms` say.
+            uniforms: (B, 4 + N) in [0, 1): draws each sample's kept set as `mix` says.
+            mix: shares of the kinds of kept sets; goes with `uniforms`.
+            filtering_now: whether `mix` may use the entropy model's ranking yet.
+            reconstruct: False leaves the decoder out, to train the entropy model alone; the images come back as given.
         """
-        global_features, patch_features = self._encode_features(images)
-        losses = []
-        global_embeddings, global_indices = global_features, self._no_indices(images, 0)
-        if self.config.global_tokens:
-            global_embeddings, global_indices, loss = self._global_quantizer(global_features)
-            losses.append(loss)
-        patch_embeddings, patch_indices = None, self._no_indices(images, self.config.patch_positions)
-        if self.patch_quantizer is not None:
-            patch_embeddings, patch_indices, loss = self.patch_quantizer(patch_features)
-            losses.append(loss)
-        tokens = Tokens(global_indices, patch_indices, self._kept_mask(images, kept_mask))
-        pictures = self._decode_embeddings(global_embeddings, patch_embeddings, tokens.kept_mask)
-        return Reconstruction(pictures, tokens, torch.stack(losses).sum())
+        codes = self._quantize(*self._encode_features(images))
+        tokens = Tokens(codes.global_indices, codes.patch_indices, self._kept_mask(images, kept_mask))
+        given_mask, without_globals = tokens.kept_mask, None
+        if uniforms is not None and mix is not None:
+            if self.patch_quantizer is not None:
+                sets = self._draw_sets(tokens, images, draw(uniforms, mix, filtering_now), mix)
+                tokens = replace(tokens, kept_mask=sets.kept_mask)
+                given_mask, without_globals = sets.given_mask, sets.without_globals
+            if mix.global_tail:
+                tokens = replace(tokens, global_counts=self._draw_tails(uniforms, mix))
+        fill, code_bits = None, images.new_zeros(0)
+        if self.entropy_model is not None and kept_mask is None and uniforms is not None:
+            at = ~given_mask
+            logits = self._logits(tokens, given_mask, at, without_globals)
+            code_bits = filtering.surprisal(logits, tokens.patch_indices[at])
+            fill = self._fill(logits.detach(), at)
+        elif not bool(tokens.kept_mask.all()):
+            fill = self._fill_of(tokens)
+        pictures = images
+        if reconstruct:
+            pictures = self._decode_embeddings(codes.global_embeddings, codes.patch_embeddings, tokens, fill)
+        return Reconstruction(pictures, tokens, codes.commitment_loss, code_bits)
 
     @torch.no_grad()
     def encode(self, images: Tensor, kept_mask: Tensor | None = None) -> Tokens:
@@ -112,6 +163,70 @@ class TaTok(
         return Tokens(global_indices, patch_indices, self._kept_mask(images, kept_mask))
 
     @torch.no_grad()
+    def rank(self, tokens: Tokens, score: str = "surprisal", rounds: int = 1, images: Tensor | None = None) -> Tokens:
+        """The same tokens, all kept, with the order in which to cut them.
+
+        Args:
+            tokens: of `encode`, with every patch token known.
+            score: a key of `filtering_rules.SCORES`. `surprisal` and `entropy` come from the entropy model; the others are
+                controls.
+            rounds: R, 1 to N: how often open positions are scored anew given what is placed; orders that ask no
+                entropy model have 1.
+            images: (B, 3, H, W), uint8 or floats in [0, 1]; `pixel_entropy` looks at them.
+
+        Raises:
+            ValueError: tokens that do not fit or are cut already, an unknown score, rounds outside their range, or a
+                score whose model or images are missing.
+        """
+        self._check_tokens(tokens)
+        if self.patch_quantizer is None:
+            raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
+        if not bool(tokens.kept_mask.all()):
+            raise ValueError("tokens are cut already; expected every patch token to be known")
+        check_rounds(rounds, self.config.patch_positions)
+        order, units = self._order(tokens, score, rounds, images)
+        return replace(tokens, ranking=Ranking(order, units, score, rounds))
+
+    @torch.no_grad()
+    def code_lengths(self, tokens: Tokens, schedule: Tensor) -> Tensor:
+        """Ideal code length of the kept patch codes under q, in bits: (B,) float64.
+
+        Args:
+            tokens: what is kept.
+            schedule: (B, N) int64, the round in which each position is coded; codes of one round are predicted from
+                the global tokens and the kept codes of earlier rounds. Dropped positions do not count.
+        """
+        total = torch.zeros(len(tokens), dtype=torch.float64, device=schedule.device)
+        rounds = int(schedule[tokens.kept_mask].max()) + 1 if bool(tokens.kept_mask.any()) else 0
+        for number in range(rounds):
+            at = tokens.kept_mask & (schedule == number)
+            if bool(at.any()):
+                logits = self._logits(tokens, tokens.kept_mask & (schedule < number), at)
+                bits = filtering.surprisal(logits, tokens.patch_indices[at]).double()
+                total.index_add_(0, at.nonzero()[:, 0], bits)
+        return total
+
+    @torch.no_grad()
+    def patch_logits(
+        self, tokens: Tokens, given_mask: Tensor, at: Tensor, without_globals: Tensor | None = None
+    ) -> Tensor:
+        """Unnormalised log q of patch codes at the positions asked for.
+
+        Args:
+            tokens: their codes at `given_mask` and their global tokens are looked at, nothing else.
+            given_mask: (B, N) bool, True where the patch code is given.
+            at: (B, N) bool, True where q is wanted.
+            without_globals: (B,) bool, True for images whose global tokens are hidden.
+
+        Returns:
+            (n, K) float32, in the order of the images, then of the positions.
+
+        Raises:
+            ValueError: this tokenizer has no entropy model.
+        """
+        return self._logits(tokens, given_mask, at, without_globals).float()
+
+    @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
         """Images of tokens: (B, 3, H, W) floats in [0, 1].
 
@@ -128,7 +243,8 @@ class TaTok(
         if self.patch_quantizer is not None:
             # What was dropped may hold anything: look up entry 0 there, the mask token replaces it.
             patch_embeddings = self.patch_quantizer.embed(tokens.patch_indices.where(tokens.kept_mask, 0))
-        return self._decode_embeddings(global_embeddings, patch_embeddings, tokens.kept_mask).float().clamp(0, 1)
+        fill = None if bool(tokens.kept_mask.all()) else self._fill_of(tokens)
+        return self._decode_embeddings(global_embeddings, patch_embeddings, tokens, fill).float().clamp(0, 1)
 
     def reconstruct(self, images: Tensor, kept_mask: Tensor | None = None) -> Tensor:
         """`decode(encode(images))`: (B, 3, H, W) floats in [0, 1]."""
@@ -142,14 +258,121 @@ class TaTok(
         x = self.encoder(torch.cat([global_tokens, x], dim=1))  # (B, M + N, D)
         return x[:, : self.config.global_tokens], x[:, self.config.global_tokens :]
 
-    def _decode_embeddings(self, global_embeddings: Tensor, patch_embeddings: Tensor | None, kept: Tensor) -> Tensor:
-        """(B, M, D), (B, N, D) or None, (B, N) bool -> (B, 3, H, W)."""
+    def _quantize(self, global_features: Tensor, patch_features: Tensor) -> Codes:
+        """(B, M, D) and (B, N, D) embeddings -> their codebook entries."""
+        losses = []
+        global_embeddings, global_indices = global_features, self._no_indices(global_features, 0)
+        if self.config.global_tokens:
+            global_embeddings, global_indices, loss = self._global_quantizer(global_features)
+            losses.append(loss)
+        patch_embeddings, patch_indices = None, self._no_indices(patch_features, self.config.patch_positions)
+        if self.patch_quantizer is not None:
+            patch_embeddings, patch_indices, loss = self.patch_quantizer(patch_features)
+            losses.append(loss)
+        return Codes(global_embeddings, patch_embeddings, global_indices, patch_indices, torch.stack(losses).sum())
+
+    def _decode_embeddings(
+        self, global_embeddings: Tensor, patch_embeddings: Tensor | None, tokens: Tokens, fill: Tensor | None
+    ) -> Tensor:
+        """(B, M, D), (B, N, D) or None, and (B, N, D) or None added to dropped places -> (B, 3, H, W)."""
+        kept, counts = tokens.kept_mask, tokens.global_counts
+        if counts is not None:
+            places = torch.arange(global_embeddings.shape[1], device=counts.device)
+            global_embeddings = global_embeddings.where((places < counts[:, None])[..., None], self.mask_token)
         slots: Tensor = repeat(self.mask_token, "d -> b n d", b=len(kept), n=kept.shape[1])  # (B, N, D)
+        if fill is not None:
+            slots = slots + fill
         if patch_embeddings is not None:
             slots = patch_embeddings.where(kept[..., None], slots)
         x = torch.cat([global_embeddings + self.global_positions, slots + self.decoder_positions], dim=1)
         x = self.decoder(x)[:, self.config.global_tokens :]  # (B, N, D)
         return (unpatchify(self.to_pixels(x), self.config.patch_size) + 1) / 2  # (B, 3, H, W)
+
+    def _logits(self, tokens: Tokens, given_mask: Tensor, at: Tensor, without_globals: Tensor | None = None) -> Tensor:
+        """(n, K) logits of the entropy model; see `patch_logits`."""
+        if self.entropy_model is None or self.patch_quantizer is None:
+            raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
+        global_codes = self._global_quantizer.codes()[tokens.global_indices] if self.config.global_tokens else None
+        # Where no code is given there may be anything, also no code at all: entry 0 stands in.
+        patch_codes = self.patch_quantizer.codes()[tokens.patch_indices.where(given_mask, 0)]
+        if global_codes is None:
+            global_codes = patch_codes[:, :0]
+        return self.entropy_model(global_codes, patch_codes, given_mask, at, without_globals)
+
+    def _fill(self, logits: Tensor, at: Tensor) -> Tensor | None:
+        """(n, K) logits at (B, N) positions -> (B, N, D): the gated expected code where q was asked, 0 elsewhere."""
+        if not self.config.expected_fill or self.patch_quantizer is None:
+            return None
+        expected = logits.float().softmax(-1) @ self.patch_quantizer.codes()  # (n, d)
+        values = self.fill_gate * self.from_expected(expected)  # (n, D)
+        return values.new_zeros(*at.shape, values.shape[-1]).masked_scatter(at[..., None], values)
+
+    def _fill_of(self, tokens: Tokens) -> Tensor | None:
+        """What q expects where tokens are dropped, given those that are kept."""
+        if self.entropy_model is None or not self.config.expected_fill:
+            return None
+        with torch.no_grad():
+            logits = self._logits(tokens, tokens.kept_mask, ~tokens.kept_mask)
+        return self._fill(logits, ~tokens.kept_mask)
+
+    def _order(self, tokens: Tokens, score: str, rounds: int, images: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, N) positions and (B, N) score units by a key of `filtering_rules.SCORES`."""
+        batch, positions = tokens.patch_indices.shape
+        device = tokens.patch_indices.device
+        if score in ("surprisal", "entropy"):
+
+            def units(placed: Tensor) -> Tensor:
+                logits = self._logits(tokens, placed, ~placed)
+                if score == "surprisal":
+                    bits = filtering.surprisal(logits, tokens.patch_indices[~placed])
+                else:
+                    bits = filtering.conditional_entropy(logits)
+                return torch.zeros_like(tokens.patch_indices).masked_scatter(~placed, filtering.to_units(bits))
+
+            return filtering.rank_in_rounds(units, batch, positions, rounds, device)
+        if rounds != 1:
+            raise ValueError(f"rounds is {rounds}; expected 1 for the score {score!r}, which nothing kept can change")
+        if score == "pixel_entropy":
+            if images is None:
+                raise ValueError("score is 'pixel_entropy'; expected the images too")
+            found = orders.pixel_entropy_units(images, self.config.patch_size)
+            return filtering.rank_in_rounds(lambda placed: found, batch, positions, 1, device)
+        if score == "random":
+            order = orders.random_order(tokens.global_indices, positions)
+        elif score == "grid":
+            order = orders.grid_order(positions).to(device).expand(batch, -1)
+        else:
+            raise ValueError(f"score is {score!r}; expected one of {', '.join(SCORES)}")
+        return order, torch.zeros_like(order)
+
+    @torch.no_grad()
+    def _draw_sets(self, tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig) -> KeptSets:
+        """Kept sets of a training step; only samples that need a ranking are ranked."""
+        ranked = torch.zeros_like(tokens.patch_indices)
+        needed = wanted.filtered | wanted.own_set
+        if bool(needed.any()):
+            part = tokens[needed]
+            if mix.order != "filter":
+                order = self._order(part, mix.order, 1, images[needed])[0]
+            elif self.entropy_model is None:
+                raise ValueError("kept sets are to be filtered; expected an entropy model, or order grid")
+            else:
+                at = torch.ones_like(part.kept_mask)
+                logits = self._logits(part, ~at, at).unflatten(0, at.shape)  # (b, N, K)
+                by_entropy, by_code = (
+                    filtering.conditional_entropy(logits),
+                    filtering.surprisal(logits, part.patch_indices),
+                )
+                bits = torch.where(wanted.by_entropy[needed][:, None], by_entropy, by_code)
+                order = filtering.to_units(bits).argsort(dim=1, descending=True, stable=True)
+            ranked[needed] = order.argsort(dim=1)
+        return kept_sets(wanted, ranked)
+
+    def _draw_tails(self, uniforms: Tensor, mix: KeptSetConfig) -> Tensor:
+        """(B,) int64: leading global tokens that stay, at least 1, for the share of samples that lose a tail."""
+        m = self.config.global_tokens
+        kind, size = uniforms[:, 0], uniforms[:, 1]
+        return torch.where(kind < mix.global_tail, 1 + (size * m).long().clamp(max=m - 1), m)
 
     @property
     def _global_quantizer(self) -> Any:

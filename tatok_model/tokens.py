@@ -1,12 +1,87 @@
-"""A batch of token sequences as a value.
+"""A batch of variable-length token sequences as a value.
 
-Shapes: B images, M global tokens, N patch positions, K codebook entries.
+A sequence is M global tokens and T of N patch tokens. While the order in which the patch tokens matter is known
+(`ranking`), the batch can be cut again and again: one ranking serves every threshold, and kept sets nest.
+
+Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tatok_model.filtering import kept_counts, kept_mask_of
+from tatok_model.filtering_rules import SCORES, check_cut
+
+CHECK_BITS = 32  # the hash that guards replayed positions
+POSITIONS = ("derived", "sent", "replayed")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a decoder needs besides codes, and what it costs.
+
+    Attributes:
+        length: T varies between images and is sent: log2(N + 1) bits.
+        positions: "derived": the decoder knows them (all, none, grid, seeded random): 0 bits; "sent": log2 C(N, T)
+            bits; "replayed": the decoder ranks as the encoder did, guarded by a hash: 32 bits.
+    """
+
+    length: bool = False
+    positions: str = "derived"
+
+    def __post_init__(self) -> None:
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions is {self.positions!r}; expected one of {', '.join(POSITIONS)}")
+
+    def bits(self, counts: Tensor, patch_positions: int) -> Tensor:
+        """(B,) float64 of (B,) kept patch tokens out of N."""
+        found = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
+        if self.length:
+            found = found + math.log2(patch_positions + 1)
+        if self.positions == "sent":
+            found = found + log2_binomial(patch_positions, counts)
+        elif self.positions == "replayed":
+            found = found + CHECK_BITS
+        return found
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which an image's patch tokens matter.
+
+    Attributes:
+        order: (B, N) int64 patch positions, the most informative first.
+        score_units: (B, N) int64, the score of each step of `order` in units of 1/1024 bit.
+        score: a key of `filtering_rules.SCORES`: what was scored.
+        rounds: R, in how many rounds; streams and thresholds carry it, because another R is another order.
+    """
+
+    order: Tensor
+    score_units: Tensor
+    score: str
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if self.order.ndim != 2 or self.order.shape != self.score_units.shape:
+            raise ValueError(
+                f"order is {tuple(self.order.shape)} and score_units {tuple(self.score_units.shape)}; "
+                "expected (B, N) both"
+            )
+        if self.score not in SCORES:
+            raise ValueError(f"score is {self.score!r}; expected one of {', '.join(SCORES)}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; expected at least 1")
+
+    def __getitem__(self, images: Any) -> "Ranking":
+        return replace(self, order=self.order[images], score_units=self.score_units[images])
+
+    def to(self, device: torch.device | str) -> "Ranking":
+        """The same ranking on another device."""
+        return replace(self, order=self.order.to(device), score_units=self.score_units.to(device))
 
 
 @dataclass(frozen=True)
@@ -17,11 +92,17 @@ class Tokens:
         global_indices: (B, M) int64 codebook entries of the global tokens.
         patch_indices: (B, N) int64 codebook entries at the patch positions, in raster order.
         kept_mask: (B, N) bool, True where the patch token is part of the sequence; entries elsewhere mean nothing.
+        ranking: the order to cut in; None when it is not known (any more).
+        side: what is sent besides the codes.
+        global_counts: (B,) int64, how many leading global tokens are part of the sequence; None: all M.
     """
 
     global_indices: Tensor
     patch_indices: Tensor
     kept_mask: Tensor
+    ranking: Ranking | None = None
+    side: Side = Side()
+    global_counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.global_indices.ndim != 2 or self.patch_indices.ndim != 2:
@@ -39,25 +120,82 @@ class Tokens:
                 f"global_indices has {len(self.global_indices)} images and patch_indices {len(self.patch_indices)}; "
                 "expected as many"
             )
+        if self.ranking is not None and self.ranking.order.shape != self.patch_indices.shape:
+            raise ValueError(
+                f"ranking is of {tuple(self.ranking.order.shape)}; expected {tuple(self.patch_indices.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.global_indices)
 
     def __getitem__(self, images: Tensor | slice | list[int]) -> "Tokens":
         """The tokens of some of the images."""
-        return Tokens(self.global_indices[images], self.patch_indices[images], self.kept_mask[images])
+        return replace(
+            self,
+            global_indices=self.global_indices[images],
+            patch_indices=self.patch_indices[images],
+            kept_mask=self.kept_mask[images],
+            ranking=None if self.ranking is None else self.ranking[images],
+            global_counts=None if self.global_counts is None else self.global_counts[images],
+        )
+
+    @property
+    def patch_counts(self) -> Tensor:
+        """(B,) int64, T of each image."""
+        return self.kept_mask.sum(dim=1)
 
     def counts(self) -> Tensor:
-        """(B,) int64, tokens of each image: M + kept patch tokens."""
-        return self.global_indices.shape[1] + self.kept_mask.sum(dim=1)
+        """(B,) int64, tokens of each image: M + T."""
+        global_counts = self.global_indices.shape[1] if self.global_counts is None else self.global_counts
+        return global_counts + self.patch_counts
 
     def bits(self, bits_per_token: float) -> Tensor:
-        """(B,) float64, `bits_fixed` of each image: every token costs log2 K.
+        """(B,) float64, `bits_fixed` of each image: log2 K for every token, plus what `side` costs."""
+        return self.counts().double() * bits_per_token + self.side.bits(self.patch_counts, self.patch_indices.shape[1])
 
-        Nothing is added for positions: the decoder can derive them, since an image keeps all patch tokens or none.
+    def cut(self, rule: str, threshold: float, replay: bool = False) -> "Tokens":
+        """Keep of each image the first patch tokens of its ranking, as many as the rule says.
+
+        Args:
+            rule: relative, residual, marginal or count; `filtering.kept_counts` defines them.
+            threshold: tau, bits, bits or tokens, as the rule wants it.
+            replay: the decoder will repeat the ranking instead of being told the positions; `entropy` scores only.
+
+        Raises:
+            ValueError: the order is not known, the threshold is outside its range, or the score cannot serve the rule
+                or be replayed.
         """
-        return self.counts().double() * bits_per_token
+        if self.ranking is None:
+            raise ValueError("these tokens hold one cut and no ranking; expected tokens that TaTok.rank made")
+        score, (_, positions) = self.ranking.score, self.patch_indices.shape
+        check_cut(score, rule, threshold, positions)
+        if replay and score != "entropy":
+            raise ValueError(f"replay is set with score {score!r}; expected entropy, which a decoder can compute")
+        counts = kept_counts(self.ranking.score_units, rule, threshold)
+        side = Side(length=rule != "count", positions=_how_positions_travel(score, rule, threshold, replay, positions))
+        return replace(self, kept_mask=kept_mask_of(self.ranking.order, counts), side=side)
 
     def to(self, device: torch.device | str) -> "Tokens":
         """The same tokens on another device."""
-        return Tokens(self.global_indices.to(device), self.patch_indices.to(device), self.kept_mask.to(device))
+        return replace(
+            self,
+            global_indices=self.global_indices.to(device),
+            patch_indices=self.patch_indices.to(device),
+            kept_mask=self.kept_mask.to(device),
+            ranking=None if self.ranking is None else self.ranking.to(device),
+            global_counts=None if self.global_counts is None else self.global_counts.to(device),
+        )
+
+
+def log2_binomial(n: int, k: Tensor) -> Tensor:
+    """log2 C(n, k), the bits that say which k of n: float64 of the shape of `k`."""
+    k = k.double()
+    total = torch.lgamma(torch.tensor(n + 1.0, dtype=torch.float64, device=k.device))
+    return ((total - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)) / math.log(2)).clamp(min=0)
+
+
+def _how_positions_travel(score: str, rule: str, threshold: float, replay: bool, positions: int) -> str:
+    """All or none at a fixed count needs no word; an order that looks at the picture has to be sent or replayed."""
+    if not SCORES[score].needs_image or (rule == "count" and threshold in (0, positions)):
+        return "derived"
+    return "replayed" if replay else "sent"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.training.order import SampleOrder, keyed_uniform
+from pipeline.training.order import SampleOrder, keyed_uniform, keyed_uniforms
 
 AHEAD = 4  # batches that wait ready
 
@@ -32,6 +32,7 @@ class Batch:
     step: int  # the optimiser step that it is for, counted from 0
     indices: np.ndarray  # (B,) samples of the split
     images: Tensor  # (B, 3, H, W) uint8
+    uniforms: Tensor  # (B, draws) float32 in [0, 1): what each sample's kept set is drawn from
 
 
 class Batches:
@@ -42,9 +43,13 @@ class Batches:
         order: which samples each step sees.
         rank, world: this worker and how many there are; each takes a contiguous part of the global batch.
         horizontal_flip: mirror each picture with probability 1/2, decided by (seed, epoch, sample).
+        draws: random numbers per sample, decided likewise.
     """
 
-    def __init__(self, pictures: Pictures, order: SampleOrder, rank: int, world: int, horizontal_flip: bool) -> None:
+    def __init__(
+        self, pictures: Pictures, order: SampleOrder, rank: int, world: int, horizontal_flip: bool, draws: int = 0
+    ) -> None:
+        self.draws = draws
         self.pictures, self.order, self.rank, self.world = pictures, order, rank, world
         self.horizontal_flip = horizontal_flip
 
@@ -58,7 +63,8 @@ class Batches:
         if self.horizontal_flip:
             mirrored = keyed_uniform(self.order.seed, epochs, samples) < 0.5
             images[mirrored] = images[mirrored, :, ::-1]
-        return Batch(step, samples, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+        uniforms = torch.from_numpy(keyed_uniforms(self.order.seed, epochs, samples, self.draws))
+        return Batch(step, samples, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), uniforms)
 
     def between(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of the steps from `start` to before `stop`, decoded ahead; an error while reading is raised here."""

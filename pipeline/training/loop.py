@@ -44,7 +44,7 @@ def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Ho
     if state.step >= config.max_steps:  # ended before, but not yet exported
         hooks.validate(state)
     for batch in batches.between(state.step, config.max_steps):
-        terms, tokens = objective.step(batch.images)
+        terms, tokens = objective.step(batch.images, batch.uniforms)
         meter.add(tokens)
         done = state.step == config.max_steps
         if state.step % config.log_every == 0 or done:
@@ -70,12 +70,14 @@ class Meter:
     def __init__(self, state: TrainState, config: TrainConfig) -> None:
         self._config, self._optimizer = config, state.optimizer
         self._codes = state.model.config.codebook_size
+        self._has_patch_codes = state.model.config.patch_tokens
         self.reset()
 
     def reset(self) -> None:
         """Start a new stretch."""
         self.images, self._seconds = 0, 0.0
         self._counts: dict[str, Tensor] = {}
+        self._kept: list[Tensor] = []  # kept patch tokens, images
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -88,13 +90,14 @@ class Meter:
         self._seconds += now - self._counted
         self._counted = now
         self.images += self._config.global_batch_size
-        everything = torch.ones_like(tokens.global_indices)
-        for kind, indices, kept in (
-            ("global", tokens.global_indices, everything),
-            ("patch", tokens.patch_indices, tokens.kept_mask.long()),
-        ):
+        everything = [("global", tokens.global_indices)]
+        if self._has_patch_codes:
+            everything.append(("patch", tokens.patch_indices))
+        for kind, indices in everything:  # kept or not: the codebook learns from all of them
             counts = self._counts.setdefault(kind, indices.new_zeros(self._codes))
-            counts.scatter_add_(0, indices.flatten(), kept.flatten())
+            counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
+        kept = [tokens.kept_mask.sum(), tokens.kept_mask.new_full((), len(tokens), dtype=torch.int64)]
+        self._kept = [old + new for old, new in zip(self._kept, kept, strict=True)] if self._kept else kept
 
     def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of this stretch by their logged names, over all workers; every worker has to ask.
@@ -112,6 +115,11 @@ class Meter:
             if usage.counts.sum():
                 metrics[f"codebook/usage_{kind}"] = usage.usage
                 metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
+        kept = [distributed.total(count) for count in self._kept]
+        metrics["train/kept_patch_tokens"] = float(kept[0] / kept[1])
+        if "code_bits" in terms and "codebook/perplexity_patch" in metrics:
+            # What q saves against a code that knows only how often each entry is used.
+            metrics["train/unigram_bits"] = math.log2(metrics["codebook/perplexity_patch"])
         return metrics
 
 

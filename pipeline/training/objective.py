@@ -36,11 +36,12 @@ class Objective:
         if state.adversary is not None:
             state.adversary.wrap(wrap)
 
-    def step(self, images: Tensor) -> tuple[dict[str, Tensor], Tokens]:
+    def step(self, images: Tensor, uniforms: Tensor) -> tuple[dict[str, Tensor], Tokens]:
         """One optimiser step on this worker's part of a global batch.
 
         Args:
             images: (B, 3, H, W) uint8, on any device.
+            uniforms: (B, draws) in [0, 1), for the kept sets.
 
         Returns:
             The terms of the last micro-batch by name, as scalars without gradients, and the tokens of its images.
@@ -52,13 +53,16 @@ class Objective:
         # The codebook draws its first and its replaced entries from torch's generator: key it by the step, so that a
         # resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(derive_seed(train.seed, "step", state.step))
-        state.model.train()
+        state.model.train(not state.frozen)  # a codebook in training moves
         parts = images.to(self.device, non_blocking=True).chunk(train.accumulation)
-        for number, part in enumerate(parts):
+        draws = uniforms.to(self.device, non_blocking=True).chunk(train.accumulation)
+        for number, part in enumerate(zip(parts, draws, strict=True)):
             with self._synchronised(self.model, last=number == len(parts) - 1):
-                terms, tokens, pixels, pictures = self._backward(part, len(parts))
+                terms, tokens, pixels, pictures = self._backward(*part, len(parts))
         if train.clip_norm:
-            terms["gradient_norm"] = nn.utils.clip_grad_norm_(state.model.parameters(), train.clip_norm)
+            # Apart: cross-entropy in bits would otherwise decide how far the tokenizer may move.
+            for name, parameters in state.parameter_groups().items():
+                terms[f"gradient_norm{name}"] = nn.utils.clip_grad_norm_(parameters, train.clip_norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if state.adversary is not None and state.adversary.active(state.step):
@@ -67,19 +71,29 @@ class Objective:
         state.update_average()
         return {name: value.detach() for name, value in terms.items()}, tokens
 
-    def _backward(self, images: Tensor, parts: int) -> tuple[dict[str, Tensor], Tokens, Tensor, Tensor]:
+    def _backward(
+        self, images: Tensor, uniforms: Tensor, parts: int
+    ) -> tuple[dict[str, Tensor], Tokens, Tensor, Tensor]:
         pixels = images.float() / 255  # (B, 3, H, W) in [0, 1]
+        frozen, step = self.state.frozen, self.state.step
+        mix = self.config.kept_sets
         with self._autocast():
-            output = self.model(pixels)
+            output = self.model(
+                pixels, None, uniforms, mix, filtering_now=frozen or step >= mix.warmup_steps, reconstruct=not frozen
+            )
         pictures = output.images.float()
-        terms = self.losses(pixels, pictures)
-        terms["commitment"] = output.commitment_loss
+        terms = {} if frozen else self.losses(pixels, pictures)
+        if not frozen:
+            terms["commitment"] = output.commitment_loss
         adversary = self.state.adversary
-        if adversary is not None and adversary.active(self.state.step):
+        if adversary is not None and adversary.active(step):
             terms["adversarial"] = adversary.deception(pictures, self._autocast)
-        terms["loss"] = torch.stack(list(terms.values())).sum()
-        (terms["loss"] / parts).backward()
-        return terms, output.tokens, pixels, pictures.detach()
+        entropy = {"code_bits": output.code_bits.mean()} if len(output.code_bits) else {}
+        # The entropy model has parameters of its own: its loss moves nothing else and is not part of "loss".
+        total = torch.stack([*terms.values(), *entropy.values()]).sum()
+        terms["loss"] = torch.stack(list((terms or entropy).values())).sum()
+        (total / parts).backward()
+        return terms | entropy, output.tokens, pixels, pictures.detach()
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -71,6 +71,22 @@ def keyed_uniform(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndar
     return (key >> np.uint64(11)).astype(np.float64) / 2**53
 
 
+def keyed_uniforms(seed: int, epochs: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
+    """(B, count) float32 in [0, 1): `count` numbers for each (seed, epoch, sample), unrelated to `keyed_uniform`'s.
+
+    Args:
+        seed: of the run.
+        epochs: (B,) int64.
+        samples: (B,) int64.
+        count: numbers per sample.
+    """
+    with np.errstate(over="ignore"):
+        key = _mix(np.full(1, (seed + 1) % 2**64, dtype=np.uint64))
+        key = _mix(_mix(key ^ epochs.astype(np.uint64)) ^ samples.astype(np.uint64))
+        key = _mix(key[:, None] ^ _mix(np.arange(1, count + 1, dtype=np.uint64)))
+    return (key >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+
 def _mix(key: np.ndarray) -> np.ndarray:
     key = key + np.uint64(0x9E3779B97F4A7C15)
     key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -41,6 +41,7 @@ def deciding(config: Config) -> dict[str, Any]:
     values = config.to_dict()
     decides = {f"tokenizer.{key}": value for key, value in values["tokenizer"].items()}
     decides |= {f"losses.{key}": value for key, value in values["losses"].items()}
+    decides |= {f"kept_sets.{key}": value for key, value in values["kept_sets"].items()}
     decides |= {f"train.{key}": value for key, value in values["train"].items() if key not in FREE}
     decides["data.shards"] = read_manifest(config.data.shards).fingerprint
     return decides

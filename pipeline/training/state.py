@@ -13,6 +13,9 @@ from pipeline.training.adversary import Adversary
 from tatok_model.tokenizer import TaTok
 
 
+ENTROPY = "entropy_model."  # beginning of its parameters' names
+
+
 class TrainState:
     """The tokenizer, its average, optionally a discriminator, and their optimisers after `step` steps."""
 
@@ -22,14 +25,39 @@ class TrainState:
         self.seconds = 0.0  # spent by earlier attempts
         torch.manual_seed(derive_seed(config.train.seed, "weights"))
         self.model = TaTok(config.tokenizer.architecture()).to(device)
+        self.frozen = config.train.parts == "entropy"  # all but the entropy model
+        if self.frozen:
+            self.model.requires_grad_(False)
+            self.entropy_model.requires_grad_(True)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.model, config.train)
         self.adversary = Adversary(config, device) if config.losses.gan else None
 
+    @property
+    def entropy_model(self) -> nn.Module:
+        """Of the tokenizer, which has to have one."""
+        if self.model.entropy_model is None:
+            raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
+        return self.model.entropy_model
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters whose gradients are clipped together, by the ending of their metric's name."""
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        rest = [p for name, p in trained if not name.startswith(ENTROPY)]
+        entropy = [p for name, p in trained if name.startswith(ENTROPY)]
+        return {name: group for name, group in {"": rest, "_entropy": entropy}.items() if group}
+
     def start_from(self, weights: TaTok) -> None:
-        """Take over the weights of another tokenizer of the same architecture: fine-tuning."""
-        self.model.load_state_dict(weights.state_dict())
-        self.average.load_state_dict(weights.state_dict())
+        """Take over the weights of another tokenizer of the same architecture: fine-tuning.
+
+        With everything but the entropy model frozen, that one starts anew and may be of another size.
+        """
+        values = weights.state_dict()
+        if self.frozen:
+            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(ENTROPY)}
+            values = {name: value for name, value in values.items() if not name.startswith(ENTROPY)} | own
+        self.model.load_state_dict(values)
+        self.average.load_state_dict(values)
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -64,8 +92,9 @@ class TrainState:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; gains, biases and single vectors are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=config.fused)
 

@@ -22,6 +22,7 @@ from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
 from pipeline.training.resume import starting_state
 from pipeline.training.validation import Validator
+from tatok_model.kept_sets import LANES
 from tatok_model.losses import ReconstructionLoss
 from tatok_model.metrics.compact import CompactExtractor
 
@@ -54,7 +55,10 @@ def work(
     )
     pictures = ShardDataset(config.data.shards, "train")
     order = SampleOrder(len(pictures), train_config.seed, train_config.global_batch_size, local=not pictures.in_memory)
-    batches = Batches(pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip)
+    draws = LANES + config.tokenizer.patch_positions
+    batches = Batches(
+        pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip, draws
+    )
     objective = Objective(state, _losses(config, device), device, uses_bf16(config, device), wrap)
     recorder = Recorder(run, validator, report, state)
     stopped = ""

@@ -1,0 +1,167 @@
+"""Dynamic token filtering: rank the patch tokens of an image, then cut.
+
+Pure functions on tensors, for all images of a batch at once. Rank: every step of an order has a score, in bits, of what
+that token adds. Cut: keep the first t. Scores are integers in 1/1024 bit, so that they add up alike everywhere: with
+the cumulative curve C(t) = h_1 + ... + h_t no cut depends on the order of a sum or on the other images of the batch.
+The entropy model that gives the scores lives in `entropy.py`, the orders that look at no code in `orders.py`, what may
+be asked for in `filtering_rules.py`.
+
+Shapes: B images, N patch positions, K codebook entries, T kept tokens.
+
+Source: arXiv 2605.16384 for filtering by cumulative conditional entropy; the other rules are ours (docs/paper.md).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tatok_model.filtering_rules import RULES, UNITS, check_rounds, check_threshold
+
+
+def surprisal(logits: Tensor, indices: Tensor) -> Tensor:
+    """-log2 q(c) of the true codes, in bits: float32 of the shape of `indices`.
+
+    Args:
+        logits: (..., K) unnormalised scores.
+        indices: (...) int64 true codes.
+    """
+    logits = logits.float()
+    true = logits.gather(-1, indices[..., None]).squeeze(-1)
+    return (logits.logsumexp(-1) - true) / math.log(2)
+
+
+def conditional_entropy(logits: Tensor) -> Tensor:
+    """Entropy of q in bits, from 0 (certain) to log2 K (uniform): (..., K) -> (...) float32.
+
+    Computed in float32 under any autocast: the filter compares nearby values.
+    """
+    log_q = logits.float().log_softmax(-1)
+    return -(log_q.exp() * log_q).sum(-1) / math.log(2)
+
+
+def to_units(bits: Tensor) -> Tensor:
+    """Bits as integers in 1/1024 bit, at least 0: int64 of the same shape."""
+    return (bits.double() * UNITS).round().clamp(min=0).long()
+
+
+def rank_in_rounds(
+    score: Callable[[Tensor], Tensor], batch: int, positions: int, rounds: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Order all positions by score, re-scoring what is open after every round.
+
+    Args:
+        score: (B, N) bool mask of what is placed already -> (B, N) int64 scores in 1/1024 bit; values at placed
+            positions do not matter.
+        batch: B.
+        positions: N.
+        rounds: R, at least 1; a round places N / R positions, the best of the open ones, best first. Ties go to the
+            earlier position in raster order.
+        device: where the scores are.
+
+    Returns:
+        (B, N) int64 positions, best first, and (B, N) int64 scores of the steps.
+
+    Raises:
+        ValueError: `rounds` is not from 1 to N.
+    """
+    check_rounds(rounds, positions)
+    placed = torch.zeros(batch, positions, dtype=torch.bool, device=device)
+    order, units, bounds = [], [], round_bounds(positions, rounds)
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        values, best = best_open(score(placed), placed, stop - start)
+        order.append(best)
+        units.append(values)
+        placed = placed.scatter(1, best, True)
+    return torch.cat(order, dim=1), torch.cat(units, dim=1)
+
+
+def best_open(units: Tensor, placed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores at open positions: (B, count) scores and positions; ties in raster order."""
+    ordered = units.masked_fill(placed, -1).sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :count], ordered.indices[:, :count]
+
+
+def round_bounds(positions: int, rounds: int) -> list[int]:
+    """Steps at which rounds begin, and N: as even as whole numbers allow."""
+    return [number * positions // rounds for number in range(rounds + 1)]
+
+
+def kept_counts(score_units: Tensor, rule: str, threshold: float) -> Tensor:
+    """T of each image: the length at which a rule cuts.
+
+    With C(t) the sum of the first t scores:
+        relative: the smallest t with C(t) >= threshold * C(N); by definition 0 keeps none and 1 keeps all.
+        residual: the smallest t with C(N) - C(t) <= threshold bits: what is left unsaid is bounded.
+        marginal: up to the first score below threshold bits.
+        count: threshold tokens.
+
+    Args:
+        score_units: (B, N) int64 scores in the order of ranking, in 1/1024 bit.
+        rule: one of RULES.
+        threshold: a share, bits, bits, a number of tokens.
+
+    Returns:
+        (B,) int64, from 0 to N.
+
+    Raises:
+        ValueError: an unknown rule or a threshold outside its range.
+    """
+    positions = score_units.shape[1]
+    check_threshold(rule, threshold, positions)
+    if rule == "count":
+        return torch.full_like(score_units[:, 0], int(threshold)) if positions else score_units.sum(1)
+    if rule == "marginal":
+        return (score_units.double() >= threshold * UNITS).long().cumprod(dim=1).sum(dim=1)
+    if rule == "relative" and threshold == 1:  # scores of 0 at the end would be cut, and 1 means all
+        return torch.full_like(score_units[:, 0], positions)
+    said = torch.nn.functional.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
+    if rule == "relative":
+        enough = said.double() >= threshold * said[:, -1:].double()
+    else:
+        enough = (said[:, -1:] - said).double() <= threshold * UNITS
+    return positions + 1 - enough.sum(dim=1)  # C does not fall: what is enough is a tail
+
+
+def kept_mask_of(order: Tensor, counts: Tensor) -> Tensor:
+    """(B, N) bool, True at the first `counts` positions of each order: (B, N) int64, (B,) int64."""
+    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, steps < counts[:, None])
+
+
+def calibrate(score_units: Tensor, rule: str, mean_tokens: float) -> float:
+    """The threshold at which images keep `mean_tokens` patch tokens on average, by bisection.
+
+    Args:
+        score_units: (B, N) int64 scores of validation images, in the order of ranking.
+        rule: one of RULES.
+        mean_tokens: wanted mean of T, 0 to N; global tokens are not counted.
+
+    Returns:
+        The threshold whose mean is nearest; T is a whole number per image, so the mean moves in steps.
+
+    Raises:
+        ValueError: an unknown rule, or a mean that cannot be.
+    """
+    batch, positions = score_units.shape
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if not 0 <= mean_tokens <= positions or not batch:
+        raise ValueError(f"{mean_tokens} tokens are wanted of {batch} images; expected 0 to {positions} of at least 1")
+    if rule == "count":
+        return float(round(mean_tokens))
+    highest = score_units.sum(dim=1).max() if rule == "residual" else score_units.max()
+    low, high = 0.0, 1.0 if rule == "relative" else (int(highest) + 1) / UNITS
+    grows = rule == "relative"  # the others keep less when they are raised
+
+    def mean(threshold: float) -> float:
+        return float(kept_counts(score_units, rule, threshold).double().mean())
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (mean(middle) < mean_tokens) == grows:
+            low = middle
+        else:
+            high = middle
+    return min((low, high), key=lambda threshold: abs(mean(threshold) - mean_tokens))
