@@ -166,7 +166,13 @@ class EvaluateConfig:
     reference: str = ""  # npz with mu and sigma, e.g. ADM's; empty: computed from the held-out images and cached
     lpips_backbone: str = ""  # path of VGG16 weights; with lpips_heads: LPIPS is measured
     lpips_heads: str = ""  # path of the LPIPS linear heads
-    baselines: tuple[str, ...] = ()  # kmeans: patch VQ of the same total bits
+    baselines: tuple[str, ...] = ()  # kmeans (patch VQ), jpeg, webp: at the same total bits
+    thresholds: tuple[
+        float, ...
+    ] = ()  # of filter.rule: one ranking is cut at each of them, for a rate-distortion curve
+    more_extractors: tuple[str, ...] = ()  # weight files of further Frechet distances: CIFAR ResNet-20 or -56 (.th)
+    information: bool = False  # measure redundancy and, with blind_checkpoint, the mutual information I(c; g), in bits
+    blind_checkpoint: str = ""  # the same tokenizer with an entropy model that does not see the global tokens
     grid_images: int = 8  # originals beside reconstructions in the picture
 
     def __post_init__(self) -> None:
@@ -178,7 +184,14 @@ class EvaluateConfig:
         names = ("auto", "compact_cifar10", "inception2015")
         _require(self.extractor in names, "extractor", self.extractor, f"one of {', '.join(names)}")
         for name in self.baselines:
-            _require(name in ("kmeans",), "baselines", name, "a list of: kmeans")
+            _require(name in ("kmeans", "jpeg", "webp"), "baselines", name, "a list of: kmeans, jpeg, webp")
+        _require(len(set(self.thresholds)) == len(self.thresholds), "thresholds", self.thresholds, "different numbers")
+        _require(
+            self.information or not self.blind_checkpoint,
+            "blind_checkpoint",
+            self.blind_checkpoint,
+            "information: true",
+        )
         if self.extractor == "inception2015":
             _require(bool(self.inception_weights), "inception_weights", "", "the path of the FID Inception weights")
         _require(
@@ -187,6 +200,27 @@ class EvaluateConfig:
             self.lpips_heads,
             "lpips_backbone and lpips_heads to be given together",
         )
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """Pictures as ranked token streams, and back."""
+
+    path: str = ""  # folder with tokens.json, written by tokenize_images; what detokenize reads
+    split: str = "both"  # train | heldout | both: which pictures become tokens
+    batch_size: int = 64  # images per forward pass
+    num_workers: int = 1  # actors
+    device: str = "auto"  # auto | cpu | cuda
+    encoding: str = "png"  # png | jpeg | webp: of pictures that detokenize writes
+    max_images: int = 0  # of each split; 0: all
+
+    def __post_init__(self) -> None:
+        _require(self.split in ("train", "heldout", "both"), "split", self.split, "train, heldout or both")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.num_workers >= 1, "num_workers", self.num_workers, "at least 1")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        _require(self.encoding in ("png", "jpeg", "webp"), "encoding", self.encoding, "png, jpeg or webp")
+        _require(self.max_images >= 0, "max_images", self.max_images, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -229,6 +263,7 @@ class Config:
     filter: FilterConfig = field(default_factory=FilterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -251,6 +286,8 @@ class Config:
             raise ValueError(
                 f"filter.threshold is {section.threshold:g}; expected at most {positions}, the patch tokens of an image"
             )
+        for number in self.evaluate.thresholds:
+            check_cut(section.score, section.rule, number, positions)
         if section.rounds > positions:
             raise ValueError(f"filter.rounds is {section.rounds}; expected 1 to {positions}, the patch positions")
 

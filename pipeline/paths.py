@@ -17,7 +17,8 @@ from pipeline.errors import BadInput
 INPUT_KEYS = (
     "data.source", "data.heldout_source", "tokenizer.checkpoint", "losses.perceptual_backbone",
     "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference", "evaluate.lpips_backbone",
-    "evaluate.lpips_heads", "extractor.train_source", "extractor.test_source",
+    "evaluate.lpips_heads", "evaluate.blind_checkpoint", "evaluate.more_extractors", "tokens.path",
+    "extractor.train_source", "extractor.test_source",
 )  # fmt: skip
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
 
@@ -37,7 +38,9 @@ def resolve_paths(config: Config) -> Config:
     return dataclasses.replace(config, **parts)
 
 
-def _resolve(key: str, value: str) -> str:
+def _resolve(key: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_resolve(key, item) for item in value)
     if value == "" or (value == "samples" and key.endswith("source")) or (key, value) == ("tracking.uri", "databricks"):
         return value
     if value.startswith("sqlite:///"):

@@ -16,8 +16,8 @@ def test_the_cifar_setting_costs_717_bits():
     assert int(config.max_tokens * config.bits_per_token) == 717
 
 
-def test_the_four_sizes_are_there():
-    assert list(SIZES) == ["tiny", "small", "base", "large"]
+def test_the_sizes_are_there():
+    assert list(SIZES) == ["nano", "tiny", "small", "base", "large"]
 
 
 @pytest.mark.parametrize(
