@@ -39,6 +39,10 @@ class VQ(nn.Module):
             kmeans_init=False,
             sync_codebook=None,  # on exactly where torch.distributed runs
         )
+        # The library starts every entry with a count of 1, which decays for hundreds of steps before an unused entry
+        # counts as dead. From 0, entries that no token chooses are re-drawn from the data at once.
+        self.quantize._codebook.cluster_size.zero_()
+        self.quantize._codebook.embed_avg.zero_()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each embedding by its entry.
