@@ -13,6 +13,7 @@ Source: arXiv 2605.16384 for filtering by cumulative conditional entropy; the ot
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def rank_in_rounds(
     check_rounds(rounds, positions)
     placed = torch.zeros(batch, positions, dtype=torch.bool, device=device)
     order, units, bounds = [], [], round_bounds(positions, rounds)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         values, best = best_open(score(placed), placed, stop - start)
         order.append(best)
         units.append(values)

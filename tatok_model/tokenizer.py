@@ -8,8 +8,9 @@
 
 One transformer reads the patches together with M learnable global tokens; both kinds are quantized. An entropy model
 q(c_i | g, c_S) says what each patch code adds to those that are kept. A second transformer writes every patch from the
-global tokens and the patch tokens that were kept; where one was dropped it sees a learned mask token and what q expects
-there, never the dropped code, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no patch token.
+global tokens and the patch tokens that were kept; where one was dropped it sees a learned mask token and what q
+expects there, never the dropped code, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no
+patch token.
 
 Shapes: B images, H = W image side, N patch positions, M global tokens, K codebook entries, D width, d code width, P
 patch side, n positions asked for.
@@ -24,13 +25,13 @@ from einops import repeat
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from tatok_model import filtering, orders
+from tatok_model import filtering
 from tatok_model.config import SIZES, KeptSetConfig, TokenizerConfig, read_config
 from tatok_model.entropy import EntropyModel
-from tatok_model.filtering_rules import SCORES, check_rounds
-from tatok_model.kept_sets import KeptSets, Wanted, draw, kept_sets
+from tatok_model.kept_sets import KeptSets, draw, kept_sets
 from tatok_model.quantizer import build_quantizer
-from tatok_model.tokens import Ranking, Tokens
+from tatok_model.ranking import rank, training_places
+from tatok_model.tokens import Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, unpatchify
 
 
@@ -123,7 +124,7 @@ class TaTok(
         given_mask, without_globals = tokens.kept_mask, None
         if uniforms is not None and mix is not None:
             if self.patch_quantizer is not None:
-                sets = self._draw_sets(tokens, images, draw(uniforms, mix, filtering_now), mix)
+                sets = self._draw_sets(tokens, images, uniforms, mix, filtering_now)
                 tokens = replace(tokens, kept_mask=sets.kept_mask)
                 given_mask, without_globals = sets.given_mask, sets.without_globals
             if mix.global_tail:
@@ -168,8 +169,8 @@ class TaTok(
 
         Args:
             tokens: of `encode`, with every patch token known.
-            score: a key of `filtering_rules.SCORES`. `surprisal` and `entropy` come from the entropy model; the others are
-                controls.
+            score: a key of `filtering_rules.SCORES`. `surprisal` and `entropy` come from the entropy model; the others
+                are controls.
             rounds: R, 1 to N: how often open positions are scored anew given what is placed; orders that ask no
                 entropy model have 1.
             images: (B, 3, H, W), uint8 or floats in [0, 1]; `pixel_entropy` looks at them.
@@ -183,9 +184,7 @@ class TaTok(
             raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
         if not bool(tokens.kept_mask.all()):
             raise ValueError("tokens are cut already; expected every patch token to be known")
-        check_rounds(rounds, self.config.patch_positions)
-        order, units = self._order(tokens, score, rounds, images)
-        return replace(tokens, ranking=Ranking(order, units, score, rounds))
+        return replace(tokens, ranking=rank(tokens, score, rounds, self._logits, self.config.patch_size, images))
 
     @torch.no_grad()
     def code_lengths(self, tokens: Tokens, schedule: Tensor) -> Tensor:
@@ -315,58 +314,15 @@ class TaTok(
             logits = self._logits(tokens, tokens.kept_mask, ~tokens.kept_mask)
         return self._fill(logits, ~tokens.kept_mask)
 
-    def _order(self, tokens: Tokens, score: str, rounds: int, images: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, N) positions and (B, N) score units by a key of `filtering_rules.SCORES`."""
-        batch, positions = tokens.patch_indices.shape
-        device = tokens.patch_indices.device
-        if score in ("surprisal", "entropy"):
-
-            def units(placed: Tensor) -> Tensor:
-                logits = self._logits(tokens, placed, ~placed)
-                if score == "surprisal":
-                    bits = filtering.surprisal(logits, tokens.patch_indices[~placed])
-                else:
-                    bits = filtering.conditional_entropy(logits)
-                return torch.zeros_like(tokens.patch_indices).masked_scatter(~placed, filtering.to_units(bits))
-
-            return filtering.rank_in_rounds(units, batch, positions, rounds, device)
-        if rounds != 1:
-            raise ValueError(f"rounds is {rounds}; expected 1 for the score {score!r}, which nothing kept can change")
-        if score == "pixel_entropy":
-            if images is None:
-                raise ValueError("score is 'pixel_entropy'; expected the images too")
-            found = orders.pixel_entropy_units(images, self.config.patch_size)
-            return filtering.rank_in_rounds(lambda placed: found, batch, positions, 1, device)
-        if score == "random":
-            order = orders.random_order(tokens.global_indices, positions)
-        elif score == "grid":
-            order = orders.grid_order(positions).to(device).expand(batch, -1)
-        else:
-            raise ValueError(f"score is {score!r}; expected one of {', '.join(SCORES)}")
-        return order, torch.zeros_like(order)
-
     @torch.no_grad()
-    def _draw_sets(self, tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig) -> KeptSets:
+    def _draw_sets(
+        self, tokens: Tokens, images: Tensor, uniforms: Tensor, mix: KeptSetConfig, filtering_now: bool
+    ) -> KeptSets:
         """Kept sets of a training step; only samples that need a ranking are ranked."""
-        ranked = torch.zeros_like(tokens.patch_indices)
-        needed = wanted.filtered | wanted.own_set
-        if bool(needed.any()):
-            part = tokens[needed]
-            if mix.order != "filter":
-                order = self._order(part, mix.order, 1, images[needed])[0]
-            elif self.entropy_model is None:
-                raise ValueError("kept sets are to be filtered; expected an entropy model, or order grid")
-            else:
-                at = torch.ones_like(part.kept_mask)
-                logits = self._logits(part, ~at, at).unflatten(0, at.shape)  # (b, N, K)
-                by_entropy, by_code = (
-                    filtering.conditional_entropy(logits),
-                    filtering.surprisal(logits, part.patch_indices),
-                )
-                bits = torch.where(wanted.by_entropy[needed][:, None], by_entropy, by_code)
-                order = filtering.to_units(bits).argsort(dim=1, descending=True, stable=True)
-            ranked[needed] = order.argsort(dim=1)
-        return kept_sets(wanted, ranked)
+        by_model = mix.order == "filter"
+        wanted = draw(uniforms, mix, filtering_now and not (by_model and self.entropy_model is None))
+        places = training_places(tokens, images, wanted, mix, self._logits, self.config.patch_size)
+        return kept_sets(wanted, places)
 
     def _draw_tails(self, uniforms: Tensor, mix: KeptSetConfig) -> Tensor:
         """(B,) int64: leading global tokens that stay, at least 1, for the share of samples that lose a tail."""

@@ -12,7 +12,6 @@ from pipeline.config import Config, TrainConfig
 from pipeline.training.adversary import Adversary
 from tatok_model.tokenizer import TaTok
 
-
 ENTROPY = "entropy_model."  # beginning of its parameters' names
 
 

@@ -97,8 +97,9 @@ def test_gradients_reach_every_parameter(images):
     kept = torch.arange(16).expand(3, 16) % 2 == 0
     output = model(images, kept)
     ((output.images - images).square().mean() + output.commitment_loss).backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    # The entropy model learns from its own loss (test_ranking.py); a gate of 0 lets nothing through at first.
+    assert {name for name in without if not name.startswith("entropy_model.")} == {"from_expected.weight"}
 
 
 def test_saving_and_loading_changes_nothing(tokenizer, images, tmp_path):

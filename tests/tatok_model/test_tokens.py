@@ -1,7 +1,11 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 
 from tatok_model import Tokens
+from tatok_model.tokens import Ranking, Side
 
 
 def tokens(b=3, m=2, n=4, kept=None):
@@ -16,6 +20,86 @@ def test_tokens_are_counted_per_image():
     assert batch.bits(bits_per_token=10.0).tolist() == [60.0, 30.0, 20.0]
     assert batch[1:].counts().tolist() == [3, 2]
     assert len(batch[[0]]) == 1
+
+
+def ranked(score="surprisal", rounds=1):
+    order = torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]])
+    units = torch.tensor([[4096, 2048, 1024, 0], [1024, 1024, 1024, 1024]])
+    return dataclasses.replace(tokens(b=2), ranking=Ranking(order, units, score, rounds))
+
+
+def test_one_ranking_is_cut_again_and_again():
+    batch = ranked()
+    assert batch.cut("count", 2).kept_mask.tolist() == [[True, False, True, False], [False, True, False, True]]
+    again = batch.cut("count", 1).cut("relative", 0.5)
+    assert again.patch_counts.tolist() == [1, 2]
+    assert again.ranking is batch.ranking
+
+
+@pytest.mark.parametrize(
+    ("score", "rule", "threshold", "replay", "side"),
+    [
+        ("surprisal", "count", 2, False, math.log2(6)),
+        ("surprisal", "residual", 1.0, False, None),
+        ("surprisal", "count", 4, False, 0),
+        ("surprisal", "count", 0, False, 0),
+        ("entropy", "count", 2, True, 32),
+        ("entropy", "count", 2, False, math.log2(6)),
+        ("grid", "count", 2, False, 0),
+        ("random", "count", 2, False, 0),
+        ("pixel_entropy", "count", 2, False, math.log2(6)),
+    ],
+)
+def test_length_and_positions_are_counted_in_bits(score, rule, threshold, replay, side):
+    cut = ranked(score).cut(rule, threshold, replay)
+    plain = cut.counts().double() * 10
+    if side is None:
+        side = math.log2(5) + torch.tensor([math.log2(math.comb(4, int(t))) for t in cut.patch_counts]).double()
+    torch.testing.assert_close(cut.bits(10.0) - plain, torch.zeros(2).double() + side, atol=1e-6, rtol=0)
+
+
+def test_replay_with_a_varying_length_sends_length_and_check():
+    cut = ranked("entropy").cut("relative", 0.5, replay=True)
+    assert (cut.bits(0.0) - 32).tolist() == pytest.approx([math.log2(5)] * 2)
+
+
+def test_tokens_without_a_ranking_are_not_cut():
+    with pytest.raises(ValueError, match="these tokens hold one cut and no ranking"):
+        tokens().cut("count", 1)
+
+
+@pytest.mark.parametrize(
+    ("score", "arguments", "message"),
+    [
+        ("surprisal", ("count", 5), "threshold is 5; expected 0 to 4 whole tokens"),
+        ("surprisal", ("relative", 1.5), r"threshold is 1\.5; expected a share"),
+        ("surprisal", ("count", 1, True), "replay is set with score 'surprisal'; expected entropy"),
+        ("grid", ("residual", 1.0), "expected count for the score 'grid'"),
+    ],
+)
+def test_cuts_that_cannot_be_are_refused(score, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ranked(score).cut(*arguments)
+
+
+def test_a_ranking_follows_its_images():
+    part = ranked()[[1]]
+    assert part.ranking.order.tolist() == [[1, 3, 2, 0]]
+    assert part.to("cpu").cut("count", 1).kept_mask.tolist() == [[False, True, False, False]]
+
+
+def test_values_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError, match="positions is 'guessed'; expected one of derived, sent, replayed"):
+        Side(positions="guessed")
+    order = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"expected \(B, N\) both"):
+        Ranking(order, order[:1], "surprisal", 1)
+    with pytest.raises(ValueError, match="score is 'best'"):
+        Ranking(order, order, "best", 1)
+    with pytest.raises(ValueError, match="rounds is 0; expected at least 1"):
+        Ranking(order, order, "surprisal", 0)
+    with pytest.raises(ValueError, match=r"ranking is of \(2, 4\); expected \(3, 4\)"):
+        dataclasses.replace(tokens(), ranking=Ranking(order, order, "surprisal", 1))
 
 
 def test_shapes_that_do_not_belong_together_are_refused():
