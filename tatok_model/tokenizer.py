@@ -187,20 +187,22 @@ class TaTok(
         return replace(tokens, ranking=rank(tokens, score, rounds, self._logits, self.config.patch_size, images))
 
     @torch.no_grad()
-    def code_lengths(self, tokens: Tokens, schedule: Tensor) -> Tensor:
+    def code_lengths(self, tokens: Tokens, schedule: Tensor, without_globals: Tensor | None = None) -> Tensor:
         """Ideal code length of the kept patch codes under q, in bits: (B,) float64.
 
         Args:
             tokens: what is kept.
             schedule: (B, N) int64, the round in which each position is coded; codes of one round are predicted from
                 the global tokens and the kept codes of earlier rounds. Dropped positions do not count.
+            without_globals: (B,) bool, True for images whose global tokens are hidden.
         """
         total = torch.zeros(len(tokens), dtype=torch.float64, device=schedule.device)
         rounds = int(schedule[tokens.kept_mask].max()) + 1 if bool(tokens.kept_mask.any()) else 0
         for number in range(rounds):
             at = tokens.kept_mask & (schedule == number)
             if bool(at.any()):
-                logits = self._logits(tokens, tokens.kept_mask & (schedule < number), at)
+                given = tokens.kept_mask & (schedule < number)
+                logits = self._logits(tokens, given, at, without_globals)
                 bits = filtering.surprisal(logits, tokens.patch_indices[at]).double()
                 total.index_add_(0, at.nonzero()[:, 0], bits)
         return total

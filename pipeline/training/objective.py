@@ -88,12 +88,17 @@ class Objective:
         adversary = self.state.adversary
         if adversary is not None and adversary.active(step):
             terms["adversarial"] = adversary.deception(pictures, self._autocast)
-        entropy = {"code_bits": output.code_bits.mean()} if len(output.code_bits) else {}
-        # The entropy model has parameters of its own: its loss moves nothing else and is not part of "loss".
-        total = torch.stack([*terms.values(), *entropy.values()]).sum()
-        terms["loss"] = torch.stack(list((terms or entropy).values())).sum()
+        total = torch.stack([pixels.new_zeros(()), *terms.values()]).sum()
+        terms["loss"] = total
+        if len(output.code_bits):
+            # The entropy model has parameters of its own: its loss moves nothing else and is not part of "loss". Every
+            # prediction counts alike, however many a micro-batch or a worker has.
+            entropy = output.code_bits.sum() / output.tokens.patch_indices.numel()
+            terms["code_bits"] = output.code_bits.mean()
+            terms["loss"] = entropy if frozen else total
+            total = total + entropy
         (total / parts).backward()
-        return terms | entropy, output.tokens, pixels, pictures.detach()
+        return terms, output.tokens, pixels, pictures.detach()
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -8,7 +8,7 @@ from pipeline import checkpoints
 from pipeline.grids import save_rows
 from pipeline.progress import Progress, say
 from pipeline.run import Run
-from pipeline.training import distributed
+from pipeline.training import adaptivity, distributed
 from pipeline.training.loop import Hooks
 from pipeline.training.resume import deciding
 from pipeline.training.state import TrainState
@@ -62,6 +62,9 @@ class Recorder:
             save_rows(path, self.validator.examples(state.average))
         values = ", ".join(f"{k.removeprefix('validation/')} {v:.4g}" for k, v in self.validated.items())
         say(f"step {state.step}: {values}")
+        if "validation/psnr_quarter" in self.validated:
+            for text in adaptivity.warnings(self.validated, state.model.config.global_tokens > 0):
+                say(f"warning: {text}")
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint; no worker goes on before it is safe."""

@@ -1,12 +1,15 @@
 """Validation inside training: PSNR, a Frechet distance and codebook use on some held-out pictures."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.training import distributed
+from pipeline.evaluation.measurements import Totals
+from pipeline.training import adaptivity, distributed
 from pipeline.training.batches import Pictures
 from tatok_model.metrics.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
@@ -46,7 +49,10 @@ class Validator:
         reconstructed = FeatureStatistics(self.extractor.feature_dim)
         quality = ImageQuality()
         usage = {kind: CodeUsage(model.config.codebook_size) for kind in ("global", "patch")}
+        adaptive = Totals()
         for images in self._batches():
+            if model.entropy_model is not None and len(images) > 1 and self._looked_at(adaptive) < adaptivity.IMAGES:
+                adaptive.merge(adaptivity.measure(model, images))
             tokens = model.encode(images)
             pictures = to_uint8(model.decode(tokens))
             quality.update(images.cpu(), pictures.cpu())
@@ -64,6 +70,10 @@ class Validator:
             if merged.counts.sum():
                 found[f"validation/codebook_usage_{kind}"] = merged.usage
                 found[f"validation/codebook_perplexity_{kind}"] = merged.perplexity
+        adaptive = _merged(adaptive)
+        if adaptive.values:
+            perplexity = found["validation/codebook_perplexity_patch"]
+            found |= adaptivity.metrics(adaptive, model.config.patch_positions * math.log2(perplexity))
         if self._originals is not None and reconstructed.n > 1:
             distance = frechet_distance(
                 self._originals.mean(), self._originals.covariance(), reconstructed.mean(), reconstructed.covariance()
@@ -72,10 +82,24 @@ class Validator:
         return found
 
     def examples(self, model: TaTok) -> list[np.ndarray]:
-        """Originals and reconstructions of a few pictures: two (B, H, W, 3) uint8."""
+        """A few pictures, (B, H, W, 3) uint8 each: originals and reconstructions.
+
+        With an entropy model also reconstructions from a quarter of the patch tokens, from that quarter with the global
+        tokens of the next picture, from global tokens alone, and the surprisal of every patch token.
+        """
         images = self._load(self.shown)
-        pictures = to_uint8(model.reconstruct(images))
-        return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in (images, pictures)]
+        tokens = model.encode(images)
+        rows = [images, to_uint8(model.decode(tokens))]
+        if model.entropy_model is not None:
+            some = adaptivity.quarter(model, tokens)
+            others = replace(some, global_indices=some.global_indices.roll(1, 0))
+            rows += [to_uint8(model.decode(part)) for part in (some, others, some.cut("count", 0))]
+            rows.append(adaptivity.surprisal_maps(model, tokens))
+        return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in rows]
+
+    def _looked_at(self, adaptive: Totals) -> float:
+        """How many images the adaptive part has seen, as if every worker had seen as many as this one."""
+        return adaptive.values.get("images", 0.0) * distributed.world_size()
 
     def _batches(self) -> Any:
         mine = self.indices[distributed.rank() :: distributed.world_size()]

@@ -90,6 +90,48 @@ def test_fine_tuning_starts_from_the_checkpoint(trained, configure):
     assert equal(state.model.state_dict(), weights(trained))
 
 
+def test_the_entropy_model_trains_alone_on_a_frozen_tokenizer(trained, configure, run_training):
+    tokenizer = {"checkpoint": str(trained.folder), "entropy_layers": 1, "entropy_width": 64, "entropy_globals": False}
+    run = run_training(configure(tokenizer=tokenizer, train={"parts": "entropy", "max_steps": 6}), "alone")
+    before, after = weights(trained), weights(run)
+    entropy = {name for name in after if name.startswith("entropy_model.")}
+    assert after.keys() - entropy == {name for name in before if not name.startswith("entropy_model.")}
+    assert all(torch.equal(before[name], after[name]) for name in after.keys() - entropy)
+    losses = [line["metrics"]["train/loss"] for line in lines(run) if "train/loss" in line["metrics"]]
+    assert losses[-1] < losses[0]
+    assert not TaTok.from_pretrained(run.folder / "checkpoint").config.entropy_globals
+
+
+def test_an_entropy_model_that_trains_alone_goes_on_where_it_stopped(trained, configure, run_training):
+    config = {"tokenizer": {"checkpoint": str(trained.folder)}, "train": {"parts": "entropy"}}
+    whole = run_training(configure(**config), "whole-alone")
+    with pytest.raises(Stopped):
+        run_training(configure(tokenizer=config["tokenizer"], train={"parts": "entropy", "max_minutes": 1e-9}), "alone")
+    assert equal(weights(run_training(configure(**config), "alone", resume=True)), weights(whole))
+
+
+def test_the_log_tells_how_much_is_kept_and_what_the_entropy_model_knows(trained):
+    logged = [line["metrics"] for line in lines(trained)]
+    assert all(0 <= metrics["train/kept_patch_tokens"] <= 16 for metrics in logged if "train/loss" in metrics)
+    last = {name: value for metrics in logged for name, value in metrics.items()}
+    assert {"train/code_bits", "train/unigram_bits", "train/gradient_norm_entropy"} <= last.keys()
+    assert {"validation/psnr_quarter", "validation/psnr_globals_only", "validation/bits_mutual"} <= last.keys()
+
+
+def test_kept_sets_are_drawn_by_sample_and_not_by_worker(shards):
+    from pipeline.data.shards import ShardDataset
+    from pipeline.training.batches import Batches
+    from pipeline.training.order import SampleOrder
+
+    pictures = ShardDataset(shards, "train")
+    order = SampleOrder(len(pictures), seed=3, global_batch_size=4)
+    whole = Batches(pictures, order, 0, 1, horizontal_flip=False, draws=20).load(2)
+    halves = [Batches(pictures, order, rank, 2, horizontal_flip=False, draws=20).load(2) for rank in (0, 1)]
+    assert whole.uniforms.shape == (4, 20)
+    assert torch.equal(torch.cat([half.uniforms for half in halves]), whole.uniforms)
+    assert len(whole.uniforms.unique()) == 80
+
+
 @pytest.mark.parametrize(
     "tokenizer", [{"global_tokens": 0}, {"patch_tokens": False}], ids=["patch_only", "global_only"]
 )

@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from pipeline.training import adaptivity
+from tatok_model import TaTok, TokenizerConfig
+
+CONFIG = TokenizerConfig(32, 8, global_tokens=2, quantizer="fsq", codebook_size=16, fsq_levels=(4, 4), entropy_width=32)
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return TaTok(CONFIG).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def test_sums_of_two_halves_are_those_of_the_whole(tokenizer, images):
+    whole = adaptivity.measure(tokenizer, images)
+    halves = adaptivity.measure(tokenizer, images[:2])
+    halves.merge(adaptivity.measure(tokenizer, images[2:]))
+    for name, value in whole.values.items():
+        if name != "psnr_quarter_shuffled":  # whose global tokens an image gets depends on its neighbours
+            assert halves.values[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_metrics_are_means_and_differences_in_bits(tokenizer, images):
+    totals = adaptivity.measure(tokenizer, images)
+    found = adaptivity.metrics(totals, unigram_bits=60.0)
+    one_pass, chain = totals.values["bits_one_pass"] / 4, totals.values["bits_chain"] / 4
+    assert found["validation/bits_one_pass"] == pytest.approx(one_pass)
+    assert found["validation/bits_redundancy"] == pytest.approx(one_pass - chain)
+    assert found["validation/bits_mutual"] == pytest.approx(totals.values["bits_blind"] / 4 - chain)
+    assert one_pass == pytest.approx(16 * 4, rel=0.1)  # an untrained model says log2 16 bits for each of 16 codes
+
+
+def test_an_untrained_tokenizer_is_warned_of():
+    found = {
+        "validation/psnr_quarter": 12.0,
+        "validation/psnr_quarter_shuffled": 11.9,
+        "validation/bits_one_pass": 64.0,
+        "validation/bits_unigram": 60.0,
+    }
+    ignored, useless = adaptivity.warnings(found, globals_exist=True)
+    assert "those of other images cost 0.10 dB" in ignored
+    assert "64 bits an image; expected fewer than 60" in useless
+    assert adaptivity.warnings(found, globals_exist=False) == [useless]
+    good = {**found, "validation/psnr_quarter_shuffled": 9.0, "validation/bits_one_pass": 50.0}
+    assert adaptivity.warnings(good, globals_exist=True) == []
+
+
+def test_maps_show_each_patch_in_its_place(tokenizer, images):
+    tokens = tokenizer.encode(images)
+    maps = adaptivity.surprisal_maps(tokenizer, tokens)
+    assert maps.shape == images.shape
+    ranking = tokenizer.rank(tokens).ranking
+    top = ranking.order[0, 0].item()
+    row, column = divmod(top, 4)
+    patch = maps[0, 0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+    assert patch.min() == patch.max() == maps[0].max()
