@@ -16,6 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tatok_model.filtering_rules import RULES, UNITS, check_rounds, check_threshold
@@ -28,9 +29,8 @@ def surprisal(logits: Tensor, indices: Tensor) -> Tensor:
         logits: (..., K) unnormalised scores.
         indices: (...) int64 true codes.
     """
-    logits = logits.float()
-    true = logits.gather(-1, indices[..., None]).squeeze(-1)
-    return (logits.logsumexp(-1) - true) / math.log(2)
+    nats = F.cross_entropy(logits.float().flatten(0, -2), indices.flatten(), reduction="none")
+    return nats.view(indices.shape) / math.log(2)
 
 
 def conditional_entropy(logits: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float) -> Tensor:
         return (score_units.double() >= threshold * UNITS).long().cumprod(dim=1).sum(dim=1)
     if rule == "relative" and threshold == 1:  # scores of 0 at the end would be cut, and 1 means all
         return torch.full_like(score_units[:, 0], positions)
-    said = torch.nn.functional.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
+    said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
     if rule == "relative":
         enough = said.double() >= threshold * said[:, -1:].double()
     else:
