@@ -1,0 +1,14 @@
+r"""Turn token streams back into pictures, cut at any threshold.
+
+    python jobs/detokenize.py cifar10 tokens.path=runs/cifar10-tokens tokenizer.checkpoint=runs/cifar10-train \
+        filter.rule=residual filter.threshold=60
+    ray job submit --working-dir . -- python jobs/detokenize.py cifar10 ...
+
+Writes shards like those of `jobs/preprocess.py` and pictures/decoded.png into the run folder. filter.score and
+filter.rounds must be those of the stream. Without tokens.path it tokenizes first. A stopped run goes on with --resume.
+"""
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main("detokenize", "pipeline.tokenizing.detokenize", __doc__)

@@ -1,0 +1,104 @@
+"""One worker's way from a token file to a shard of pictures: read, cut, decode, write."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.config import FilterConfig
+from pipeline.data.manifest import Shard
+from pipeline.data.pictures import encode
+from pipeline.data.writer import ShardWriter
+from pipeline.tokenizing.arrow import from_table, read_token_file
+from pipeline.tokenizing.manifest import TokenManifest
+from pipeline.tokenizing.parts import Seconds, Stopwatch
+from pipeline.tokenizing.plan import Range
+from tatok_model.metrics.images import to_uint8
+from tatok_model.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class DecodingWork:
+    """What the tasks of one run have in common."""
+
+    folder: Path  # of the run, on a file system that all workers share
+    key: str  # of the plan
+    tokens: str  # folder of the tokens, which every node has to see
+    manifest: TokenManifest
+    filter: FilterConfig
+    batch_size: int
+    encoding: str  # png | jpeg | webp
+    quality: int  # of jpeg and webp
+    files: ClassVar[str] = "shards"  # the folder of what is made
+
+    def worker(self, tokenizer: Any, device: str) -> "Decoder":
+        """Warmed up."""
+        decoder = Decoder(tokenizer, self, device)
+        decoder.warm_up()
+        return decoder
+
+
+class Decoder:
+    """Makes shards of pictures.
+
+    Args:
+        tokenizer: `TaTok`; it is moved to `device` and put into evaluation mode.
+        work: of the run.
+        device: where everything computes.
+    """
+
+    def __init__(self, tokenizer: Any, work: DecodingWork, device: str) -> None:
+        self._work, self._device = work, torch.device(device)
+        self._tokenizer = tokenizer.to(self._device).eval()
+
+    def warm_up(self) -> None:
+        """One whole batch of which nothing is kept, the most that decoding has to do."""
+        stream, batch = self._work.manifest.stream, self._work.batch_size
+        indices = torch.zeros(batch, stream.global_tokens, dtype=torch.int64)
+        patches = torch.zeros(batch, stream.patch_positions, dtype=torch.int64)
+        self.pictures(Tokens(indices, patches, torch.zeros_like(patches, dtype=torch.bool)))
+
+    def make(self, task: Range) -> tuple[Shard, Seconds]:
+        """Pictures of the rows of one range; see `actors.Worker`."""
+        watch = Stopwatch(self._device)
+        with watch.timed("total"), ShardWriter(self._work.folder, f"{self._work.files}/{task.name}.parquet") as writer:
+            for row in self._rows(task, watch):
+                writer.add(row)
+        if writer.shard is None:
+            raise RuntimeError(f"range {task.number} has no rows; expected {task.stop - task.start}")
+        return writer.shard, watch.seconds
+
+    @torch.inference_mode()
+    def pictures(self, tokens: Tokens) -> np.ndarray:
+        """(B, H, W, 3) uint8 of what is kept."""
+        decoded: torch.Tensor = self._tokenizer.decode(tokens.to(self._device))
+        return to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _rows(self, task: Range, watch: Stopwatch) -> Iterator[dict[str, Any]]:
+        work, classes = self._work, self._work.manifest.classes
+        file = work.manifest.splits[task.split].files[task.index]
+        table = read_token_file(work.tokens, file, work.manifest.stream).take(task.rows() - file.first_row)
+        tokens, ids, labels = from_table(table)
+        tokens = cut(tokens, work.filter)
+        for first in range(0, len(ids), work.batch_size):
+            part = slice(first, first + work.batch_size)
+            with watch.timed("decode"):
+                pictures = self.pictures(tokens[part])
+            for name, label, picture in zip(ids[part], labels[part].tolist(), pictures, strict=True):
+                yield {
+                    "id": name,
+                    "image": encode(Image.fromarray(picture), work.encoding, work.quality),
+                    "height": picture.shape[0],
+                    "width": picture.shape[1],
+                    "label": label,
+                    "label_name": classes[label] if label >= 0 else "",
+                }
+
+
+def cut(tokens: Tokens, config: FilterConfig) -> Tokens:
+    """What the configured rule keeps; tokens that are only global stay as they are."""
+    return tokens if tokens.ranking is None else tokens.cut(config.rule, config.threshold, config.replay)

@@ -1,0 +1,91 @@
+"""One worker's way from pictures to a token file: read, encode, rank, write."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.data.manifest import Shard
+from pipeline.data.shards import ShardDataset
+from pipeline.paths import write_atomically
+from pipeline.tokenizing.arrow import to_parquet, to_table
+from pipeline.tokenizing.manifest import Stream
+from pipeline.tokenizing.parts import Seconds, Stopwatch
+from pipeline.tokenizing.plan import Range
+from tatok_model.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class EncodingWork:
+    """What the tasks of one run have in common."""
+
+    folder: Path  # of the run, on a file system that all workers share
+    key: str  # of the plan
+    shards: str  # folder of the shards, which every node has to see
+    stream: Stream
+    batch_size: int
+    files: ClassVar[str] = "tokens"  # the folder of what is made
+
+    def worker(self, tokenizer: Any, device: str) -> "Encoder":
+        """Warmed up."""
+        encoder = Encoder(tokenizer, self, device)
+        encoder.warm_up()
+        return encoder
+
+
+class Encoder:
+    """Makes token files.
+
+    Args:
+        tokenizer: `TaTok`; it is moved to `device` and put into evaluation mode.
+        work: of the run.
+        device: where everything computes.
+    """
+
+    def __init__(self, tokenizer: Any, work: EncodingWork, device: str) -> None:
+        self._work, self._device = work, torch.device(device)
+        self._tokenizer = tokenizer.to(self._device).eval()
+        self._pictures: dict[str, ShardDataset] = {}
+
+    def warm_up(self) -> None:
+        """One whole batch of noise, so that the first timed batch pays for no set-up."""
+        side = self._work.stream.image_size
+        noise = np.random.default_rng(0).integers(0, 256, (self._work.batch_size, side, side, 3), dtype=np.uint8)
+        self.tokens(noise, Stopwatch(self._device))
+
+    def make(self, task: Range) -> tuple[Shard, Seconds]:
+        """Tokens of the pictures of one range; see `actors.Worker`."""
+        watch = Stopwatch(self._device)
+        with watch.timed("total"):
+            tables = list(self._tables(task, watch))
+            data = to_parquet(pa.concat_tables(tables))
+            path = self._work.folder / self._work.files / f"{task.name}.parquet"
+            write_atomically(path, data)
+        file = Shard(f"{self._work.files}/{path.name}", task.stop - task.start, hashlib.sha256(data).hexdigest())
+        return file, watch.seconds
+
+    @torch.inference_mode()
+    def tokens(self, pictures: np.ndarray, watch: Stopwatch) -> Tokens:
+        """The ranked tokens of (B, H, W, 3) uint8 pictures, on the CPU."""
+        stream = self._work.stream
+        images = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).to(self._device)
+        with watch.timed("encode"):
+            tokens: Tokens = self._tokenizer.encode(images)
+        with watch.timed("rank"):
+            if stream.score:
+                tokens = self._tokenizer.rank(tokens, stream.score, stream.rounds, images)
+        return tokens.to("cpu")
+
+    def _tables(self, task: Range, watch: Stopwatch) -> Iterator[pa.Table]:
+        if task.split not in self._pictures:
+            self._pictures[task.split] = ShardDataset(self._work.shards, task.split)
+        source, rows = self._pictures[task.split], task.rows()
+        for first in range(0, len(rows), self._work.batch_size):
+            places = rows[first : first + self._work.batch_size].tolist()
+            tokens = self.tokens(source.images(places), watch)
+            yield to_table(tokens, source.ids(places), source.labels(places), self._work.stream)

@@ -1,0 +1,213 @@
+"""`tokens.json`: what a folder of ranked token streams holds. docs/architecture.md has the format.
+
+Imports neither torch nor ray, so that a stage's `check` answers at once.
+
+Symbols: N patch positions, M global tokens, K codebook entries.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import find, is_hub_id
+from pipeline.config import Config
+from pipeline.data.locations import locate
+from pipeline.data.manifest import SPLITS
+from pipeline.errors import BadInput
+from pipeline.paths import sha256_file
+from tatok_model.filtering_rules import SCORES
+
+FORMAT, VERSION = "tatok-tokens", 1
+NAME = "tokens.json"
+METADATA = b"tatok_tokens"  # the key in a file's schema metadata
+SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # of the tokenizer section and of a stream
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Without this, rows of tokens mean nothing: every file carries it in its metadata."""
+
+    score: str  # a key of `filtering_rules.SCORES`; "" without patch tokens: there is nothing to rank
+    rounds: int  # R of the ranking; 0 without patch tokens
+    tokenizer_sha256: str  # of model.safetensors
+    global_tokens: int  # M
+    patch_positions: int  # N
+    codebook_size: int  # K
+    image_size: int  # pixels, square
+    patch_size: int  # pixels, square
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the metadata of a file and at the beginning of `tokens.json`."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """Of an Arrow schema."""
+        return {METADATA: json.dumps(self.to_dict(), sort_keys=True).encode()}
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One Parquet file of a split."""
+
+    file: str  # relative to the folder of `tokens.json`
+    rows: int
+    sha256: str
+    first_row: int  # its first row's number in the split
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The files of one split, in order."""
+
+    rows: int
+    files: tuple[TokenFile, ...]
+
+
+@dataclass(frozen=True)
+class TokenManifest:
+    """What was made, from what, and its checksums."""
+
+    stream: Stream
+    config: dict[str, Any]  # the keys of the tokens section that decide rows
+    data_fingerprint: str  # of the shards
+    classes: tuple[str, ...]  # name of each label
+    splits: dict[str, TokenSplit]  # train, heldout
+    fingerprint: str  # of the tokens: sha256 over the file checksums
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the file: what the stream is stands beside the rest."""
+        values = asdict(self)
+        del values["stream"]
+        return {**self.stream.to_dict(), **values}
+
+
+def stream_of(config: Config, tokenizer_sha256: str) -> Stream:
+    """The stream that a configuration asks for."""
+    section, ranked = config.tokenizer, config.tokenizer.patch_tokens
+    return Stream(
+        score=config.filter.score if ranked else "",
+        rounds=config.filter.rounds if ranked else 0,
+        tokenizer_sha256=tokenizer_sha256,
+        patch_positions=section.patch_positions,
+        **{name: getattr(section, name) for name in SHAPING},
+    )
+
+
+def fingerprint(splits: dict[str, TokenSplit]) -> str:
+    """sha256 over the file checksums of both splits, in order."""
+    text = json.dumps([[name, [file.sha256 for file in splits[name].files]] for name in SPLITS])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stream_from_dict(values: Any, what: str) -> Stream:
+    """The stream that `Stream.to_dict` made plain.
+
+    Args:
+        values: as read from JSON.
+        what: they are of, for messages.
+
+    Raises:
+        BadInput: another program's, of another version, or damaged.
+    """
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise BadInput(f"{what} is not of format {FORMAT!r}; expected one by jobs/tokenize_images.py")
+    if values.get("version") != VERSION:
+        raise BadInput(f"{what} has version {values.get('version')!r}; expected {VERSION}")
+    try:
+        numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
+        stream = Stream(score=str(values["score"]), tokenizer_sha256=str(values["tokenizer_sha256"]), **numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    if stream.score and stream.score not in SCORES:
+        raise BadInput(f"{what} has score {stream.score!r}; expected one of {', '.join(SCORES)}")
+    return stream
+
+
+def read_token_manifest(folder: str | Path) -> TokenManifest:
+    """The manifest of the tokens in `folder`, a path or URL.
+
+    Raises:
+        BadInput: there is none, or it is another program's, of another version, or damaged.
+    """
+    place = str(folder)
+    what = f"{NAME} in {place!r}"
+    try:
+        values = json.loads((locate(place) / NAME).read())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{place!r} holds no {NAME}; expected a folder written by jobs/tokenize_images.py") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{what} cannot be read ({' '.join(str(error).split())})") from None
+    stream = stream_from_dict(values, what)
+    try:
+        manifest = _from_dict(values, stream)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    if manifest.fingerprint != fingerprint(manifest.splits):
+        raise BadInput(f"{what} is damaged: its fingerprint does not match its files")
+    return manifest
+
+
+def _from_dict(values: dict[str, Any], stream: Stream) -> TokenManifest:
+    splits = {}
+    for name in SPLITS:
+        part = values["splits"][name]
+        files = tuple(TokenFile(f["file"], int(f["rows"]), f["sha256"], int(f["first_row"])) for f in part["files"])
+        splits[name] = TokenSplit(int(part["rows"]), files)
+    return TokenManifest(
+        stream=stream,
+        config=dict(values["config"]),
+        data_fingerprint=values["data_fingerprint"],
+        classes=tuple(values["classes"]),
+        splits=splits,
+        fingerprint=values["fingerprint"],
+    )
+
+
+def check_stream(config: Config, stream: Stream) -> None:
+    """Refuse a stream that this configuration cannot decode: of another tokenizer, another score, another R.
+
+    A tokenizer of the hub is compared once it is here, see `check_tokenizer`.
+
+    Raises:
+        BadInput: naming the first thing that differs.
+    """
+    wanted = stream_of(config, stream.tokenizer_sha256)
+    path = config.tokens.path
+    for name in SHAPING:
+        if getattr(stream, name) != getattr(wanted, name):
+            raise BadInput(
+                f"tokens.path {path!r} has {name} {getattr(stream, name)}; "
+                f"expected tokenizer.{name}, {getattr(wanted, name)}"
+            )
+    if bool(stream.score) != bool(wanted.score):
+        found = "has patch tokens" if stream.score else "has only global tokens"
+        raise BadInput(
+            f"tokens.path {path!r} {found}; expected tokenizer.patch_tokens: {str(bool(wanted.score)).lower()}"
+        )
+    if stream.score != wanted.score:
+        raise BadInput(f"tokens.path {path!r} is ranked by {stream.score}; expected filter.score, {wanted.score}")
+    if stream.rounds != wanted.rounds:
+        raise BadInput(
+            f"tokens.path {path!r} is ranked in {stream.rounds} rounds; expected filter.rounds, {wanted.rounds}: "
+            "another R is another order"
+        )
+    checkpoint = config.tokenizer.checkpoint
+    if checkpoint and not is_hub_id(checkpoint):
+        check_tokenizer(config, stream, sha256_file(find(checkpoint) / "model.safetensors"))
+
+
+def check_tokenizer(config: Config, stream: Stream, sha256: str) -> None:
+    """Raises BadInput unless the weights with this checksum made the stream."""
+    if sha256 != stream.tokenizer_sha256:
+        raise BadInput(
+            f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
+            f"expected that of tokenizer.checkpoint {config.tokenizer.checkpoint!r}, {sha256[:12]}..."
+        )
+
+
+def with_path(config: Config, folder: Path) -> Config:
+    """The configuration with `tokens.path`."""
+    return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, path=str(folder)))

@@ -1,0 +1,108 @@
+"""Which pictures or rows go into which file, decided before any work and kept as `plan.json`.
+
+The cut depends on how many there are and on the batch size, never on how many workers there are: a range becomes the
+same bytes whoever makes it, and a run that was killed goes on with the ranges that are missing.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import TokensConfig
+from pipeline.data.manifest import SPLITS
+from pipeline.errors import BadInput
+from pipeline.paths import write_json
+from pipeline.tokenizing.manifest import TokenManifest
+
+RANGE_ROWS = 1024  # pictures per range: seconds of work, a few megabytes of tokens
+
+
+@dataclass(frozen=True)
+class Range:
+    """The work of one task: some of the pictures that were chosen of a split, which are numbered 0 to count - 1."""
+
+    number: int  # over both splits; names the part
+    split: str  # train | heldout
+    index: int  # within the split; names the file
+    start: int  # number of the first picture
+    stop: int  # one past the last
+    count: int  # pictures chosen of the split
+    total: int  # pictures in the split
+
+    def rows(self) -> np.ndarray:
+        """Their places in the split: spread evenly over it, because shards may be sorted by class."""
+        return np.arange(self.start, self.stop) * self.total // self.count
+
+    @property
+    def name(self) -> str:
+        """Of the file, without folder and ending."""
+        return f"{self.split}-{self.index:05d}"
+
+
+def ranges_of_pictures(rows: dict[str, int], config: TokensConfig) -> list[Range]:
+    """Ranges of about `RANGE_ROWS` pictures, in whole batches.
+
+    Args:
+        rows: pictures in each split.
+        config: which splits, how many of each, in which batches.
+
+    Raises:
+        BadInput: there is no picture in the splits that are wanted.
+    """
+    size = -(-RANGE_ROWS // config.batch_size) * config.batch_size
+    found: list[Range] = []
+    for split, total, count in _chosen(rows, config):
+        for index, start in enumerate(range(0, count, size)):
+            found.append(Range(len(found), split, index, start, min(start + size, count), count, total))
+    return found
+
+
+def ranges_of_files(manifest: TokenManifest, config: TokensConfig) -> list[Range]:
+    """One range for each token file that has rows among those chosen; raises as `ranges_of_pictures`."""
+    found: list[Range] = []
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    for split, total, count in _chosen(rows, config):
+        for index, file in enumerate(manifest.splits[split].files):
+            first, end = file.first_row, file.first_row + file.rows
+            start, stop = (-(-row * count // total) for row in (first, end))  # the inverse of `Range.rows`
+            if start < stop:
+                found.append(Range(len(found), split, index, start, stop, count, total))
+    return found
+
+
+def keep_plan(folder: Path, facts: dict[str, Any], ranges: list[Range]) -> str:
+    """Write `plan.json`, or compare with the one that is there; returns a key that parts of the work carry.
+
+    Args:
+        folder: of the run.
+        facts: everything that decides bytes, by configuration key.
+        ranges: that follow from them.
+
+    Raises:
+        BadInput: the run was begun with other facts.
+    """
+    path = folder / "plan.json"
+    if path.exists():
+        begun = json.loads(path.read_bytes())["facts"]
+        for key, value in facts.items():
+            if begun.get(key) != value:
+                raise BadInput(
+                    f"{key} is {value!r}, but the run in {str(folder)!r} was begun with {begun.get(key)!r}; "
+                    "expected the same, or a new run.name"
+                )
+    else:
+        write_json(path, {"facts": facts, "ranges": [asdict(part) for part in ranges]})
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(rows: dict[str, int], config: TokensConfig) -> list[tuple[str, int, int]]:
+    """(split, pictures in it, pictures chosen) of the splits that have any."""
+    wanted = SPLITS if config.split == "both" else (config.split,)
+    chosen = [(name, rows[name], min(config.max_images or rows[name], rows[name])) for name in wanted if rows[name]]
+    if not chosen:
+        raise BadInput(f"tokens.split is {config.split!r}, which holds no picture; expected one of {', '.join(SPLITS)}")
+    return chosen

@@ -1,0 +1,136 @@
+"""The stage behind `jobs/tokenize_images.py`: shards and a tokenizer in, the full ranked token stream out.
+
+First the plan (`plan.json`), then one token file per range of it, then `tokens.json`, which marks the stream complete.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoints import check_architecture
+from pipeline.checks import check_pictures
+from pipeline.cluster import check_cpus
+from pipeline.config import Config, TokensConfig
+from pipeline.data.manifest import SPLITS, Manifest, read_manifest
+from pipeline.errors import BadInput
+from pipeline.evaluation.inputs import with_tokenizer, with_trained
+from pipeline.paths import write_json
+from pipeline.pretrained import load_tokenizer
+from pipeline.progress import say
+from pipeline.run import Run
+from pipeline.tokenizing.manifest import NAME, Stream, TokenFile, TokenManifest, TokenSplit, fingerprint, stream_of
+from pipeline.tokenizing.plan import Range, keep_plan, ranges_of_files, ranges_of_pictures
+from pipeline.tracking import Tracker, check_tracking
+from pipeline.training import stage as training
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from pipeline.tokenizing.parts import Part
+
+DECIDING = ("split", "max_images", "batch_size")  # keys of the tokens section that decide rows
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made; reads no pictures.
+
+    Raises:
+        BadInput: as training's `check` where there is no tokenizer yet; a score that needs an entropy model without
+            one, shards of another image size, a checkpoint of another architecture, more workers than CPUs, a tracking
+            address of unknown form.
+    """
+    check_cpus("tokens.num_workers", config.tokens.num_workers)
+    check_tracking(config)
+    asks = config.filter.score in ("surprisal", "entropy") and config.tokenizer.patch_tokens
+    if asks and not config.tokenizer.has_entropy_model:
+        raise BadInput(
+            f"filter.score is {config.filter.score!r} with tokenizer.entropy_layers 0; "
+            "expected a tokenizer with an entropy model, or pixel_entropy, random or grid"
+        )
+    found = with_trained(config)
+    if not found.tokenizer.checkpoint:
+        training.check(config)
+        return
+    check_architecture(found)
+    check_pictures(config)
+
+
+def default_name(config: Config) -> str:
+    """The run folder's name when `run.name` is empty."""
+    return f"{config.preset}-tokens"
+
+
+def run(run: Run) -> None:
+    """Make the token files in the run folder, or what is missing of them.
+
+    Raises:
+        BadInput: the run was begun with another configuration, or there is no picture.
+        Stopped: the run was asked to stop; finished ranges are kept.
+    """
+    config = run.config = with_tokenizer(training.with_shards(run.config))
+    shards = read_manifest(config.data.shards)
+    run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
+    tokenizer, sha256 = load_tokenizer(config)
+    run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
+    stream = stream_of(config, sha256)
+    ranges = ranges_of_pictures({name: split.rows for name, split in shards.splits.items()}, config.tokens)
+    key = keep_plan(run.folder, _facts(config, stream, shards), ranges)
+
+    from pipeline.tokenizing.encoding import EncodingWork
+    from pipeline.tokenizing.follow import make_all, rates
+
+    work = EncodingWork(run.folder, key, config.data.shards, stream, config.tokens.batch_size)
+    tags = {"data_fingerprint": shards.fingerprint, "tokenizer_sha256": sha256, "score": stream.score}
+    with Tracker.start(run, {**tags, "rounds": str(stream.rounds)}) as tracker:
+        parts, seconds = make_all(run, "tokenize", tokenizer, work, ranges)
+        manifest = write_manifest(run, stream, shards, ranges, parts)
+        _report(run, manifest, rates(parts, seconds, ("encode", "rank")), tracker)
+
+
+def write_manifest(
+    run: Run, stream: Stream, shards: Manifest, ranges: list[Range], parts: "list[Part]"
+) -> TokenManifest:
+    """Write `tokens.json` over the files of all ranges."""
+    splits = {}
+    for name in SPLITS:
+        files: list[TokenFile] = []
+        for task, part in zip(ranges, parts, strict=True):
+            if task.split == name:
+                files.append(TokenFile(part.file.file, part.file.rows, part.file.sha256, task.start))
+        splits[name] = TokenSplit(sum(file.rows for file in files), tuple(files))
+    decides = {key: getattr(run.config.tokens, key) for key in DECIDING}
+    manifest = TokenManifest(stream, decides, shards.fingerprint, shards.classes, splits, fingerprint(splits))
+    write_json(run.folder / NAME, manifest.to_dict())
+    return manifest
+
+
+def _facts(config: Config, stream: Stream, shards: Manifest) -> dict[str, Any]:
+    """Everything that decides bytes."""
+    return {
+        "data.shards": shards.fingerprint,
+        "tokenizer.checkpoint": stream.tokenizer_sha256,
+        "filter.score": stream.score,
+        "filter.rounds": stream.rounds,
+        **{f"tokens.{key}": getattr(config.tokens, key) for key in DECIDING},
+    }
+
+
+def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker: Tracker) -> None:
+    """Lengths at the configured cut, as numbers and as a picture."""
+    from pipeline.tokenizing.follow import draw_lengths
+    from pipeline.tokenizing.lengths import measure_lengths
+
+    everything = ranges_of_files(manifest, TokensConfig())
+    lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
+    rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
+    run.results = {"images": sum(rows.values()), **rows, **lengths.results(), **speed}
+    run.rewind_metrics(-1)  # a resumed run measures anew
+    run.log(run.results, step=0)
+    run.outputs = {"tokens": str(run.folder), "manifest": str(run.folder / NAME)}
+    draw_lengths(run, lengths.counts, tracker)
+    tracker.artifact(Path(run.outputs["manifest"]))
+    rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
+    say(f"tokenize: {run.results['images']} images, {_told(run)}{rate} -> {run.folder}")
+
+
+def _told(run: Run) -> str:
+    section, found = run.config.filter, run.results
+    cut = f"{section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else "global tokens only"
+    return f"{found['tokens_mean']:.1f} tokens and {found['bits_fixed_mean']:.0f} bits an image ({cut})"
