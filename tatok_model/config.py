@@ -146,7 +146,8 @@ class LossConfig:
             raise ValueError(f"gan_start_step is {self.gan_start_step}; expected 0 or more")
 
 
-ORDERS = ("filter", "grid", "pixel_entropy")
+ORDERS = ("filter", "surprisal", "entropy", "grid", "pixel_entropy")
+BY_MODEL = ORDERS[:3]  # need an entropy model
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class KeptSetConfig:
     random: float = 0.40  # a random set of uniform size
     blocks: float = 0.15  # a square block of uniform size
     filtered: float = 0.25  # a prefix of uniform length of `order`
-    order: str = "filter"  # filter: the entropy model's own ranking | grid | pixel_entropy: controls
+    order: str = "filter"  # filter (by surprisal or entropy at random) | surprisal | entropy | grid | pixel_entropy
     warmup_steps: int = 500  # steps in which `filtered` sets are random, while the entropy model learns
     hide_globals: float = 0.10  # share of samples whose entropy model sees no global tokens; taken from `all`
     global_tail: float = 0.0  # share of samples that lose a tail of uniform length of their global tokens

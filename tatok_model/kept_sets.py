@@ -52,6 +52,9 @@ def draw(uniforms: Tensor, config: KeptSetConfig, filtering: bool) -> Wanted:
     bounds = torch.tensor(config.shares(), device=kind.device).cumsum(0)
     number = (kind[:, None] >= bounds[:-1]).sum(1)  # 0 all, 1 none, 2 random, 3 blocks, 4 filtered
     everything, nothing, blocks = number == 0, number == 1, number == 3
+    by_entropy = (order * 4).long() % 2 == 1
+    if config.order in ("surprisal", "entropy"):
+        by_entropy = torch.full_like(by_entropy, config.order == "entropy")
     hidden = everything & (coin < config.hidden_share())
     return Wanted(
         everything=everything,
@@ -61,7 +64,7 @@ def draw(uniforms: Tensor, config: KeptSetConfig, filtering: bool) -> Wanted:
         own_set=everything & ~hidden & (order < 0.5) & filtering,
         sizes=(size * noise.shape[1]).long(),
         without_globals=hidden,
-        by_entropy=(order * 4).long() % 2 == 1,
+        by_entropy=by_entropy,
         noise=noise,
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tatok_model import orders
-from tatok_model.config import KeptSetConfig
+from tatok_model.config import BY_MODEL, KeptSetConfig
 from tatok_model.filtering import conditional_entropy, rank_in_rounds, surprisal, to_units
 from tatok_model.filtering_rules import SCORES, check_rounds
 from tatok_model.kept_sets import Wanted
@@ -84,7 +84,7 @@ def training_places(
     if not bool(needed.any()):
         return places
     part = tokens[needed]
-    if mix.order != "filter":
+    if mix.order not in BY_MODEL:
         order = _fixed_order(part, mix.order, patch_size, images[needed])[0]
     else:
         at = torch.ones_like(part.kept_mask)

@@ -26,7 +26,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from tatok_model import filtering
-from tatok_model.config import SIZES, KeptSetConfig, TokenizerConfig, read_config
+from tatok_model.config import BY_MODEL, SIZES, KeptSetConfig, TokenizerConfig, read_config
 from tatok_model.entropy import EntropyModel
 from tatok_model.kept_sets import KeptSets, draw, kept_sets
 from tatok_model.quantizer import build_quantizer
@@ -321,7 +321,7 @@ class TaTok(
         self, tokens: Tokens, images: Tensor, uniforms: Tensor, mix: KeptSetConfig, filtering_now: bool
     ) -> KeptSets:
         """Kept sets of a training step; only samples that need a ranking are ranked."""
-        by_model = mix.order == "filter"
+        by_model = mix.order in BY_MODEL
         wanted = draw(uniforms, mix, filtering_now and not (by_model and self.entropy_model is None))
         places = training_places(tokens, images, wanted, mix, self._logits, self.config.patch_size)
         return kept_sets(wanted, places)

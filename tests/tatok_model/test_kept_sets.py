@@ -29,6 +29,12 @@ def test_shares_are_those_of_the_configuration(uniforms):
     assert wanted.by_entropy.float().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize(("order", "share"), [("filter", 0.5), ("surprisal", 0.0), ("entropy", 1.0)])
+def test_prefixes_are_ranked_by_the_scores_that_are_wanted(uniforms, order, share):
+    wanted, _ = sets(uniforms, KeptSetConfig(order=order))
+    assert wanted.by_entropy.float().mean().item() == pytest.approx(share, abs=0.03)
+
+
 def test_every_length_is_drawn_alike(uniforms):
     wanted, found = sets(uniforms)
     free = ~(wanted.everything | wanted.nothing)
@@ -89,7 +95,7 @@ def test_controls_keep_everything_or_nothing(uniforms):
         ({"all": 0.5}, "expected shares that add up to 1"),
         ({"random": -0.1}, r"random is -0\.1; expected a share from 0 to 1"),
         ({"hide_globals": 2}, "hide_globals is 2; expected a share from 0 to 1"),
-        ({"order": "best"}, "order is 'best'; expected one of filter, grid, pixel_entropy"),
+        ({"order": "best"}, "order is 'best'; expected one of filter, surprisal, entropy, grid, pixel_entropy"),
         ({"warmup_steps": -1}, "warmup_steps is -1; expected 0 or more"),
     ],
 )
