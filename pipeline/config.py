@@ -277,6 +277,10 @@ class Config:
                 "train.parts is 'entropy'; expected tokenizer.checkpoint to name the tokenizer that stays as it is, "
                 "with patch tokens and tokenizer.entropy_layers above 0"
             )
+        if self.kept_sets.global_tail and self.tokenizer.patch_tokens:
+            raise ValueError(
+                f"kept_sets.global_tail is {self.kept_sets.global_tail}; expected 0, or tokenizer.patch_tokens: false"
+            )
         if self.tokenizer.patch_tokens:
             self._check_filter(self.tokenizer.patch_positions)
 

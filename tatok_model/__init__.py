@@ -7,17 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tatok_model.codec import Codec
     from tatok_model.config import LossConfig, TokenizerConfig
     from tatok_model.tokenizer import TaTok
     from tatok_model.tokens import Tokens
 
 _HOME = {
+    "Codec": "tatok_model.codec",
     "TaTok": "tatok_model.tokenizer",
     "Tokens": "tatok_model.tokens",
     "TokenizerConfig": "tatok_model.config",
     "LossConfig": "tatok_model.config",
 }
-__all__ = ["LossConfig", "TaTok", "TokenizerConfig", "Tokens"]
+__all__ = ["Codec", "LossConfig", "TaTok", "TokenizerConfig", "Tokens"]
 
 
 def __getattr__(name: str) -> Any:
