@@ -109,9 +109,12 @@ class _OneImage:
     def _ask(self, global_indices: np.ndarray, patch_indices: np.ndarray, given: np.ndarray) -> Tensor:
         """(N, K) logits, asked at every position so that the shape is always the same."""
         everywhere = torch.ones(1, len(given), dtype=torch.bool, device=self.device)
-        codes = (torch.from_numpy(indices)[None].to(self.device) for indices in (global_indices, patch_indices))
-        tokens = Tokens(*codes, everywhere)
-        return self._tokenizer.patch_logits(tokens, torch.from_numpy(given)[None].to(self.device), everywhere)
+        tokens = Tokens(self._one(global_indices), self._one(patch_indices), everywhere)
+        return self._tokenizer.patch_logits(tokens, self._one(given), everywhere)
+
+    def _one(self, values: np.ndarray) -> Tensor:
+        """A batch of one."""
+        return torch.from_numpy(values)[None].to(self.device)
 
 
 def model_id(tokenizer: TaTok) -> bytes:
