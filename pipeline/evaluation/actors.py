@@ -11,6 +11,7 @@ from pipeline.cluster import connect
 from pipeline.config import EvaluateConfig
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
+from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Evaluator, Instruments
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.plan import Plan
@@ -22,15 +23,17 @@ class RangeActor:
     Args:
         shared: reference to (codec, instruments), which the driver has loaded.
         shards: folder of the shards, which every node has to see.
-        plan, originals, device: as `Evaluator`.
+        plan, originals, device, cuts: as `Evaluator`.
     """
 
-    def __init__(self, shared: Any, shards: str, plan: Plan, originals: bool, device: str) -> None:
+    def __init__(
+        self, shared: Any, shards: str, plan: Plan, originals: bool, device: str, cuts: Cuts | None = None
+    ) -> None:
         import ray
 
         codec, instruments = ray.get(shared)
         self._pictures = ShardDataset(shards, "heldout")
-        self._evaluator = Evaluator(codec, instruments, plan, originals, device)
+        self._evaluator = Evaluator(codec, instruments, plan, originals, device, cuts)
         self._evaluator.warm_up()
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
@@ -58,7 +61,14 @@ def pick_device(config: EvaluateConfig) -> str:
 
 
 def measure_on_actors(
-    codec: Any, instruments: Instruments, shards: str, plan: Plan, originals: bool, device: str, workers: int
+    codec: Any,
+    instruments: Instruments,
+    shards: str,
+    plan: Plan,
+    originals: bool,
+    device: str,
+    workers: int,
+    cuts: Cuts | None = None,
 ) -> Iterator[tuple[int, Measurements]]:
     """Every range of the plan with its number, as actors finish them."""
     ray = connect()
@@ -68,7 +78,7 @@ def measure_on_actors(
     ranges = [{"number": i, "start": start, "stop": stop} for i, (start, stop) in enumerate(plan.ranges())]
     rows = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map(  # one block is one range
         RangeActor,
-        fn_constructor_args=(shared, shards, plan, originals, device),
+        fn_constructor_args=(shared, shards, plan, originals, device, cuts),
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(ranges))),
         num_cpus=1,
         num_gpus=1 if device == "cuda" else 0,

@@ -9,8 +9,9 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import Stopped
 from pipeline.evaluation.actors import measure_on_actors, pick_device
+from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Instruments, merged
-from pipeline.evaluation.extractors import Extractor, load_extractor
+from pipeline.evaluation.extractors import Extractor, load_extractor, load_more
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.plan import Plan, make_plan
 from pipeline.pretrained import load_lpips
@@ -26,7 +27,8 @@ class Bench:
     manifest: Manifest
     pictures: ShardDataset  # the held-out split
     plan: Plan
-    extractor: Extractor
+    extractor: Extractor  # behind the main Frechet distance and the Inception score
+    more: list[Extractor]  # behind further Frechet distances
     instruments: Instruments
     device: str
 
@@ -43,8 +45,15 @@ class Bench:
         plan = make_plan(len(pictures), extractor.network.feature_dim, config.evaluate)
         files = config.evaluate.lpips_backbone, config.evaluate.lpips_heads
         lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
-        instruments = Instruments(extractor.network, lpips)
-        return cls(run, pictures.manifest, pictures, plan, extractor, instruments, pick_device(config.evaluate))
+        more = load_more(config.evaluate)
+        instruments = Instruments(extractor.network, lpips, tuple(other.network for other in more))
+        device = pick_device(config.evaluate)
+        return cls(run, pictures.manifest, pictures, plan, extractor, more, instruments, device)
+
+    @property
+    def cuts(self) -> Cuts:
+        """As configured."""
+        return Cuts(self.run.config.filter, self.run.config.evaluate.thresholds)
 
     def measure(self, label: str, codec: Any, originals: bool) -> Measurements:
         """Measure a codec on every picture of the plan.
@@ -59,7 +68,8 @@ class Bench:
         """
         workers = self.run.config.evaluate.num_workers
         shards = self.run.config.data.shards
-        parts = measure_on_actors(codec, self.instruments, shards, self.plan, originals, self.device, workers)
+        common = self.plan, originals, self.device, workers, self.cuts
+        parts = measure_on_actors(codec, self.instruments, shards, *common)
         return merged(self._followed(label, parts), self.plan.count)
 
     def _followed(self, label: str, parts: Iterator[tuple[int, Measurements]]) -> Iterator[tuple[int, Measurements]]:

@@ -12,14 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.measurements import Measurements, Pictures, Totals
+from pipeline.evaluation.cuts import OPERATING, Cuts, Point
+from pipeline.evaluation.measurements import Measurements, PerImage, Pictures, Totals
+from pipeline.evaluation.picture_codecs import png_bytes
 from pipeline.evaluation.plan import Plan
 from tatok_model.config import TokenizerConfig
+from tatok_model.filtering_rules import UNITS
 from tatok_model.lpips import LPIPS
 from tatok_model.metrics.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics
-from tatok_model.metrics.images import ImageQuality, to_uint8
+from tatok_model.metrics.images import ImageQuality, squared_error, to_uint8
 from tatok_model.metrics.scores import CodeUsage, InceptionScore
+from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
 T = TypeVar("T")
@@ -53,6 +57,11 @@ class Instruments:
 
     extractor: FeatureExtractor
     lpips: LPIPS | None = None
+    more: tuple[FeatureExtractor, ...] = ()  # further Frechet distances
+
+    def extractors(self) -> dict[str, FeatureExtractor]:
+        """By the ending of their states' names: '' for the main one."""
+        return {"": self.extractor, **{f"@{network.name}": network for network in self.more}}
 
 
 class Evaluator:
@@ -64,18 +73,27 @@ class Evaluator:
         plan: says which images belong to a range.
         originals: whether the originals' features are wanted too.
         device: where everything computes.
+        cuts: where the tokens of a `TaTok` are cut; None: they are decoded as they are encoded.
     """
 
     def __init__(
-        self, codec: Any, instruments: Instruments, plan: Plan, originals: bool, device: str | torch.device = "cpu"
+        self,
+        codec: Any,
+        instruments: Instruments,
+        plan: Plan,
+        originals: bool,
+        device: str | torch.device = "cpu",
+        cuts: Cuts | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.codec: Codec = codec.to(self.device).eval()
-        self.extractor = instruments.extractor.to(self.device).eval()
+        self.extractors = {key: network.to(self.device).eval() for key, network in instruments.extractors().items()}
         self.lpips = instruments.lpips.to(self.device) if instruments.lpips else None
         self.plan, self.originals = plan, originals
         self._splits = torch.from_numpy(plan.score_split_of())
         self._shown = plan.shown()
+        self._cuts = cuts if isinstance(codec, TaTok) else None
+        self._points = self._cuts.curve(codec) if self._cuts else []
 
     def warm_up(self) -> None:
         """One whole batch of noise, so that the first timed batch pays for no set-up."""
@@ -94,52 +112,104 @@ class Evaluator:
         return found
 
     def _new(self) -> Measurements:
-        codes, extractor, side = self.codec.config.codebook_size, self.extractor, self.codec.config.image_size
-        states: dict[str, Any] = {
-            "features": FeatureStatistics(extractor.feature_dim),
-            "score": InceptionScore(extractor.classes, self.plan.score_splits),
-            "quality": ImageQuality(),
-            "totals": Totals(),
-            "pictures": Pictures(np.zeros((0, side, side, 3), np.uint8)),
-        }
-        if self.codec.config.global_tokens:
-            states["codes_global"] = CodeUsage(codes)
-        if self.codec.config.patch_tokens:
-            states["codes_patch"] = CodeUsage(codes)
+        side = self.codec.config.image_size
+        found: dict[str, Any] = {"totals": Totals(), "pictures": Pictures(np.zeros((0, side, side, 3), np.uint8))}
+        for point in [OPERATING, *(f"{point.name}." for point in self._points)]:
+            found |= {f"{point}quality": ImageQuality(), f"{point}lengths": PerImage()}
+            found |= {f"{point}features{key}": FeatureStatistics(e.feature_dim) for key, e in self.extractors.items()}
+            if point:
+                found[f"{point}shown"] = PerImage()
+        found["score"] = self._new_score()
+        for kind, exists in (("global", self.codec.config.global_tokens), ("patch", self.codec.config.patch_tokens)):
+            if exists:
+                found[f"codes_{kind}"] = CodeUsage(self.codec.config.codebook_size)
+        if self._points:
+            found["images"] = PerImage()
         if self.originals:
-            states["original_features"] = FeatureStatistics(extractor.feature_dim)
-            states["original_score"] = InceptionScore(extractor.classes, self.plan.score_splits)
-        return Measurements(**states)
+            found |= {f"original_features{k}": FeatureStatistics(e.feature_dim) for k, e in self.extractors.items()}
+            found["original_score"] = self._new_score()
+        return Measurements(**found)
+
+    def _new_score(self) -> InceptionScore:
+        return InceptionScore(self.extractors[""].classes, self.plan.score_splits)
 
     @torch.inference_mode()
     def _measure_batch(self, found: Measurements, batch: np.ndarray, numbers: np.ndarray) -> None:
         """Add (B, H, W, 3) uint8 images whose numbers are (B,) to `found`."""
         images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self.device)
-        tokens, encode_seconds = self._timed(lambda: self.codec.encode(images))
+        encoded, encode_seconds = self._timed(lambda: self.codec.encode(images))
+        ranked, rank_seconds = self._timed(lambda: self._rank(encoded, images))
+        tokens = self._cuts.operating(ranked) if self._cuts else ranked
         decoded, decode_seconds = self._timed(lambda: self.codec.decode(tokens))
         pictures = to_uint8(decoded)
+        self._add_cut(found, "", images, tokens, pictures)
         self._add_features(found, "", pictures, numbers)
         if self.originals:
             self._add_features(found, "original_", images, numbers)
-        found["quality"].update(images, pictures)
         for kind, indices in (("global", tokens.global_indices), ("patch", tokens.patch_indices[tokens.kept_mask])):
             if f"codes_{kind}" in found:
                 found[f"codes_{kind}"].update(indices)
-        totals = Totals(
-            tokens=float(tokens.counts().sum()), bits=float(tokens.bits(self.codec.config.bits_per_token).sum())
-        )
+        totals = Totals()
         if self.lpips is not None:
             totals.values["lpips"] = float(self.lpips(images.float() / 255, pictures.float() / 255).double().sum())
         if len(images) == self.plan.batch_size:  # a rate belongs to a batch size: shorter batches are left out
             totals.values |= {"timed": len(images), "encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
+            totals.values["rank_seconds"] = rank_seconds
         found["totals"].merge(totals)
-        wanted = pictures[torch.from_numpy(np.isin(numbers, self._shown)).to(self.device)]
-        found["pictures"].merge(Pictures(wanted.permute(0, 2, 3, 1).cpu().numpy()))
+        wanted = torch.from_numpy(np.isin(numbers, self._shown)).to(self.device)
+        found["pictures"].merge(Pictures(_channels_last(pictures[wanted])))
+        for point in self._points:
+            self._measure_point(found, point, images, ranked, wanted)
+        if self._points:
+            found["images"].merge(_contents(batch, ranked))
 
-    def _add_features(self, found: Measurements, prefix: str, images: Tensor, numbers: np.ndarray) -> None:
-        features, logits = self.extractor(images)
-        found[f"{prefix}features"].update(features)
-        found[f"{prefix}score"].update(logits, self._splits[numbers])
+    def _rank(self, tokens: Tokens, images: Tensor) -> Tokens:
+        return self._cuts.rank(self._as_tokenizer(), tokens, images) if self._cuts else tokens
+
+    def _measure_point(self, found: Measurements, point: Point, images: Tensor, ranked: Tokens, wanted: Tensor) -> None:
+        """Add one point of the curve; (B,) bool `wanted` are the pictures to show."""
+        if self._cuts is None:
+            return
+        tokens = self._cuts.at(ranked, point)
+        pictures = to_uint8(self.codec.decode(tokens))
+        self._add_cut(found, f"{point.name}.", images, tokens, pictures)
+        self._add_features(found, f"{point.name}.", pictures)
+        shown = PerImage(
+            pictures=_channels_last(pictures[wanted]),
+            kept_mask=tokens.kept_mask[wanted].cpu().numpy(),
+            tokens=tokens.counts()[wanted].cpu().numpy(),
+        )
+        found[f"{point.name}.shown"].merge(shown)
+
+    def _add_cut(self, found: Measurements, prefix: str, images: Tensor, tokens: Tokens, pictures: Tensor) -> None:
+        """Quality and lengths at one cut."""
+        found[f"{prefix}quality"].update(images, pictures)
+        fixed = tokens.bits(self.codec.config.bits_per_token)
+        coded = self._cuts.bits_coded(self._as_tokenizer(), tokens) if self._cuts else fixed
+        values = {
+            "tokens": tokens.counts(),
+            "patch_tokens": tokens.patch_counts,
+            "bits_fixed": fixed,
+            "bits_coded": coded,
+            "squared_error": squared_error(images, pictures),
+        }
+        found[f"{prefix}lengths"].merge(PerImage(**{name: value.cpu().numpy() for name, value in values.items()}))
+
+    def _add_features(
+        self, found: Measurements, prefix: str, images: Tensor, numbers: np.ndarray | None = None
+    ) -> None:
+        """For every Frechet distance and, where the (B,) numbers of the images are given, for the Inception score."""
+        for key, extractor in self.extractors.items():
+            features, logits = extractor(images)
+            found[f"{prefix}features{key}"].update(features)
+            if not key and numbers is not None:
+                found[f"{prefix}score"].update(logits, self._splits[numbers])
+
+    def _as_tokenizer(self) -> TaTok:
+        """The codec where there are cuts: only a `TaTok` has them."""
+        if not isinstance(self.codec, TaTok):
+            raise TypeError(f"codec is {type(self.codec).__name__}; expected TaTok to cut its tokens")
+        return self.codec
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
         """The result, and how long the device took for it."""
@@ -182,3 +252,15 @@ def merged(parts: Iterator[tuple[int, Measurements]], expected: int) -> Measurem
     if total is None or images != expected:
         raise RuntimeError(f"{images} images were measured; expected {expected}")
     return total
+
+
+def _channels_last(pictures: Tensor) -> np.ndarray:
+    return pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _contents(batch: np.ndarray, ranked: Tokens) -> PerImage:
+    """How much there is to say of (B, H, W, 3) uint8 images: the size as PNG, the scores of all patch tokens."""
+    found: dict[str, np.ndarray] = {"png_bytes": np.array([png_bytes(image) for image in batch], dtype=np.int64)}
+    if ranked.ranking is not None:
+        found["total_bits"] = ranked.ranking.score_units.sum(1).cpu().numpy() / UNITS
+    return PerImage(**found)

@@ -9,10 +9,13 @@ from pipeline.paths import sha256_file
 from tatok_model.metrics.compact import CompactExtractor
 from tatok_model.metrics.extractor import FeatureExtractor
 from tatok_model.metrics.inception import Inception2015
+from tatok_model.metrics.resnet import CifarResNet, ResNet20, ResNet56
 
 PROTOCOLS = {  # what moves the number and belongs beside it
     "compact_cifar10": "bilinear antialiased to 32 pixels",
     "inception2015": "TensorFlow 1 bilinear to 299 pixels, bias-free logits",
+    ResNet20.name: "bilinear antialiased to 32 pixels",
+    ResNet56.name: "bilinear antialiased to 32 pixels",
 }
 
 
@@ -70,3 +73,23 @@ def load_extractor(config: EvaluateConfig) -> Extractor:
     except (FileNotFoundError, ValueError) as error:
         raise BadInput(f"evaluate.inception_weights: {error}") from None
     return Extractor(network, sha256_file(Path(config.inception_weights)))
+
+
+def load_more(config: EvaluateConfig) -> list[Extractor]:
+    """The networks of further Frechet distances.
+
+    Raises:
+        BadInput: a file of `evaluate.more_extractors` is not that of a CIFAR ResNet, or a network is named twice.
+    """
+    found: list[Extractor] = []
+    for path in config.more_extractors:
+        try:
+            network = CifarResNet.from_file(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise BadInput(f"evaluate.more_extractors: {error}") from None
+        if network.name in [extractor.name for extractor in found]:
+            raise BadInput(
+                f"evaluate.more_extractors has {path!r}, a second {network.name}; expected different networks"
+            )
+        found.append(Extractor(network, network.weights_sha256))
+    return found

@@ -52,6 +52,30 @@ class Pictures:
         return cls(arrays["images"])
 
 
+class PerImage:
+    """Named values of each image, in the order of the images: (B, ...) arrays of equal length."""
+
+    def __init__(self, **arrays: np.ndarray) -> None:
+        self.arrays = arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def merge(self, later: "PerImage") -> None:
+        """Append a later part's values."""
+        pairs = {name: (self.arrays.get(name), array) for name, array in later.arrays.items()}
+        self.arrays = {name: new if old is None else np.concatenate([old, new]) for name, (old, new) in pairs.items()}
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state: one array per name."""
+        return self.arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """The inverse of `to_arrays`."""
+        return cls(**arrays)
+
+
 KINDS: dict[str, Any] = {
     "features": FeatureStatistics,  # of reconstructions
     "original_features": FeatureStatistics,  # only while there are no reference statistics
@@ -62,11 +86,19 @@ KINDS: dict[str, Any] = {
     "codes_patch": CodeUsage,
     "totals": Totals,
     "pictures": Pictures,
+    "lengths": PerImage,  # tokens, patch_tokens, bits_fixed, bits_coded, squared_error
+    "images": PerImage,  # png_bytes, total_bits: what a picture holds, whatever is kept of it
+    "shown": PerImage,  # pictures, kept_mask: of the pictures that are shown
 }
 
 
+def kind_of(name: str) -> Any:
+    """The class of a state: names may carry a point of the curve before a dot, and an extractor after an @."""
+    return KINDS[name.rsplit(".", maxsplit=1)[-1].split("@", maxsplit=1)[0]]
+
+
 class Measurements:
-    """One state per name of `KINDS`; names that were not measured are missing."""
+    """One state per name, see `kind_of`; names that were not measured are missing."""
 
     def __init__(self, **states: Any) -> None:
         self.states = states
@@ -110,4 +142,4 @@ class Measurements:
             for key in arrays.files:
                 name, part = key.split("/")
                 parts.setdefault(name, {})[part] = arrays[key]
-        return cls(**{name: KINDS[name].from_arrays(arrays) for name, arrays in parts.items()})
+        return cls(**{name: kind_of(name).from_arrays(arrays) for name, arrays in parts.items()})

@@ -133,6 +133,11 @@ CODECS = {
 }
 
 
+def png_bytes(picture: np.ndarray) -> int:
+    """Size of the smallest PNG that Pillow makes of a (H, W, 3) uint8 picture: how much content it has."""
+    return len(_saved(Image.fromarray(picture), "PNG", optimize=True))
+
+
 def picture_codec(name: str) -> PictureCodec:
     """The codec of that name.
 

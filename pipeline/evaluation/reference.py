@@ -38,15 +38,16 @@ class Reference:
     meta: dict[str, Any] | None  # as `describe`; None: the file does not say
 
     @classmethod
-    def of(cls, features: FeatureStatistics, inception_score: float, meta: dict[str, Any]) -> "Reference":
+    def of(cls, features: FeatureStatistics, inception_score: float | None, meta: dict[str, Any]) -> "Reference":
         """From what was measured on the originals."""
         return cls(features.mean().numpy(), features.covariance().numpy(), features.n, inception_score, meta)
 
     def save(self, path: Path) -> None:
         """Write the npz, whole or not at all."""
         file = io.BytesIO()
-        score, meta = np.array(self.inception_score), np.array(json.dumps(self.meta, sort_keys=True))
-        np.savez(file, mu=self.mu, sigma=self.sigma, n=np.array(self.n), inception_score=score, meta=meta)
+        known = {"n": self.n, "inception_score": self.inception_score, "meta": json.dumps(self.meta, sort_keys=True)}
+        arrays: dict[str, Any] = {name: np.array(value) for name, value in known.items() if value is not None}
+        np.savez(file, mu=self.mu, sigma=self.sigma, **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, file.getvalue())
 

@@ -26,11 +26,25 @@ def terminal_table(title: str, rows: list[Row], warnings: list[str]) -> str:
     return "\n".join([*lines, *(f"warning: {text}" for text in warnings)])
 
 
-def markdown(title: str, rows: list[Row], warnings: list[str], facts: dict[str, str]) -> str:
-    """The same as a page: table, warnings, and the facts that the numbers depend on."""
+def columns(table: list[list[str]]) -> str:
+    """A header and lines as aligned columns, the first to the left and numbers to the right."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{text:>{w}}" for text, w in zip(line[1:], widths[1:], strict=True))])
+        for line in table
+    )
+
+
+def markdown(
+    title: str, rows: list[Row], warnings: list[str], facts: dict[str, str], curve: list[list[str]] | None = None
+) -> str:
+    """The same as a page: table, warnings, the table of the curve, and the facts that the numbers depend on."""
     lines = [f"# {title}", "", "| metric | value | note |", "|---|---:|---|"]
     lines += [f"| {row.name} | {format_value(row.value)} | {row.note} |" for row in rows]
     lines += [""] + [f"- **warning:** {text}" for text in warnings]
+    if curve:
+        header, *points = (f"| {' | '.join(line)} |" for line in curve)
+        lines += ["", header, "|---|" + "---:|" * (len(curve[0]) - 1), *points]
     lines += ["", "| fact | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts.items()]
     return "\n".join(lines) + "\n"
 

@@ -2,34 +2,36 @@
 
 from collections.abc import Iterator
 
+from pipeline.evaluation.curve import Distance, content_results, cut_results, frechet
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.reference import Reference
 from pipeline.evaluation.report import SMALL, Row
-from tatok_model.metrics.frechet import frechet_distance
 
 BASELINE = "baseline_kmeans_"
 
 
 def tokenizer_results(
-    found: Measurements, reference: Reference, extractor: Extractor, pixels: int, plan: Plan
+    found: Measurements, distances: list[Distance], reference: Reference, extractor: Extractor, pixels: int, plan: Plan
 ) -> dict[str, float]:
-    """Every metric of a tokenizer by its name in summary.json.
+    """Every metric of a tokenizer at its operating point, by its name in summary.json.
 
     Args:
         found: on all images of the plan.
-        reference: statistics of the originals.
-        extractor: of both.
+        distances: Frechet distances, the main one first.
+        reference: statistics of the originals, for the main extractor.
+        extractor: the main one.
         pixels: of an image, height times width.
         plan: for the batch size that the rates belong to.
     """
     totals, n = found["totals"].values, found.images
     results: dict[str, float] = {"images": n, "batch_size": plan.batch_size}
-    results |= found["quality"].results()
+    results |= cut_results(found, "", distances, pixels)
+    if "images" in found:
+        results |= content_results(found)
     if "lpips" in totals:
         results["lpips"] = totals["lpips"] / n
-    results[extractor.distance_name] = distance(found, reference)
     results[extractor.score_name] = found["score"].result()
     if reference.inception_score is not None:
         results[f"{extractor.score_name}_originals"] = reference.inception_score
@@ -37,31 +39,30 @@ def tokenizer_results(
         if f"codes_{kind}" in found:
             results[f"codebook_usage_{kind}"] = found[f"codes_{kind}"].usage
             results[f"codebook_perplexity_{kind}"] = found[f"codes_{kind}"].perplexity
-    results["tokens_per_image"] = totals["tokens"] / n
-    results["bits_per_image"] = totals["bits"] / n
-    results["bits_per_pixel"] = totals["bits"] / n / pixels
-    results["encode_images_per_second"] = totals["timed"] / totals["encode_seconds"]
-    results["decode_images_per_second"] = totals["timed"] / totals["decode_seconds"]
+    for name in ("encode", "rank", "decode"):
+        if name != "rank" or "images" in found:  # nothing was ranked that is worth a rate
+            results[f"{name}_images_per_second"] = totals["timed"] / totals[f"{name}_seconds"]
     results["images_per_second"] = n / totals["seconds"]
     return results
 
 
-def baseline_results(found: Measurements, reference: Reference, extractor: Extractor) -> dict[str, float]:
+def curve_results(
+    found: Measurements, names: list[str], distances: list[Distance], pixels: int
+) -> list[dict[str, float]]:
+    """Every metric of each point of the curve, in the order of `names`."""
+    return [cut_results(found, f"{name}.", distances, pixels) for name in names]
+
+
+def baseline_results(found: Measurements, distances: list[Distance]) -> dict[str, float]:
     """What a baseline is compared by."""
-    quality = found["quality"].results()
+    quality, lengths = found["quality"].results(), found["lengths"]
     return {
         f"{BASELINE}psnr": quality["psnr"],
         f"{BASELINE}psnr_pooled": quality["psnr_pooled"],
         f"{BASELINE}ssim": quality["ssim"],
-        f"{BASELINE}{extractor.distance_name}": distance(found, reference),
-        f"{BASELINE}bits_per_image": found["totals"].values["bits"] / found.images,
+        **{f"{BASELINE}{one.name}": frechet(found[f"features{one.key}"], one.reference) for one in distances},
+        f"{BASELINE}bits_per_image": float(lengths["bits_fixed"].mean()),
     }
-
-
-def distance(found: Measurements, reference: Reference) -> float:
-    """Frechet distance between reconstructions and originals; arithmetic may leave a tiny negative one: 0."""
-    features = found["features"]
-    return max(0.0, frechet_distance(features.mean(), features.covariance(), reference.mu, reference.sigma))
 
 
 def warnings(results: dict[str, float], reference: Reference, extractor: Extractor) -> list[str]:
@@ -82,7 +83,12 @@ def rows(results: dict[str, float], extractor: Extractor, device: str) -> Iterat
     """The table: every result with a note, in the order they are in."""
     notes = _notes(results, extractor, device)
     for name, value in results.items():
-        yield Row(name, value, notes.get(name) or notes.get(name.removeprefix(BASELINE), ""))
+        yield Row(name, value, notes.get(name) or notes.get(_bare(name), ""))
+
+
+def _bare(name: str) -> str:
+    """Without the beginning that says which baseline."""
+    return name.split("_", 2)[2] if name.startswith("baseline_") else name
 
 
 def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict[str, str]:
@@ -100,7 +106,17 @@ def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict
         f"{extractor.score_name}_originals": "the same of originals",
         "codebook_usage_global": "share of entries in use",
         "codebook_usage_patch": "share of entries in use",
-        "bits_per_image": "bits_fixed: log2 K per token",
+        "tokens_per_image": "mean; global and kept patch tokens",
+        "tokens_std": "over images",
+        "generator_steps": "one per token",
+        "bits_fixed": "log2 K per token, length and positions counted",
+        "bits_coded": "patch codes entropy-coded by q",
+        "bits_per_pixel": "of bits_fixed",
+        "bits_coded_per_pixel": "of bits_coded",
+        "spearman_tokens_png": "do lengths follow the size as PNG; 95% interval below",
+        "spearman_error_png": "do errors at one length follow the size as PNG; 95% interval below",
+        "bits_per_image": "headers and tables not counted",
+        "rank_images_per_second": rate,
         "encode_images_per_second": rate,
         "decode_images_per_second": rate,
         "images_per_second": "one worker: reading, coding, measuring",

@@ -9,6 +9,7 @@ from pipeline.checks import check_files, check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
+from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation.inputs import with_tokenizer, with_trained
 from pipeline.paths import sha256_file, write_atomically
 from pipeline.pretrained import load_tokenizer
@@ -19,6 +20,9 @@ from pipeline.training import stage as training
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.evaluation.bench import Bench
+    from pipeline.evaluation.curve import Distance
+    from pipeline.evaluation.cuts import Point
+    from pipeline.evaluation.extractors import Extractor
     from pipeline.evaluation.measurements import Measurements
     from pipeline.evaluation.reference import Reference
 
@@ -36,12 +40,33 @@ def check(config: Config) -> None:
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_tracking(config)
     check_files(config, *FILES)
+    check_global_counts(config)
     found = with_trained(config)
     if not found.tokenizer.checkpoint:
         training.check(config)
         return
     check_architecture(found)
     check_pictures(config)
+
+
+def check_global_counts(config: Config) -> None:
+    """Refuse cuts of a tokenizer without patch tokens that are not a number of its global tokens.
+
+    Raises:
+        BadInput: another rule than count, or a threshold that is not from 1 to M.
+    """
+    if config.tokenizer.patch_tokens:
+        return
+    section, most = config.filter, config.tokenizer.global_tokens
+    cuts = {"evaluate.thresholds": config.evaluate.thresholds}
+    if (section.rule, section.threshold) != ("relative", 1):
+        cuts["filter.threshold"] = (section.threshold,)
+    for key, thresholds in cuts.items():
+        if thresholds and section.rule != "count":
+            raise BadInput(f"filter.rule is {section.rule!r} without patch tokens; expected count, of global tokens")
+        for threshold in thresholds:
+            if not 1 <= threshold <= most:
+                raise BadInput(f"{key} has {threshold:g}; expected 1 to {most}, the global tokens")
 
 
 def default_name(config: Config) -> str:
@@ -66,51 +91,103 @@ def run(run: Run) -> None:
 
 
 def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], tracker: Tracker) -> None:
-    from pipeline.evaluation.results import tokenizer_results
+    from pipeline.evaluation.curve import Distance
+    from pipeline.evaluation.results import curve_results, tokenizer_results
 
-    reference = _known_reference(run, bench)
-    found = bench.measure("evaluate", tokenizer, originals=reference is None)
-    if reference is None:
-        reference = _new_reference(run, bench, found)
+    extractors = {"": bench.extractor, **{f"@{extractor.name}": extractor for extractor in bench.more}}
+    known = {key: _known_reference(run, bench, extractor) for key, extractor in extractors.items()}
+    found = bench.measure("evaluate", tokenizer, originals=None in known.values())
+    references = {
+        key: known[key] or _new_reference(run, bench, found, key, extractor) for key, extractor in extractors.items()
+    }
+    distances = [Distance(key, extractor.distance_name, references[key]) for key, extractor in extractors.items()]
     pixels = run.config.data.image_size**2
-    results = tokenizer_results(found, reference, bench.extractor, pixels, bench.plan)
-    if "kmeans" in run.config.evaluate.baselines:
-        results |= _kmeans_results(run, bench, reference, results["bits_per_image"])
-    run.results = results
-    run.rewind_metrics(-1)  # a resumed run measures anew
-    run.log(results, step=0)
-    _report(run, bench, reference, facts, tracker)
+    points = bench.cuts.curve(tokenizer)
+    results = tokenizer_results(found, distances, references[""], bench.extractor, pixels, bench.plan)
+    curve = curve_results(found, [point.name for point in points], distances, pixels)
+    results |= _baseline_results(run, bench, distances, [results, *curve])
+    run.results = results | {
+        f"{point.name}_{name}": value
+        for point, values in zip(points, curve, strict=True)
+        for name, value in values.items()
+    }
+    _log(run, results, points, curve)
+    _report(run, bench, references[""], facts, tracker, results, list(zip(points, curve, strict=True)))
     if bench.plan.grid:
         _draw(run, bench, found, tracker)
+    if points:
+        from pipeline.evaluation.curve_files import keep_curve
+
+        keep_curve(run, bench, found, list(zip(points, curve, strict=True)), distances[0].name, tracker)
 
 
-def _known_reference(run: Run, bench: "Bench") -> "Reference | None":
-    """Statistics of the originals that were given, or kept by an earlier run."""
+def _log(run: Run, results: dict[str, float], points: list["Point"], curve: list[dict[str, float]]) -> None:
+    """Metrics of the run, and those of the curve with the number of the threshold as their step."""
+    run.rewind_metrics(-1)  # a resumed run measures anew
+    run.log(results, step=0)
+    for step, (point, values) in enumerate(zip(points, curve, strict=True)):
+        at = {} if point.threshold is None else {"curve/threshold": point.threshold}
+        run.log({**at, **{f"curve/{name}": value for name, value in values.items()}}, step=step)
+
+
+def _known_reference(run: Run, bench: "Bench", extractor: "Extractor") -> "Reference | None":
+    """Statistics of the originals that were given for the main extractor, or kept by an earlier run."""
     from pipeline.evaluation.reference import cache_path, describe, read_cached, read_given
 
-    meta = describe(bench.manifest, bench.plan, bench.extractor)
-    width = bench.extractor.network.feature_dim
-    path = Path(run.config.evaluate.reference or cache_path(run.config.run.output, meta))
-    given = bool(run.config.evaluate.reference)
+    meta = describe(bench.manifest, bench.plan, extractor)
+    width = extractor.network.feature_dim
+    given = run.config.evaluate.reference if extractor is bench.extractor else ""
+    path = Path(given or cache_path(run.config.run.output, meta))
     reference = read_given(str(path), meta, width) if given else read_cached(path, meta, width)
     if reference is not None:
-        run.inputs["reference"] = {"path": str(path), "sha256": sha256_file(path)}
+        run.inputs[_reference_name(bench, extractor)] = {"path": str(path), "sha256": sha256_file(path)}
     return reference
 
 
-def _new_reference(run: Run, bench: "Bench", found: "Measurements") -> "Reference":
+def _new_reference(run: Run, bench: "Bench", found: "Measurements", key: str, extractor: "Extractor") -> "Reference":
     """Statistics of the originals, kept for later runs."""
     from pipeline.evaluation.reference import Reference, cache_path, describe
 
-    meta = describe(bench.manifest, bench.plan, bench.extractor)
-    reference = Reference.of(found["original_features"], found["original_score"].result(), meta)
+    meta = describe(bench.manifest, bench.plan, extractor)
+    score = found["original_score"].result() if extractor is bench.extractor else None
+    reference = Reference.of(found[f"original_features{key}"], score, meta)
     path = cache_path(run.config.run.output, meta)
     reference.save(path)
-    run.outputs["reference"] = str(path)
+    run.outputs[_reference_name(bench, extractor)] = str(path)
     return reference
 
 
-def _kmeans_results(run: Run, bench: "Bench", reference: "Reference", bits: float) -> dict[str, float]:
+def _reference_name(bench: "Bench", extractor: "Extractor") -> str:
+    return "reference" if extractor is bench.extractor else f"reference_{extractor.name}"
+
+
+def _baseline_results(
+    run: Run, bench: "Bench", distances: "list[Distance]", cuts: list[dict[str, float]]
+) -> dict[str, float]:
+    """The baselines that are asked for, at the bits of the operating point, which is the first of `cuts`.
+
+    Picture codecs are measured at the bits of every cut: `baseline_jpeg_curve00_psnr` stands beside `curve00_psnr`.
+    """
+    from pipeline.evaluation.outside import Outside
+    from pipeline.progress import progress
+
+    wanted = run.config.evaluate.baselines
+    results: dict[str, float] = {}
+    if "kmeans" in wanted:
+        results |= _kmeans_results(run, bench, distances, cuts[0]["bits_fixed"])
+    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances)
+    for codec in (name for name in wanted if name != "kmeans"):
+        with progress(codec, bench.plan.count * len(cuts), "images") as shown:
+            for number, cut in enumerate(cuts):
+                prefix = f"baseline_{codec}_" + (f"curve{number - 1:02d}_" if number else "")
+                found = outside.measure(codec, cut["bits_fixed"], shown.advance)
+                results |= {f"{prefix}{name}": value for name, value in found.items()}
+                if run.should_stop:
+                    raise Stopped("evaluation was asked to stop; --resume measures anew")
+    return results
+
+
+def _kmeans_results(run: Run, bench: "Bench", distances: "list[Distance]", bits: float) -> dict[str, float]:
     """Fit the baseline to the training split and measure it as the tokenizer was measured."""
     from pipeline.data.shards import ShardDataset
     from pipeline.evaluation.baselines import fit_kmeans
@@ -121,7 +198,7 @@ def _kmeans_results(run: Run, bench: "Bench", reference: "Reference", bits: floa
     baseline = fit_kmeans(pictures, len(pictures), run.config.tokenizer.architecture(), bits)
     seconds = time.monotonic() - started
     found = bench.measure("kmeans baseline", baseline, originals=False)
-    return {**baseline_results(found, reference, bench.extractor), "baseline_kmeans_fit_seconds": seconds}
+    return {**baseline_results(found, distances), "baseline_kmeans_fit_seconds": seconds}
 
 
 def _facts(bench: "Bench") -> dict[str, str]:
@@ -141,6 +218,8 @@ def _facts(bench: "Bench") -> dict[str, str]:
         "extractor_resize": meta["extractor_resize"],
         "comparable": str(bench.extractor.comparable).lower(),
         "reference": config.evaluate.reference or "the held-out originals",
+        "score": f"{config.filter.score}, {config.filter.rounds} rounds",
+        "cut": f"{config.filter.rule} {config.filter.threshold:g}",
         "crop": meta["crop"],
         "uint8": meta["uint8"],
         "score_splits": str(bench.plan.score_splits),
@@ -149,19 +228,35 @@ def _facts(bench: "Bench") -> dict[str, str]:
     }
 
 
-def _report(run: Run, bench: "Bench", reference: "Reference", facts: dict[str, str], tracker: Tracker) -> None:
-    """Show the table and keep it as `report.md`."""
-    from pipeline.evaluation.report import markdown, terminal_table
+def _report(
+    run: Run,
+    bench: "Bench",
+    reference: "Reference",
+    facts: dict[str, str],
+    tracker: Tracker,
+    results: dict[str, float],
+    curve: "list[tuple[Point, dict[str, float]]]",
+) -> None:
+    """Show the table, and below it that of the curve, and keep both as `report.md`."""
+    from pipeline.evaluation.curve import table
+    from pipeline.evaluation.report import columns, markdown, terminal_table
     from pipeline.evaluation.results import rows, warnings
 
     title = f"{run.config.preset}: {bench.plan.count} held-out images"
-    table = list(rows(run.results, bench.extractor, bench.device))
-    told = warnings(run.results, reference, bench.extractor)
+    plain = {name: value for name, value in results.items() if "_curve" not in name}
+    told = warnings(results, reference, bench.extractor)
+    lines = list(rows(plain, bench.extractor, bench.device))
+    names = [extractor.distance_name for extractor in (bench.extractor, *bench.more)]
+    rule = run.config.filter.rule
+    cuts = [("all" if p.threshold is None else f"{rule} {p.threshold:g}", values) for p, values in curve]
+    cut_table = table(cuts, names) if cuts else []
     path = run.folder / "report.md"
-    write_atomically(path, markdown(title, table, told, facts).encode())
+    write_atomically(path, markdown(title, lines, told, facts, cut_table).encode())
     run.outputs["report"] = str(path)
     tracker.artifact(path)
-    say(terminal_table(title, table, told))
+    say(terminal_table(title, lines, told))
+    if cut_table:
+        say("\n" + columns(cut_table))
 
 
 def _draw(run: Run, bench: "Bench", found: "Measurements", tracker: Tracker) -> None:

@@ -17,7 +17,7 @@ from tatok_model.metrics.images import psnr, to_uint8
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=4, range_size=12, grid=3)
-TIMES = ("seconds", "encode_seconds", "decode_seconds")
+TIMES = ("seconds", "encode_seconds", "rank_seconds", "decode_seconds")
 
 
 def without_times(found: Measurements) -> bytes:
@@ -63,7 +63,8 @@ def test_what_is_measured_is_what_the_tokenizer_does(
     assert found["codes_global"].counts.sum() == 30 * 2
     assert found["codes_patch"].counts.sum() == 30 * 16
     totals = found["totals"].values
-    assert (totals["tokens"], totals["bits"]) == (30 * 18, 30 * 18 * 4)
+    assert found["lengths"]["tokens"].tolist() == [18] * 30
+    assert found["lengths"]["bits_fixed"].tolist() == [18 * 4] * 30
     assert totals["timed"] == 28, "the last batch has 2 of 4 images and is not timed"
     shown = pictures[[0, 10, 20]].permute(0, 2, 3, 1).numpy()
     assert np.abs(found["pictures"].images.astype(int) - shown).max() <= 1

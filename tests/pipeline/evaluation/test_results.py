@@ -9,6 +9,7 @@ import torch
 from pipeline.config import EvaluateConfig
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
+from pipeline.evaluation.curve import Distance
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
 from pipeline.evaluation.extractors import Extractor, extractor_name, load_extractor
 from pipeline.evaluation.measurements import Measurements
@@ -34,7 +35,11 @@ def reference(found: Measurements) -> Reference:
 
 @pytest.fixture(scope="module")
 def results(found: Measurements, reference: Reference, extractor: Extractor) -> dict[str, float]:
-    return tokenizer_results(found, reference, extractor, 16 * 16, PLAN)
+    return tokenizer_results(found, distances(reference), reference, extractor, 16 * 16, PLAN)
+
+
+def distances(reference: Reference) -> list[Distance]:
+    return [Distance("", "rfd_compact_cifar10", reference)]
 
 
 def inception() -> Extractor:
@@ -44,21 +49,21 @@ def inception() -> Extractor:
 
 def test_a_tokenizer_gets_every_number_under_its_name(results: dict[str, float]) -> None:
     assert list(results) == [
-        "images", "batch_size", "psnr", "psnr_pooled", "psnr_p10", "ssim", "rfd_compact_cifar10", "is_compact_cifar10",
+        "images", "batch_size", "psnr", "psnr_pooled", "psnr_p10", "ssim", "rfd_compact_cifar10",
+        "tokens_per_image", "tokens_std", "tokens_p05", "tokens_p50", "tokens_p95", "generator_steps",
+        "bits_fixed", "bits_coded", "bits_per_pixel", "bits_coded_per_pixel", "is_compact_cifar10",
         "is_compact_cifar10_originals", "codebook_usage_global", "codebook_perplexity_global", "codebook_usage_patch",
-        "codebook_perplexity_patch", "tokens_per_image", "bits_per_image", "bits_per_pixel",
+        "codebook_perplexity_patch",
         "encode_images_per_second", "decode_images_per_second", "images_per_second",
     ]  # fmt: skip
-    assert (results["tokens_per_image"], results["bits_per_image"], results["bits_per_pixel"]) == (18, 72, 72 / 256)
+    assert (results["tokens_per_image"], results["bits_fixed"], results["bits_per_pixel"]) == (18, 72, 72 / 256)
     assert results["images_per_second"] < results["encode_images_per_second"]
     assert results["rfd_compact_cifar10"] > 0
 
 
-def test_pictures_are_at_no_distance_from_themselves(
-    found: Measurements, reference: Reference, extractor: Extractor
-) -> None:
+def test_pictures_are_at_no_distance_from_themselves(found: Measurements, reference: Reference) -> None:
     same = Measurements(**{**found.states, "features": found["original_features"]})
-    assert baseline_results(same, reference, extractor)["baseline_kmeans_rfd_compact_cifar10"] < 1e-6
+    assert baseline_results(same, distances(reference))["baseline_kmeans_rfd_compact_cifar10"] < 1e-6
 
 
 def test_codebooks_that_a_tokenizer_does_not_have_are_not_reported(
@@ -67,7 +72,7 @@ def test_codebooks_that_a_tokenizer_does_not_have_are_not_reported(
     for lacking, shape in (("patch", {"patch_tokens": False}), ("global", {"global_tokens": 0})):
         other = TaTok(replace(tokenizer.config, **shape))
         measured = merged(measure_here(Evaluator(other, instruments, PLAN, originals=False), heldout), 30)
-        names = tokenizer_results(measured, reference, extractor, 256, PLAN)
+        names = tokenizer_results(measured, distances(reference), reference, extractor, 256, PLAN)
         assert f"codebook_usage_{lacking}" not in names
         assert sum(name.startswith("codebook_usage") for name in names) == 1
 

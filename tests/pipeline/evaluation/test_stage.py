@@ -1,12 +1,15 @@
 """The stage as a whole, on a local Ray."""
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -19,7 +22,13 @@ from tatok_model.tokenizer import TaTok
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings
 
-RATES = ("encode_images_per_second", "decode_images_per_second", "images_per_second", "baseline_kmeans_fit_seconds")
+RATES = (
+    "encode_images_per_second",
+    "rank_images_per_second",
+    "decode_images_per_second",
+    "images_per_second",
+    "baseline_kmeans_fit_seconds",
+)
 
 
 @pytest.fixture
@@ -53,12 +62,60 @@ def test_one_and_two_actors_find_the_same_to_the_last_bit(
         assert ("reference" in run.outputs, "reference" in run.inputs) == (workers == 1, workers == 2), "cached"
     assert found[0] == found[1]
     assert found[0]["images"] == 30
-    assert found[0]["baseline_kmeans_bits_per_image"] <= found[0]["bits_per_image"] == 72
+    assert found[0]["baseline_kmeans_bits_per_image"] <= found[0]["bits_fixed"] == 72
     line = json.loads((run.folder / "metrics.jsonl").read_text())
     assert line["metrics"] == run.results
     with Image.open(run.outputs["reconstructions"]) as picture:
         assert np.asarray(picture).shape[1] > np.asarray(picture).shape[0], "eight pictures in two rows"
     assert "| rfd_compact_cifar10 |" in Path(run.outputs["report"]).read_text()
+
+
+def test_a_curve_is_measured_from_one_ranking(ray_session: ModuleType, evaluation: Any) -> None:
+    cut = ["filter.rule=count", "filter.threshold=8", "evaluate.thresholds=[4,8,16]", "evaluate.baselines=[jpeg]"]
+    run = evaluation("curve", *cut)
+    stage.run(run)
+    found = run.results
+    assert [found[f"curve{number:02d}_tokens_per_image"] for number in range(3)] == [6, 10, 18]
+    for name in ("psnr", "bits_fixed", "bits_coded", "rfd_compact_cifar10"):
+        assert found[name] == found[f"curve01_{name}"], "the operating point is one of the curve"
+        assert found[f"all_{name}"] == pytest.approx(found[f"curve02_{name}"], abs=1e-6)
+    assert found["curve00_bits_fixed"] == pytest.approx(6 * 4 + math.log2(math.comb(16, 4)))
+    assert found["baseline_jpeg_curve02_bits_per_image"] >= found["baseline_jpeg_curve00_bits_per_image"] > 0
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    curve = {line["step"]: line["metrics"] for line in lines if "curve/psnr" in line["metrics"]}
+    assert [curve[step].get("curve/threshold") for step in range(4)] == [4, 8, 16, None]
+    images = pq.read_table(run.outputs["images"]).to_pylist()
+    assert len(images) == 30
+    assert {image["operating_tokens"] for image in images} == {10}
+    assert all(image["png_bytes"] > 0 and image["total_bits"] > 0 for image in images)
+    assert "| count 4 |" in Path(run.outputs["report"]).read_text()
+    for name in ("rate_distortion", "token_histogram", "kept_patches", "reconstructions"):
+        with Image.open(run.outputs[name]) as picture:
+            assert min(picture.size) > 50
+
+
+def test_counts_of_global_tokens_are_cut_where_there_are_no_patch_tokens(
+    ray_session: ModuleType, evaluation: Any, tokenizer: TaTok, tmp_path: Path
+) -> None:
+    TaTok(replace(tokenizer.config, patch_tokens=False)).save_pretrained(tmp_path / "global")
+    only = ["tokenizer.patch_tokens=false", f"tokenizer.checkpoint={tmp_path / 'global'}"]
+    run = evaluation("nested", *only, "filter.rule=count", "filter.threshold=2", "evaluate.thresholds=[1,2]")
+    stage.run(run)
+    assert [run.results[f"curve0{number}_tokens_per_image"] for number in range(2)] == [1, 2]
+    assert run.results["curve00_bits_coded"] == run.results["curve00_bits_fixed"] == 4
+    assert "all_psnr" not in run.results
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["filter.rule=count", "filter.threshold=3"], "filter.threshold has 3; expected 1 to 2, the global tokens"),
+        (["evaluate.thresholds=[0.5]"], "filter.rule is 'relative' without patch tokens; expected count"),
+    ],
+)
+def test_cuts_that_global_tokens_do_not_have_are_refused(evaluation: Any, overrides: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        stage.check(evaluation("refused", "tokenizer.patch_tokens=false", *overrides).config)
 
 
 def test_an_evaluation_that_is_asked_to_stop_stops(ray_session: ModuleType, evaluation: Any) -> None:
