@@ -143,11 +143,13 @@ class FilterConfig:
     threshold: float = 1.0  # tau (a share), bits, bits or patch tokens, as the rule has it
     replay: bool = False  # score entropy: decoders repeat the ranking, positions are not sent
     coding_rounds: int = 8  # rounds in which kept codes are entropy-coded, for bits_coded
+    mean_tokens: float = 0.0  # calibrate: wanted mean of tokens per image, global ones counted
 
     def __post_init__(self) -> None:
         check_cut(self.score, self.rule, self.threshold, positions=2**31)
         _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         _require(self.coding_rounds >= 1, "coding_rounds", self.coding_rounds, "at least 1")
+        _require(self.mean_tokens >= 0, "mean_tokens", self.mean_tokens, "0 or more")
         asks = self.score in ("surprisal", "entropy")
         _require(asks or self.rounds == 1, "rounds", self.rounds, f"1 for the score {self.score!r}")
         _require(not self.replay or self.score == "entropy", "replay", self.replay, "false unless score is entropy")
