@@ -138,11 +138,19 @@ def check_architecture(config: Config) -> None:
     path = config.tokenizer.checkpoint
     if not path or is_hub_id(path):
         return
+    check_same_architecture(path, read_architecture(path), config)
+
+
+def read_architecture(path: str) -> TokenizerConfig:
+    """The architecture of a checkpoint; its weights are not read.
+
+    Raises:
+        BadInput: no such checkpoint, or not one of ours.
+    """
     try:
-        found = read_config(find(path))
+        return read_config(find(path))
     except (FileNotFoundError, ValueError) as error:
         raise BadInput(str(error)) from None
-    check_same_architecture(path, found, config)
 
 
 def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -> None:

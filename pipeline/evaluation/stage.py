@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import check_architecture
+from pipeline.checkpoints import check_architecture, read_architecture
 from pipeline.checks import check_files, check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
@@ -41,6 +41,10 @@ def check(config: Config) -> None:
     check_tracking(config)
     check_files(config, *FILES)
     check_global_counts(config)
+    if config.evaluate.information and not config.tokenizer.has_entropy_model:
+        raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
+    if config.evaluate.blind_checkpoint:
+        read_architecture(config.evaluate.blind_checkpoint)
     found = with_trained(config)
     if not found.tokenizer.checkpoint:
         training.check(config)
@@ -106,6 +110,8 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], t
     results = tokenizer_results(found, distances, references[""], bench.extractor, pixels, bench.plan)
     curve = curve_results(found, [point.name for point in points], distances, pixels)
     results |= _baseline_results(run, bench, distances, [results, *curve])
+    if run.config.evaluate.information:
+        results |= _information_results(run, bench, tokenizer)
     run.results = results | {
         f"{point.name}_{name}": value
         for point, values in zip(points, curve, strict=True)
@@ -185,6 +191,30 @@ def _baseline_results(
                 if run.should_stop:
                     raise Stopped("evaluation was asked to stop; --resume measures anew")
     return results
+
+
+def _information_results(run: Run, bench: "Bench", tokenizer: Any) -> dict[str, float]:
+    """Redundancy and mutual information, in this process: one position a round is slow however it is shared out."""
+    import numpy as np
+
+    from pipeline.checkpoints import find
+    from pipeline.evaluation.information import measure_information
+    from pipeline.progress import progress
+    from tatok_model.tokenizer import TaTok
+
+    path = run.config.evaluate.blind_checkpoint
+    blind = TaTok.from_pretrained(find(path)) if path else None
+    places = bench.plan.indices(np.arange(bench.plan.count))
+
+    with progress("information", len(places), "images") as shown:
+
+        def advance(count: int) -> None:
+            shown.advance(count)
+            if run.should_stop:
+                raise Stopped("evaluation was asked to stop; --resume measures anew")
+
+        size = bench.plan.batch_size
+        return measure_information(tokenizer.cpu(), blind, bench.pictures, places, size, advance)
 
 
 def _kmeans_results(run: Run, bench: "Bench", distances: "list[Distance]", bits: float) -> dict[str, float]:

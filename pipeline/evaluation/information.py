@@ -1,0 +1,130 @@
+"""Measures redundancy and mutual information of a frozen tokenizer's codes on held-out images, in this process.
+
+Shapes: B images, O orders, N patch positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import BadInput
+from pipeline.evaluation.evaluator import ImageSource
+from tatok_model.metrics.information import chain_orders, limit, mutual_information, redundancy, unigram_bits
+from tatok_model.tokenizer import TaTok
+from tatok_model.tokens import Tokens
+
+SEED = 0
+MODEL = "entropy_model."  # beginning of its weights' names
+
+
+@dataclass
+class Lengths:
+    """Code lengths in bits of the images so far."""
+
+    chain: list[np.ndarray] = field(default_factory=list)  # (B, O) with the image's global tokens
+    one_pass: list[np.ndarray] = field(default_factory=list)  # (B,)
+    null: list[np.ndarray] = field(default_factory=list)  # (B, O) with the next image's global tokens
+    blind: list[np.ndarray] = field(default_factory=list)  # (B, O) under the model that does not see them
+    blind_one_pass: list[np.ndarray] = field(default_factory=list)  # (B,)
+
+
+@torch.inference_mode()
+def measure_information(
+    tokenizer: TaTok,
+    blind: TaTok | None,
+    source: ImageSource,
+    places: np.ndarray,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, float]:
+    """Every quantity by its name in summary.json; see `tatok_model.metrics.information` for what they mean.
+
+    Args:
+        tokenizer: with an entropy model that sees the global tokens.
+        blind: the same tokenizer with one that does not; None: mutual information is not measured.
+        source: held-out images.
+        places: (B,) which of them.
+        batch_size: images at a time.
+        advance: told how many images were measured.
+
+    Raises:
+        BadInput: no entropy model, or `blind` is another tokenizer or sees the global tokens.
+    """
+    if tokenizer.entropy_model is None:
+        raise BadInput("tokenizer.checkpoint has no entropy model; expected one to measure information with")
+    if blind is not None:
+        check_blind(tokenizer, blind)
+    orders = torch.from_numpy(chain_orders(tokenizer.config.patch_positions, SEED))
+    found, indices = Lengths(), []
+    for start in range(0, len(places), batch_size):
+        pictures = source.images(places[start : start + batch_size].tolist()).transpose(0, 3, 1, 2)
+        tokens = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(pictures)))
+        indices.append(tokens.patch_indices.numpy())
+        found.chain.append(_chain(tokenizer, tokens, orders))
+        found.one_pass.append(_one_pass(tokenizer, tokens))
+        if tokenizer.config.global_tokens and len(tokens) > 1:
+            others = replace(tokens, global_indices=tokens.global_indices.roll(1, 0))
+            found.null.append(_chain(tokenizer, others, orders))
+        if blind is not None:
+            found.blind.append(_chain(blind, tokens, orders))
+            found.blind_one_pass.append(_one_pass(blind, tokens))
+        advance(len(tokens))
+    return _results(tokenizer, found, np.concatenate(indices))
+
+
+def check_blind(tokenizer: TaTok, blind: TaTok) -> None:
+    """Refuse a second model that does not belong to the tokenizer.
+
+    Raises:
+        BadInput: it sees the global tokens, or other weights than the entropy model's differ.
+    """
+    if blind.entropy_model is None or blind.config.entropy_globals:
+        raise BadInput("evaluate.blind_checkpoint sees the global tokens; expected tokenizer.entropy_globals: false")
+    ours, theirs = (
+        {name: value for name, value in model.state_dict().items() if not name.startswith(MODEL)}
+        for model in (tokenizer, blind)
+    )
+    same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    if not same:
+        raise BadInput("evaluate.blind_checkpoint is another tokenizer; expected tokenizer.checkpoint, frozen")
+
+
+def _chain(model: TaTok, tokens: Tokens, orders: Tensor) -> np.ndarray:
+    """(B, O) code lengths, one position a round."""
+    lengths = [model.code_lengths(tokens, order.argsort().expand_as(tokens.patch_indices)) for order in orders]
+    return torch.stack(lengths, dim=1).numpy()
+
+
+def _one_pass(model: TaTok, tokens: Tokens) -> np.ndarray:
+    """(B,) code lengths, no code given."""
+    return model.code_lengths(tokens, torch.zeros_like(tokens.patch_indices)).numpy()
+
+
+def _results(tokenizer: TaTok, found: Lengths, indices: np.ndarray) -> dict[str, float]:
+    chain, one_pass = np.concatenate(found.chain), np.concatenate(found.one_pass)
+    results = {
+        "images": float(len(chain)),
+        "unigram_bits": unigram_bits(indices, tokenizer.config.codebook_size),
+        "sum_h_ci_given_g_bits": float(one_pass.mean()),
+        "h_c_given_g_bits": float(chain.mean()),
+        "redundancy_given_g_bits": redundancy(one_pass, chain),
+    }
+    if found.blind:
+        blind, blind_one_pass = np.concatenate(found.blind), np.concatenate(found.blind_one_pass)
+        mutual, low, high = mutual_information(blind, chain, SEED)
+        results |= {
+            "sum_h_ci_bits": float(blind_one_pass.mean()),
+            "h_c_bits": float(blind.mean()),
+            "redundancy_bits": redundancy(blind_one_pass, blind),
+            "mutual_bits": mutual,
+            "mutual_low_bits": low,
+            "mutual_high_bits": high,
+            "mutual_limit_bits": limit(tokenizer.config.global_tokens, tokenizer.config.codebook_size),
+        }
+        if found.null:
+            null = np.concatenate(found.null)
+            results["mutual_null_bits"] = float(blind.mean() - null.mean())
+    return {f"information_{name}": value for name, value in results.items()}
