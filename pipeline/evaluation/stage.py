@@ -1,7 +1,5 @@
 """The stage behind `jobs/evaluate.py`: a tokenizer and held-out images in, numbers out."""
 
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import check_architecture, read_architecture
@@ -9,9 +7,9 @@ from pipeline.checks import check_files, check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
-from pipeline.errors import BadInput, Stopped
+from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_tokenizer, with_trained
-from pipeline.paths import sha256_file, write_atomically
+from pipeline.paths import write_atomically
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
@@ -20,9 +18,7 @@ from pipeline.training import stage as training
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.evaluation.bench import Bench
-    from pipeline.evaluation.curve import Distance
     from pipeline.evaluation.cuts import Point
-    from pipeline.evaluation.extractors import Extractor
     from pipeline.evaluation.measurements import Measurements
     from pipeline.evaluation.reference import Reference
 
@@ -95,30 +91,25 @@ def run(run: Run) -> None:
 
 
 def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], tracker: Tracker) -> None:
-    from pipeline.evaluation.curve import Distance
+    from pipeline.evaluation.comparisons import baselines_results, information_results
+    from pipeline.evaluation.distances import measured_with_distances
     from pipeline.evaluation.results import curve_results, tokenizer_results
 
-    extractors = {"": bench.extractor, **{f"@{extractor.name}": extractor for extractor in bench.more}}
-    known = {key: _known_reference(run, bench, extractor) for key, extractor in extractors.items()}
-    found = bench.measure("evaluate", tokenizer, originals=None in known.values())
-    references = {
-        key: known[key] or _new_reference(run, bench, found, key, extractor) for key, extractor in extractors.items()
-    }
-    distances = [Distance(key, extractor.distance_name, references[key]) for key, extractor in extractors.items()]
+    found, distances = measured_with_distances(run, bench, tokenizer)
     pixels = run.config.data.image_size**2
     points = bench.cuts.curve(tokenizer)
-    results = tokenizer_results(found, distances, references[""], bench.extractor, pixels, bench.plan)
+    results = tokenizer_results(found, distances, distances[0].reference, bench.extractor, pixels, bench.plan)
     curve = curve_results(found, [point.name for point in points], distances, pixels)
-    results |= _baseline_results(run, bench, distances, [results, *curve])
+    results |= baselines_results(run, bench, distances, [results, *curve])
     if run.config.evaluate.information:
-        results |= _information_results(run, bench, tokenizer)
+        results |= information_results(run, bench, tokenizer)
     run.results = results | {
         f"{point.name}_{name}": value
         for point, values in zip(points, curve, strict=True)
         for name, value in values.items()
     }
     _log(run, results, points, curve)
-    _report(run, bench, references[""], facts, tracker, results, list(zip(points, curve, strict=True)))
+    _report(run, bench, distances[0].reference, facts, tracker, results, list(zip(points, curve, strict=True)))
     if bench.plan.grid:
         _draw(run, bench, found, tracker)
     if points:
@@ -134,101 +125,6 @@ def _log(run: Run, results: dict[str, float], points: list["Point"], curve: list
     for step, (point, values) in enumerate(zip(points, curve, strict=True)):
         at = {} if point.threshold is None else {"curve/threshold": point.threshold}
         run.log({**at, **{f"curve/{name}": value for name, value in values.items()}}, step=step)
-
-
-def _known_reference(run: Run, bench: "Bench", extractor: "Extractor") -> "Reference | None":
-    """Statistics of the originals that were given for the main extractor, or kept by an earlier run."""
-    from pipeline.evaluation.reference import cache_path, describe, read_cached, read_given
-
-    meta = describe(bench.manifest, bench.plan, extractor)
-    width = extractor.network.feature_dim
-    given = run.config.evaluate.reference if extractor is bench.extractor else ""
-    path = Path(given or cache_path(run.config.run.output, meta))
-    reference = read_given(str(path), meta, width) if given else read_cached(path, meta, width)
-    if reference is not None:
-        run.inputs[_reference_name(bench, extractor)] = {"path": str(path), "sha256": sha256_file(path)}
-    return reference
-
-
-def _new_reference(run: Run, bench: "Bench", found: "Measurements", key: str, extractor: "Extractor") -> "Reference":
-    """Statistics of the originals, kept for later runs."""
-    from pipeline.evaluation.reference import Reference, cache_path, describe
-
-    meta = describe(bench.manifest, bench.plan, extractor)
-    score = found["original_score"].result() if extractor is bench.extractor else None
-    reference = Reference.of(found[f"original_features{key}"], score, meta)
-    path = cache_path(run.config.run.output, meta)
-    reference.save(path)
-    run.outputs[_reference_name(bench, extractor)] = str(path)
-    return reference
-
-
-def _reference_name(bench: "Bench", extractor: "Extractor") -> str:
-    return "reference" if extractor is bench.extractor else f"reference_{extractor.name}"
-
-
-def _baseline_results(
-    run: Run, bench: "Bench", distances: "list[Distance]", cuts: list[dict[str, float]]
-) -> dict[str, float]:
-    """The baselines that are asked for, at the bits of the operating point, which is the first of `cuts`.
-
-    Picture codecs are measured at the bits of every cut: `baseline_jpeg_curve00_psnr` stands beside `curve00_psnr`.
-    """
-    from pipeline.evaluation.outside import Outside
-    from pipeline.progress import progress
-
-    wanted = run.config.evaluate.baselines
-    results: dict[str, float] = {}
-    if "kmeans" in wanted:
-        results |= _kmeans_results(run, bench, distances, cuts[0]["bits_fixed"])
-    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances)
-    for codec in (name for name in wanted if name != "kmeans"):
-        with progress(codec, bench.plan.count * len(cuts), "images") as shown:
-            for number, cut in enumerate(cuts):
-                prefix = f"baseline_{codec}_" + (f"curve{number - 1:02d}_" if number else "")
-                found = outside.measure(codec, cut["bits_fixed"], shown.advance)
-                results |= {f"{prefix}{name}": value for name, value in found.items()}
-                if run.should_stop:
-                    raise Stopped("evaluation was asked to stop; --resume measures anew")
-    return results
-
-
-def _information_results(run: Run, bench: "Bench", tokenizer: Any) -> dict[str, float]:
-    """Redundancy and mutual information, in this process: one position a round is slow however it is shared out."""
-    import numpy as np
-
-    from pipeline.checkpoints import find
-    from pipeline.evaluation.information import measure_information
-    from pipeline.progress import progress
-    from tatok_model.tokenizer import TaTok
-
-    path = run.config.evaluate.blind_checkpoint
-    blind = TaTok.from_pretrained(find(path)) if path else None
-    places = bench.plan.indices(np.arange(bench.plan.count))
-
-    with progress("information", len(places), "images") as shown:
-
-        def advance(count: int) -> None:
-            shown.advance(count)
-            if run.should_stop:
-                raise Stopped("evaluation was asked to stop; --resume measures anew")
-
-        size = bench.plan.batch_size
-        return measure_information(tokenizer.cpu(), blind, bench.pictures, places, size, advance)
-
-
-def _kmeans_results(run: Run, bench: "Bench", distances: "list[Distance]", bits: float) -> dict[str, float]:
-    """Fit the baseline to the training split and measure it as the tokenizer was measured."""
-    from pipeline.data.shards import ShardDataset
-    from pipeline.evaluation.baselines import fit_kmeans
-    from pipeline.evaluation.results import baseline_results
-
-    pictures = ShardDataset(run.config.data.shards, "train")
-    started = time.monotonic()
-    baseline = fit_kmeans(pictures, len(pictures), run.config.tokenizer.architecture(), bits)
-    seconds = time.monotonic() - started
-    found = bench.measure("kmeans baseline", baseline, originals=False)
-    return {**baseline_results(found, distances), "baseline_kmeans_fit_seconds": seconds}
 
 
 def _facts(bench: "Bench") -> dict[str, str]:

@@ -1,0 +1,69 @@
+"""What stands beside a tokenizer's own numbers where it is asked for: baselines at equal bits, information in bits."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from pipeline.checkpoints import find
+from pipeline.data.shards import ShardDataset
+from pipeline.errors import Stopped
+from pipeline.evaluation.baselines import fit_kmeans
+from pipeline.evaluation.bench import Bench
+from pipeline.evaluation.curve import Distance
+from pipeline.evaluation.information import measure_information
+from pipeline.evaluation.outside import Outside
+from pipeline.evaluation.results import baseline_results
+from pipeline.progress import progress
+from pipeline.run import Run
+from tatok_model.tokenizer import TaTok
+
+
+def baselines_results(
+    run: Run, bench: Bench, distances: list[Distance], cuts: list[dict[str, float]]
+) -> dict[str, float]:
+    """The baselines that are asked for, at the bits of the operating point, which is the first of `cuts`.
+
+    Picture codecs are measured at the bits of every cut: `baseline_jpeg_curve00_psnr` stands beside `curve00_psnr`.
+    """
+    wanted = run.config.evaluate.baselines
+    results: dict[str, float] = {}
+    if "kmeans" in wanted:
+        results |= _kmeans_results(run, bench, distances, cuts[0]["bits_fixed"])
+    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances)
+    for codec in (name for name in wanted if name != "kmeans"):
+        with progress(codec, bench.plan.count * len(cuts), "images") as shown:
+            for number, cut in enumerate(cuts):
+                prefix = f"baseline_{codec}_" + (f"curve{number - 1:02d}_" if number else "")
+                found = outside.measure(codec, cut["bits_fixed"], shown.advance)
+                results |= {f"{prefix}{name}": value for name, value in found.items()}
+                if run.should_stop:
+                    raise Stopped("evaluation was asked to stop; --resume measures anew")
+    return results
+
+
+def information_results(run: Run, bench: Bench, tokenizer: Any) -> dict[str, float]:
+    """Redundancy and mutual information, in this process: one position a round is slow however it is shared out."""
+    path = run.config.evaluate.blind_checkpoint
+    blind = TaTok.from_pretrained(find(path)) if path else None
+    places = bench.plan.indices(np.arange(bench.plan.count))
+
+    with progress("information", len(places), "images") as shown:
+
+        def advance(count: int) -> None:
+            shown.advance(count)
+            if run.should_stop:
+                raise Stopped("evaluation was asked to stop; --resume measures anew")
+
+        size = bench.plan.batch_size
+        return measure_information(tokenizer.cpu(), blind, bench.pictures, places, size, advance)
+
+
+def _kmeans_results(run: Run, bench: Bench, distances: list[Distance], bits: float) -> dict[str, float]:
+    """Fit the baseline to the training split and measure it as the tokenizer was measured."""
+    pictures = ShardDataset(run.config.data.shards, "train")
+    started = time.monotonic()
+    baseline = fit_kmeans(pictures, len(pictures), run.config.tokenizer.architecture(), bits)
+    seconds = time.monotonic() - started
+    found = bench.measure("kmeans baseline", baseline, originals=False)
+    return {**baseline_results(found, distances), "baseline_kmeans_fit_seconds": seconds}
