@@ -3,7 +3,7 @@
 The held-out split of `data.shards` is the validation split: give the test split to `evaluate` in shards of its own.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -21,9 +21,6 @@ from pipeline.run import Run
 from pipeline.tracking import Tracker, check_tracking
 from pipeline.training import stage as training
 from tatok_model.filtering_rules import SCORES
-
-if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    pass
 
 FILE = "filter.yaml"
 

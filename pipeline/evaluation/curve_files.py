@@ -67,9 +67,15 @@ def _images_table(bench: "Bench", found: Measurements, curve: Curve) -> bytes:
     values |= dict(found["images"].arrays)
     for column, state in [("operating", "lengths"), *((point.name, f"{point.name}.lengths") for point, _ in curve)]:
         values |= {f"{column}_{name}": found[state][name] for name in PER_CUT}
+        values[f"{column}_psnr"] = _psnr(found[state]["squared_error"], 3 * bench.manifest.image_size**2)
     file = io.BytesIO()
     pq.write_table(pa.table(values), file, compression="ZSTD")
     return file.getvalue()
+
+
+def _psnr(squared_error: np.ndarray, values: int) -> np.ndarray:
+    """(B,) dB as `tatok_model.metrics.images.psnr` has them, of sums over `values` numbers."""
+    return 10 * np.log10(255**2 * values / np.maximum(squared_error, 1))
 
 
 def _draw_curve(run: Run, path: Path, points: Curve, distance: str) -> Path:

@@ -1,5 +1,6 @@
 """The stage behind `jobs/evaluate.py`: a tokenizer and held-out images in, numbers out."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import check_architecture, read_architecture
@@ -36,6 +37,7 @@ def check(config: Config) -> None:
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_tracking(config)
     check_files(config, *FILES)
+    check_more_extractors(config)
     check_global_counts(config)
     if config.evaluate.information and not config.tokenizer.has_entropy_model:
         raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
@@ -47,6 +49,17 @@ def check(config: Config) -> None:
         return
     check_architecture(found)
     check_pictures(config)
+
+
+def check_more_extractors(config: Config) -> None:
+    """Refuse further feature networks whose files are not there.
+
+    Raises:
+        BadInput: naming the first that is missing.
+    """
+    for path in config.evaluate.more_extractors:
+        if not Path(path).is_file():
+            raise BadInput(f"evaluate.more_extractors has {path!r}, which does not exist; expected a file")
 
 
 def check_global_counts(config: Config) -> None:

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import FilterConfig
 from pipeline.data.shards import ShardDataset
+from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
 from pipeline.evaluation.measurements import Measurements, Pictures, Totals
 from pipeline.evaluation.plan import Plan
 from tatok_model.lpips import LPIPS, _alexnet
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import psnr, to_uint8
+from tatok_model.metrics.resnet import ResNet20
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=4, range_size=12, grid=3)
@@ -39,6 +42,41 @@ def test_ranges_in_any_order_merge_to_the_same_bits(evaluator: Evaluator, heldou
         arriving = ((number, Measurements.from_bytes(data)) for number, data in order)
         found.add(without_times(merged(arriving, PLAN.count)))
     assert len(found) == 1
+
+
+def test_a_curve_s_ranges_in_any_order_merge_to_the_same_bits(
+    tokenizer: TaTok, instruments: Instruments, heldout: ShardDataset
+) -> None:
+    torch.manual_seed(0)
+    several = replace(instruments, more=(ResNet20(),))
+    cuts = Cuts(FilterConfig(rule="residual", threshold=20.0), (0.0, 20.0, 40.0))
+    evaluator = Evaluator(tokenizer, several, PLAN, originals=True, cuts=cuts)
+    parts = [(number, part.to_bytes()) for number, part in measure_here(evaluator, heldout)]
+    found = []
+    for order in (parts, parts[::-1]):
+        whole = merged(((number, Measurements.from_bytes(data)) for number, data in order), PLAN.count)
+        found.append(without_times(whole))
+    assert found[0] == found[1]
+    again = Measurements.from_bytes(found[0])
+    for point in ("curve00.", "curve01.", "curve02.", "all."):
+        assert again[f"{point}features@resnet20_cifar10"].n == len(again[f"{point}lengths"]["tokens"]) == 30
+        assert len(again[f"{point}shown"]["pictures"]) == 3
+    kept = [again[f"{point}.lengths"]["tokens"] for point in ("curve02", "curve01", "curve00", "all")]
+    assert all((fewer <= more).all() for fewer, more in itertools.pairwise(kept)), "kept sets nest"
+    assert (kept[1] == again["lengths"]["tokens"]).all(), "the operating point is one of the curve"
+
+
+def test_lengths_do_not_depend_on_the_other_images_of_a_batch(
+    tokenizer: TaTok, instruments: Instruments, heldout: ShardDataset
+) -> None:
+    cuts = Cuts(FilterConfig(rule="residual", threshold=20.0))
+    found = []
+    for size in (4, 30):
+        plan = replace(PLAN, batch_size=size, range_size=60)
+        whole = Evaluator(tokenizer, instruments, plan, originals=False, cuts=cuts).measure(heldout, 0, 30)
+        found.append(whole["lengths"])
+    assert (found[0]["tokens"] == found[1]["tokens"]).all()
+    assert np.allclose(found[0]["bits_coded"], found[1]["bits_coded"], atol=1e-3)
 
 
 def test_ranges_find_what_one_pass_over_everything_finds(

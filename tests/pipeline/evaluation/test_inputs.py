@@ -137,6 +137,7 @@ def test_files_that_are_not_lpips_are_refused(tmp_path: Path) -> None:
         (["tracking.uri=ftp://x"], "tracking.uri is 'ftp://x'"),
         (["data.image_size=8"], "data.image_size is 8; expected at least 11 pixels for SSIM"),
         (["evaluate.inception_weights=/no.pth"], "evaluate.inception_weights '/no.pth' does not exist"),
+        (["evaluate.more_extractors=[/no.th]"], "evaluate.more_extractors has '/no.th', which does not exist"),
         (["evaluate.reference=/no.npz"], "evaluate.reference '/no.npz' does not exist"),
         (["evaluate.lpips_backbone=/no", "evaluate.lpips_heads=/no"], "evaluate.lpips_backbone '/no' does not exist"),
         (["tokenizer.checkpoint=/no"], "tokenizer.checkpoint '/no' does not exist"),

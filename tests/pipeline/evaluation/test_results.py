@@ -1,6 +1,7 @@
 """Names, warnings and the table."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
 from pipeline.evaluation.curve import Distance
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.extractors import Extractor, extractor_name, load_extractor
+from pipeline.evaluation.extractors import Extractor, extractor_name, load_extractor, load_more
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.reference import Reference
 from pipeline.evaluation.report import format_value, markdown, terminal_table
 from pipeline.evaluation.results import baseline_results, rows, tokenizer_results, warnings
 from tatok_model.metrics.inception import Inception2015
+from tatok_model.metrics.resnet import ResNet20, ResNet56
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=8, range_size=32, grid=2)
@@ -102,6 +104,23 @@ def test_other_weights_than_inception_s_are_refused(tmp_path_factory: pytest.Tem
     for file in (str(path), "/nowhere.pth"):
         with pytest.raises(BadInput, match="evaluate.inception_weights: .*6726825d"):
             load_extractor(EvaluateConfig(inception_weights=file))
+
+
+def test_further_extractors_are_known_by_their_files(tmp_path: Path) -> None:
+    for name, network in (("a.th", ResNet20()), ("b.th", ResNet56())):
+        stored = {f"module.{key}": value for key, value in network.state_dict().items()}
+        torch.save({"state_dict": stored}, tmp_path / name)
+    paths = tuple(str(tmp_path / name) for name in ("a.th", "b.th"))
+    more = load_more(EvaluateConfig(more_extractors=paths))
+    assert [one.distance_name for one in more] == ["rfd_resnet20_cifar10", "rfd_resnet56_cifar10"]
+    assert [one.comparable for one in more] == [False, False]
+    assert {one.protocol for one in more} == {"bilinear antialiased to 32 pixels"}
+    assert len({one.weights_sha256 for one in more}) == 2
+    with pytest.raises(BadInput, match="a second resnet20_cifar10; expected different networks"):
+        load_more(EvaluateConfig(more_extractors=(paths[0], paths[0])))
+    (tmp_path / "c.th").write_bytes(b"other")
+    with pytest.raises(BadInput, match="evaluate.more_extractors: .*is no file of PyTorch weights"):
+        load_more(EvaluateConfig(more_extractors=(str(tmp_path / "c.th"),)))
 
 
 def test_readers_are_warned_of_what_cannot_be_compared(

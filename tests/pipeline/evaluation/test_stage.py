@@ -87,6 +87,7 @@ def test_a_curve_is_measured_from_one_ranking(ray_session: ModuleType, evaluatio
     images = pq.read_table(run.outputs["images"]).to_pylist()
     assert len(images) == 30
     assert {image["operating_tokens"] for image in images} == {10}
+    assert np.mean([image["operating_psnr"] for image in images]) == pytest.approx(found["psnr"])
     assert all(image["png_bytes"] > 0 and image["total_bits"] > 0 for image in images)
     assert "| count 4 |" in Path(run.outputs["report"]).read_text()
     for name in ("rate_distortion", "token_histogram", "kept_patches", "reconstructions"):
