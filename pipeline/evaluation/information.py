@@ -1,6 +1,9 @@
 """Measures redundancy and mutual information of a frozen tokenizer's codes on held-out images, in this process.
 
-Shapes: B images, O orders, N patch positions.
+Mutual information takes two entropy models that differ in nothing but what they see. Sizes are compared here; that both
+were trained equally long, each on the frozen tokenizer (`train.parts=entropy`), is up to whoever trains them.
+
+Shapes: B images, O orders, M global tokens, N patch positions.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import BadInput
 from pipeline.evaluation.evaluator import ImageSource
-from tatok_model.metrics.information import chain_orders, limit, mutual_information, redundancy, unigram_bits
+from tatok_model.metrics.information import chain_orders, limit, mutual_information, partners, redundancy, unigram_bits
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
@@ -26,7 +29,7 @@ class Lengths:
 
     chain: list[np.ndarray] = field(default_factory=list)  # (B, O) with the image's global tokens
     one_pass: list[np.ndarray] = field(default_factory=list)  # (B,)
-    null: list[np.ndarray] = field(default_factory=list)  # (B, O) with the next image's global tokens
+    null: list[np.ndarray] = field(default_factory=list)  # (B, O) with another image's global tokens
     blind: list[np.ndarray] = field(default_factory=list)  # (B, O) under the model that does not see them
     blind_one_pass: list[np.ndarray] = field(default_factory=list)  # (B,)
 
@@ -51,38 +54,42 @@ def measure_information(
         advance: told how many images were measured.
 
     Raises:
-        BadInput: no entropy model, or `blind` is another tokenizer or sees the global tokens.
+        BadInput: no entropy model that sees the global tokens, or `blind` does not belong to the tokenizer.
     """
     if tokenizer.entropy_model is None:
         raise BadInput("tokenizer.checkpoint has no entropy model; expected one to measure information with")
+    if tokenizer.config.global_tokens and not tokenizer.config.entropy_globals:
+        raise BadInput("tokenizer.checkpoint has entropy_globals false; expected true: H(c | g) is asked for")
     if blind is not None:
         check_blind(tokenizer, blind)
     orders = torch.from_numpy(chain_orders(tokenizer.config.patch_positions, SEED))
-    found, indices = Lengths(), []
-    for start in range(0, len(places), batch_size):
-        pictures = source.images(places[start : start + batch_size].tolist()).transpose(0, 3, 1, 2)
-        tokens = tokenizer.encode(torch.from_numpy(np.ascontiguousarray(pictures)))
-        indices.append(tokens.patch_indices.numpy())
+    batches = [_encode(tokenizer, source, places[at : at + batch_size]) for at in range(0, len(places), batch_size)]
+    exchanged = batches if blind is None else _exchanged(batches)
+    found = Lengths()
+    for tokens, others in zip(batches, exchanged, strict=True):
         found.chain.append(_chain(tokenizer, tokens, orders))
         found.one_pass.append(_one_pass(tokenizer, tokens))
-        if tokenizer.config.global_tokens and len(tokens) > 1:
-            others = replace(tokens, global_indices=tokens.global_indices.roll(1, 0))
-            found.null.append(_chain(tokenizer, others, orders))
         if blind is not None:
             found.blind.append(_chain(blind, tokens, orders))
             found.blind_one_pass.append(_one_pass(blind, tokens))
+            found.null.append(_chain(tokenizer, others, orders))
         advance(len(tokens))
-    return _results(tokenizer, found, np.concatenate(indices))
+    return _results(tokenizer, found, np.concatenate([tokens.patch_indices.numpy() for tokens in batches]))
 
 
 def check_blind(tokenizer: TaTok, blind: TaTok) -> None:
     """Refuse a second model that does not belong to the tokenizer.
 
     Raises:
-        BadInput: it sees the global tokens, or other weights than the entropy model's differ.
+        BadInput: it sees the global tokens, its entropy model has another size, or other weights than that model's
+            differ.
     """
     if blind.entropy_model is None or blind.config.entropy_globals:
         raise BadInput("evaluate.blind_checkpoint sees the global tokens; expected tokenizer.entropy_globals: false")
+    for name in ("entropy_layers", "entropy_width"):
+        wanted, given = getattr(tokenizer.config, name), getattr(blind.config, name)
+        if given != wanted:
+            raise BadInput(f"evaluate.blind_checkpoint has {name} {given}; expected {wanted}, as tokenizer.checkpoint")
     ours, theirs = (
         {name: value for name, value in model.state_dict().items() if not name.startswith(MODEL)}
         for model in (tokenizer, blind)
@@ -90,6 +97,19 @@ def check_blind(tokenizer: TaTok, blind: TaTok) -> None:
     same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
     if not same:
         raise BadInput("evaluate.blind_checkpoint is another tokenizer; expected tokenizer.checkpoint, frozen")
+
+
+def _encode(tokenizer: TaTok, source: ImageSource, places: np.ndarray) -> Tokens:
+    pictures = source.images(places.tolist()).transpose(0, 3, 1, 2)
+    return tokenizer.encode(torch.from_numpy(np.ascontiguousarray(pictures)))
+
+
+def _exchanged(batches: list[Tokens]) -> list[Tokens]:
+    """The same patch tokens, each image with another one's global tokens."""
+    global_indices = torch.cat([tokens.global_indices for tokens in batches])  # (B, M)
+    global_indices = global_indices[torch.from_numpy(partners(len(global_indices), SEED))]
+    parts = global_indices.split([len(tokens) for tokens in batches])
+    return [replace(tokens, global_indices=part) for tokens, part in zip(batches, parts, strict=True)]
 
 
 def _chain(model: TaTok, tokens: Tokens, orders: Tensor) -> np.ndarray:
@@ -122,9 +142,7 @@ def _results(tokenizer: TaTok, found: Lengths, indices: np.ndarray) -> dict[str,
             "mutual_bits": mutual,
             "mutual_low_bits": low,
             "mutual_high_bits": high,
+            "mutual_null_bits": float(blind.mean() - np.concatenate(found.null).mean()),
             "mutual_limit_bits": limit(tokenizer.config.global_tokens, tokenizer.config.codebook_size),
         }
-        if found.null:
-            null = np.concatenate(found.null)
-            results["mutual_null_bits"] = float(blind.mean() - null.mean())
     return {f"information_{name}": value for name, value in results.items()}

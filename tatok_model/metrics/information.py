@@ -25,6 +25,26 @@ def chain_orders(positions: int, seed: int) -> np.ndarray:
     return np.stack([random.permutation(positions) for _ in range(ORDERS)])
 
 
+def partners(images: int, seed: int) -> np.ndarray:
+    """(B,) int64: for each image another one, drawn from all of them, as the null of what its own global codes tell.
+
+    One random cycle through all images, so that each gives its codes once: neighbours may be of one class.
+
+    Args:
+        images: B.
+        seed: of the draw.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if images < 2:
+        raise ValueError(f"images is {images}; expected at least 2 to exchange global codes")
+    cycle = np.random.default_rng([seed, images]).permutation(images)
+    found = np.empty_like(cycle)
+    found[cycle] = np.roll(cycle, 1)
+    return found
+
+
 def redundancy(one_pass: np.ndarray, chain: np.ndarray) -> float:
     """Total correlation of the patch codes given what both lengths were given, in bits an image.
 

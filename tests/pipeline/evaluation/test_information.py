@@ -13,6 +13,7 @@ from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
 from pipeline.evaluation.information import check_blind, measure_information
 from tatok_model.tokenizer import TaTok
+from tatok_model.tokens import Tokens
 
 PLACES = np.arange(12)
 
@@ -55,22 +56,72 @@ def test_codes_that_predict_one_another_are_redundant(
     assert "information_mutual_bits" not in found
 
 
-def test_what_global_tokens_tell_is_the_difference_between_two_models(
-    tokenizer: TaTok, blind_weights: TaTok, heldout: ShardDataset, monkeypatch: pytest.MonkeyPatch
+class Enumerated:
+    """16 images, all pairs of a palette (8) and a shade (2).
+
+    The first global token is 2 x palette, the other 0; every patch code is 2 x palette + shade. So H(g) = 3 bits, H(c) = 4, H(c | g) = 1, and one patch code says what all others are.
+    """
+
+    def images(self, indices: list[int]) -> np.ndarray:
+        return np.array(indices, np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+
+    def encode(self, images: Tensor) -> Tokens:
+        code = images[:, 0, 0, 0].long()
+        globals_ = torch.stack([code // 2 * 2, torch.zeros_like(code)], 1)
+        patches = code[:, None].repeat(1, 16)
+        return Tokens(globals_, patches, torch.ones_like(patches, dtype=torch.bool))
+
+    def exact(self, sees_globals: bool) -> Any:
+        """The true conditional distribution as `TaTok._logits`; what cannot be costs 40 bits."""
+
+        def logits(tokens: Tokens, given: Tensor, at: Tensor, without_globals: Tensor | None = None) -> Tensor:
+            q = torch.full((len(given), 16), 1 / 16, dtype=torch.float64)
+            if sees_globals:
+                palette = tokens.global_indices[:, :1]
+                q = torch.zeros_like(q).scatter(1, torch.cat([palette, palette + 1], 1), 0.5)
+            known = torch.nn.functional.one_hot(tokens.patch_indices.where(given, 0).amax(1), 16).double()
+            q = torch.where(given.any(1)[:, None], known, q).clamp(min=2.0**-40)
+            return q.log2()[:, None].expand(-1, 16, -1)[at] * math.log(2)
+
+        return logits
+
+
+def test_known_entropies_redundancy_and_mutual_information_are_found(
+    tokenizer: TaTok, blind_weights: TaTok, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeing = planted(tokenizer, monkeypatch, lambda g, given: torch.full((len(given),), 2.5))
-    monkeypatch.setattr(blind_weights, "_logits", seeing._logits)
-    real = TaTok.code_lengths
+    world = Enumerated()
+    monkeypatch.setattr(tokenizer, "encode", world.encode)
+    monkeypatch.setattr(tokenizer, "_logits", world.exact(sees_globals=True))
+    monkeypatch.setattr(blind_weights, "_logits", world.exact(sees_globals=False))
+    found = measure_information(tokenizer, blind_weights, world, np.arange(16), 5)
+    known = {
+        "sum_h_ci_given_g_bits": 16,
+        "h_c_given_g_bits": 1,
+        "redundancy_given_g_bits": 15,
+        "sum_h_ci_bits": 64,
+        "h_c_bits": 4,
+        "redundancy_bits": 60,
+        "mutual_bits": 3,
+        "mutual_low_bits": 3,  # every image gains the same
+        "mutual_high_bits": 3,
+        "mutual_limit_bits": 8,
+        "unigram_bits": 64,
+        "images": 16,
+    }
+    measured = {name: found[f"information_{name}"] for name in known}
+    assert measured == pytest.approx(known, abs=1e-6)
+    assert found["information_mutual_null_bits"] < 0, "global tokens of another image mislead"
+    assert found.keys() == {f"information_{name}" for name in [*known, "mutual_null_bits"]}
 
-    def lengths(self: TaTok, *arguments: Any) -> Tensor:
-        return real(self, *arguments) + (8.0 if self is blind_weights else 0.0)  # 8 bits an image more
 
-    monkeypatch.setattr(TaTok, "code_lengths", lengths)
-    found = measure_information(seeing, blind_weights, heldout, PLACES, 5)
-    assert found["information_mutual_bits"] == pytest.approx(8, abs=1e-6)
-    assert found["information_mutual_low_bits"] == pytest.approx(8, abs=1e-6)
-    assert found["information_h_c_bits"] == pytest.approx(48, abs=1e-4)
-    assert found["information_mutual_limit_bits"] == 2 * math.log2(16)
+@pytest.mark.parametrize("batch_size", [1, 7, 12])
+def test_results_do_not_depend_on_the_batches(
+    batch_size: int, tokenizer: TaTok, blind_weights: TaTok, heldout: ShardDataset
+) -> None:
+    told: list[int] = []
+    found = measure_information(tokenizer, blind_weights, heldout, PLACES, batch_size, told.append)
+    assert found == pytest.approx(measure_information(tokenizer, blind_weights, heldout, PLACES, 5), abs=1e-3)
+    assert sum(told) == 12
 
 
 def test_global_tokens_of_another_image_tell_nothing(
@@ -94,6 +145,9 @@ def test_a_model_that_is_not_of_this_tokenizer_is_refused(tokenizer: TaTok, blin
     check_blind(tokenizer, blind_weights)
     with pytest.raises(BadInput, match="blind_checkpoint sees the global tokens"):
         check_blind(tokenizer, tokenizer)
+    smaller = TaTok(replace(tokenizer.config, entropy_globals=False, entropy_width=32))
+    with pytest.raises(BadInput, match="blind_checkpoint has entropy_width 32; expected 96"):
+        check_blind(tokenizer, smaller)
     with torch.no_grad():
         blind_weights.mask_token.add_(1)
     with pytest.raises(BadInput, match="blind_checkpoint is another tokenizer"):
@@ -104,3 +158,10 @@ def test_a_tokenizer_without_an_entropy_model_is_refused(tokenizer: TaTok, heldo
     without = TaTok(replace(tokenizer.config, entropy_layers=0)).eval()
     with pytest.raises(BadInput, match="has no entropy model"):
         measure_information(without, None, heldout, PLACES, 5)
+
+
+def test_a_tokenizer_whose_model_does_not_see_the_global_tokens_is_refused(
+    blind_weights: TaTok, heldout: ShardDataset
+) -> None:
+    with pytest.raises(BadInput, match="has entropy_globals false; expected true"):
+        measure_information(blind_weights, None, heldout, PLACES, 5)

@@ -2,8 +2,17 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tatok_model.metrics.information import chain_orders, limit, mutual_information, redundancy, unigram_bits
+from tatok_model.metrics.information import (
+    chain_orders,
+    limit,
+    mutual_information,
+    partners,
+    redundancy,
+    unigram_bits,
+)
 
 
 def test_orders_are_permutations_that_a_seed_repeats():
@@ -11,6 +20,24 @@ def test_orders_are_permutations_that_a_seed_repeats():
     assert np.sort(orders, axis=1).tolist() == [list(range(16))] * 4
     assert orders.tolist() == chain_orders(16, seed=3).tolist()
     assert len({tuple(order) for order in orders.tolist()}) == 4
+
+
+@given(st.integers(2, 200), st.integers(0, 5))
+def test_every_image_has_another_one_for_a_partner_and_is_one_itself(images: int, seed: int) -> None:
+    found = partners(images, seed)
+    assert sorted(found.tolist()) == list(range(images))
+    assert (found != np.arange(images)).all()
+    assert found.tolist() == partners(images, seed).tolist()
+
+
+def test_partners_are_no_neighbours_as_a_rule():
+    distance = np.abs(partners(1000, seed=0) - np.arange(1000))
+    assert np.median(distance) > 200  # neighbours of a sorted split are of one class
+
+
+def test_one_image_has_no_partner():
+    with pytest.raises(ValueError, match="images is 1; expected at least 2"):
+        partners(1, 0)
 
 
 def test_redundancy_is_what_the_chain_saves():
@@ -25,6 +52,16 @@ def test_mutual_information_comes_with_an_interval_over_images():
     assert mutual == pytest.approx(gains.mean())
     assert low < mutual < high
     assert high - low == pytest.approx(2 * 1.96 * 4 / 20, rel=0.15)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    random = np.random.default_rng(1)
+    covered = 0
+    for seed in range(100):
+        blind = 500 - random.exponential(10, size=(80, 1)) + random.normal(0, 1, size=(80, 4))
+        _, low, high = mutual_information(500 + 0 * blind, blind, seed)
+        covered += low <= 10 <= high
+    assert 88 <= covered <= 99
 
 
 def test_chains_of_other_images_are_refused():
