@@ -20,23 +20,23 @@ from tatok_model.tokenizer import TaTok
 
 
 def baselines_results(
-    run: Run, bench: Bench, distances: list[Distance], cuts: list[dict[str, float]]
+    run: Run, bench: Bench, distances: list[Distance], cuts: list[tuple[str, dict[str, float]]]
 ) -> dict[str, float]:
-    """The baselines that are asked for, at the bits of the operating point, which is the first of `cuts`.
+    """The baselines that are asked for, at the bits of the operating point, the first of the named `cuts`.
 
     Picture codecs are measured at the bits of every cut: `baseline_jpeg_curve00_psnr` stands beside `curve00_psnr`.
     """
     wanted = run.config.evaluate.baselines
     results: dict[str, float] = {}
     if "kmeans" in wanted:
-        results |= _kmeans_results(run, bench, distances, cuts[0]["bits_fixed"])
+        results |= _kmeans_results(run, bench, distances, cuts[0][1]["bits_fixed"])
     outside = Outside(bench.pictures, bench.plan, bench.instruments, distances)
-    for codec in (name for name in wanted if name != "kmeans"):
+    for codec in (kind for kind in wanted if kind != "kmeans"):
         with progress(codec, bench.plan.count * len(cuts), "images") as shown:
-            for number, cut in enumerate(cuts):
-                prefix = f"baseline_{codec}_" + (f"curve{number - 1:02d}_" if number else "")
+            for name, cut in cuts:
+                prefix = f"baseline_{codec}_" + (f"{name}_" if name else "")
                 found = outside.measure(codec, cut["bits_fixed"], shown.advance)
-                results |= {f"{prefix}{name}": value for name, value in found.items()}
+                results |= {f"{prefix}{metric}": value for metric, value in found.items()}
                 if run.should_stop:
                     raise Stopped("evaluation was asked to stop; --resume measures anew")
     return results

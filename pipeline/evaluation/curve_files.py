@@ -96,7 +96,7 @@ def _draw_curve(run: Run, path: Path, points: Curve, distance: str) -> Path:
     ]  # fmt: skip
     for codec in ("jpeg", "webp"):
         if f"baseline_{codec}_curve00_psnr" in run.results:
-            prefixes = [f"baseline_{codec}_curve{number:02d}_" for number in range(len(points))]
+            prefixes = [f"baseline_{codec}_{point.name}_" for point, _ in points]
             bits = [run.results[f"{prefix}bits_per_image"] for prefix in prefixes]
             lines.append(Line(codec, (), bits, [run.results[f"{prefix}psnr"] for prefix in prefixes]))
     rate_distortion_plot(path, lines, distance)

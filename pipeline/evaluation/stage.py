@@ -105,6 +105,7 @@ def run(run: Run) -> None:
 
 def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], tracker: Tracker) -> None:
     from pipeline.evaluation.comparisons import baselines_results, information_results
+    from pipeline.evaluation.cuts import OPERATING
     from pipeline.evaluation.distances import measured_with_distances
     from pipeline.evaluation.results import curve_results, tokenizer_results
 
@@ -113,7 +114,8 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], t
     points = bench.cuts.curve(tokenizer)
     results = tokenizer_results(found, distances, distances[0].reference, bench.extractor, pixels, bench.plan)
     curve = curve_results(found, [point.name for point in points], distances, pixels)
-    results |= baselines_results(run, bench, distances, [results, *curve])
+    named = zip((point.name for point in points), curve, strict=True)
+    results |= baselines_results(run, bench, distances, [(OPERATING, results), *named])
     if run.config.evaluate.information:
         results |= information_results(run, bench, tokenizer)
     run.results = results | {
@@ -182,7 +184,8 @@ def _report(
     from pipeline.evaluation.results import rows, warnings
 
     title = f"{run.config.preset}: {bench.plan.count} held-out images"
-    plain = {name: value for name, value in results.items() if "_curve" not in name}
+    at_cuts = tuple(f"baseline_{codec}_{point.name}_" for codec in ("jpeg", "webp") for point, _ in curve)
+    plain = {name: value for name, value in results.items() if not name.startswith(at_cuts)}
     told = warnings(results, reference, bench.extractor)
     lines = list(rows(plain, bench.extractor, bench.device))
     names = [extractor.distance_name for extractor in (bench.extractor, *bench.more)]

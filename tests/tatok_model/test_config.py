@@ -23,7 +23,7 @@ def test_the_sizes_are_there():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": "huge"}, "size is 'huge'; expected one of tiny"),
+        ({"size": "huge"}, "size is 'huge'; expected one of nano"),
         ({"patch_size": 5}, "image_size is 32; expected a multiple of patch_size, 5"),
         ({"patch_size": 0}, "expected both to be at least 1"),
         ({"global_tokens": -1}, "global_tokens is -1"),
