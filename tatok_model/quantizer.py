@@ -14,7 +14,6 @@ from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from tatok_model.config import TokenizerConfig
 
-
 GRACE = 40  # steps
 
 
