@@ -59,7 +59,8 @@ def test_codes_that_predict_one_another_are_redundant(
 class Enumerated:
     """16 images, all pairs of a palette (8) and a shade (2).
 
-    The first global token is 2 x palette, the other 0; every patch code is 2 x palette + shade. So H(g) = 3 bits, H(c) = 4, H(c | g) = 1, and one patch code says what all others are.
+    The first global token is 2 x palette, the other 0; every patch code is 2 x palette + shade. So H(g) = 3 bits,
+    H(c) = 4, H(c | g) = 1, and one patch code says what all others are.
     """
 
     def images(self, indices: list[int]) -> np.ndarray:
