@@ -84,8 +84,8 @@ class VQ(nn.Module):
         world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         codebook = self.quantize._codebook
         codebook.threshold_ema_dead_code = self.dead_code_share * tokens * world / self.codebook_size
-        # A re-drawn entry that stays unused is drawn again after GRACE steps: while the encoder still moves fast, entries
-        # drawn from its first outputs would otherwise wait for hundreds of steps.
+        # A re-drawn entry that stays unused is drawn again after GRACE steps: while the encoder still moves fast,
+        # entries drawn from its first outputs would otherwise wait for hundreds of steps.
         codebook.reset_cluster_size = codebook.threshold_ema_dead_code / codebook.decay**GRACE
 
 
