@@ -12,6 +12,9 @@ from types import ModuleType
 
 import pytest
 
+# Models in tests are tiny: a second thread only waits for the first, and two test processes for four threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).parents[1]
 
 
