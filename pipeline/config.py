@@ -293,7 +293,10 @@ class Config:
                 f"filter.threshold is {section.threshold:g}; expected at most {positions}, the patch tokens of an image"
             )
         for number in self.evaluate.thresholds:
-            check_cut(section.score, section.rule, number, positions)
+            try:
+                check_cut(section.score, section.rule, number, positions)
+            except ValueError as error:
+                raise ValueError(f"evaluate.thresholds: {error}") from None
         if section.rounds > positions:
             raise ValueError(f"filter.rounds is {section.rounds}; expected 1 to {positions}, the patch positions")
 

@@ -198,3 +198,42 @@ def test_nested_values_are_checked_as_a_preset_is():
     values["train"]["max_steps"] = "x"
     with pytest.raises(BadInput, match="train.max_steps is 'x'"):
         config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["filter.threshold=1.5"], r"filter\.threshold is 1\.5; expected a share from 0 to 1 for the rule relative"),
+        (["filter.rule=best"], r"filter\.rule is 'best'; expected one of relative, residual, marginal, count"),
+        (
+            ["filter.rule=count", "filter.threshold=17"],
+            r"filter\.threshold is 17; expected at most 16, the patch tokens",
+        ),
+        (["filter.rounds=17"], r"filter\.rounds is 17; expected 1 to 16, the patch positions"),
+        (["filter.score=grid"], r"filter\.rule is 'relative'; expected count for the score 'grid'"),
+        (
+            ["filter.score=random", "filter.rule=count", "filter.rounds=2"],
+            r"filter\.rounds is 2; expected 1 for the score",
+        ),
+        (["filter.replay=true"], r"filter\.replay is True; expected false unless score is entropy"),
+        (["evaluate.thresholds=[0.5,1.5]"], r"evaluate\.thresholds: threshold is 1\.5; expected a share"),
+        (["evaluate.thresholds=[0.5,0.5]"], r"evaluate\.thresholds is \(0\.5, 0\.5\); expected different numbers"),
+        (["evaluate.blind_checkpoint=/x"], r"evaluate\.blind_checkpoint is '/x'; expected information: true"),
+        (
+            ["kept_sets.all=0.5"],
+            r"kept_sets\.all, none, random, blocks and filtered are .*; expected shares that add up",
+        ),
+        (
+            ["kept_sets.global_tail=0.5"],
+            r"kept_sets\.global_tail is 0\.5; expected 0, or tokenizer\.patch_tokens: false",
+        ),
+        (["train.parts=entropy"], r"train\.parts is 'entropy'; expected tokenizer\.checkpoint to name the tokenizer"),
+        (
+            ["tokenizer.entropy_width=50"],
+            r"tokenizer\.entropy_layers is 2 and entropy_width 50; expected .* multiple of 32",
+        ),
+    ],
+)
+def test_filtering_that_cannot_be_is_refused_by_its_key(overrides, message):
+    with pytest.raises(BadInput, match=message):
+        load_config("smoke", overrides)
