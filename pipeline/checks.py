@@ -24,6 +24,21 @@ def check_pictures(config: Config) -> None:
         preprocess.check(config)
 
 
+def check_score(config: Config) -> None:
+    """Refuse a ranking that asks an entropy model where there is none.
+
+    Raises:
+        BadInput: naming the score.
+    """
+    tokenizer = config.tokenizer
+    asks = config.filter.score in ("surprisal", "entropy") and tokenizer.patch_tokens
+    if asks and not tokenizer.has_entropy_model:
+        raise BadInput(
+            f"filter.score is {config.filter.score!r} with tokenizer.entropy_layers 0; "
+            "expected a tokenizer with an entropy model, or pixel_entropy, random or grid"
+        )
+
+
 def check_files(config: Config, *keys: str) -> None:
     """Refuse files that are named and not there.
 

@@ -32,14 +32,16 @@ class EntropyModel(nn.Module):
     ) -> None:
         super().__init__()
         self.global_tokens = global_tokens
-        self.from_global_codes = nn.Linear(code_dim, width)
+        if global_tokens:  # parameters that no loss reaches would stop DDP
+            self.from_global_codes = nn.Linear(code_dim, width)
+            init_linear(self.from_global_codes)
+            self.no_globals = nn.Parameter(torch.randn(width) * 0.02)
         self.from_patch_codes = nn.Linear(code_dim, width)
         self.positions = positions(global_tokens + patch_positions, width)
         self.open_position = nn.Parameter(torch.randn(width) * 0.02)
-        self.no_globals = nn.Parameter(torch.randn(width) * 0.02)
         self.transformer = Transformer(width, layers, width // HEAD_WIDTH)
         self.to_logits = nn.Linear(width, codebook_size)
-        for layer in (self.from_global_codes, self.from_patch_codes, self.to_logits):
+        for layer in (self.from_patch_codes, self.to_logits):
             init_linear(layer)
 
     def forward(

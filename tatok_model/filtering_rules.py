@@ -27,6 +27,16 @@ SCORES = {
 }
 
 
+def fixes_length(rule: str, threshold: float) -> bool:
+    """Whether a cut keeps equally many patch tokens of every image, so that no length needs to be sent."""
+    return rule == "count" or keeps_all(rule, threshold) or (rule == "relative" and threshold == 0)
+
+
+def keeps_all(rule: str, threshold: float) -> bool:
+    """Whether a cut keeps every patch token whatever the scores; a count of N is not known here."""
+    return (rule == "relative" and threshold == 1) or (rule == "marginal" and threshold == 0)
+
+
 def check_rounds(rounds: int, positions: int) -> None:
     """Raises ValueError when `rounds` is not from 1 to N."""
     if not 1 <= rounds <= positions:

@@ -324,6 +324,9 @@ class TaTok(
         by_model = mix.order in BY_MODEL
         wanted = draw(uniforms, mix, filtering_now and not (by_model and self.entropy_model is None))
         places = training_places(tokens, images, wanted, mix, self._logits, self.config.patch_size)
+        # Older releases of torch keep the weights that autocast has cast here, without gradients, for the pass that
+        # needs them (pytorch#112583).
+        torch.clear_autocast_cache()
         return kept_sets(wanted, places)
 
     def _draw_tails(self, uniforms: Tensor, mix: KeptSetConfig) -> Tensor:

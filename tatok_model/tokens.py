@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tatok_model.filtering import kept_counts, kept_mask_of
-from tatok_model.filtering_rules import SCORES, check_cut
+from tatok_model.filtering_rules import SCORES, check_cut, fixes_length
 
 CHECK_BITS = 32  # the hash that guards replayed positions
 POSITIONS = ("derived", "sent", "replayed")
@@ -172,7 +172,8 @@ class Tokens:
         if replay and score != "entropy":
             raise ValueError(f"replay is set with score {score!r}; expected entropy, which a decoder can compute")
         counts = kept_counts(self.ranking.score_units, rule, threshold)
-        side = Side(length=rule != "count", positions=_how_positions_travel(score, rule, threshold, replay, positions))
+        how = _how_positions_travel(score, rule, threshold, replay, positions)
+        side = Side(length=not fixes_length(rule, threshold), positions=how)
         return replace(self, kept_mask=kept_mask_of(self.ranking.order, counts), side=side)
 
     def to(self, device: torch.device | str) -> "Tokens":
@@ -196,6 +197,7 @@ def log2_binomial(n: int, k: Tensor) -> Tensor:
 
 def _how_positions_travel(score: str, rule: str, threshold: float, replay: bool, positions: int) -> str:
     """All or none at a fixed count needs no word; an order that looks at the picture has to be sent or replayed."""
-    if not SCORES[score].needs_image or (rule == "count" and threshold in (0, positions)):
+    all_or_none = fixes_length(rule, threshold) and (rule != "count" or threshold in (0, positions))
+    if not SCORES[score].needs_image or all_or_none:
         return "derived"
     return "replayed" if replay else "sent"

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from pipeline.checkpoints import check_architecture
-from pipeline.checks import check_pictures
+from pipeline.checks import check_pictures, check_score
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput, Stopped
@@ -43,6 +43,7 @@ def check(config: Config) -> None:
         )
     if not SCORES[section.score].in_bits:
         raise BadInput(f"filter.score is {section.score!r}; expected a score in bits, or a count of your own choice")
+    check_score(config)
     found = with_trained(config)
     if not found.tokenizer.checkpoint:
         training.check(config)

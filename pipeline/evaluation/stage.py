@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import check_architecture, read_architecture
-from pipeline.checks import check_files, check_pictures
+from pipeline.checks import check_files, check_pictures, check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
@@ -39,6 +39,8 @@ def check(config: Config) -> None:
     check_files(config, *FILES)
     check_more_extractors(config)
     check_global_counts(config)
+    if config.evaluate.thresholds or (config.filter.rule, config.filter.threshold) != ("relative", 1):
+        check_score(config)
     if config.evaluate.information and not config.tokenizer.has_entropy_model:
         raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
     if config.evaluate.blind_checkpoint:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import check_architecture
-from pipeline.checks import check_pictures
+from pipeline.checks import check_pictures, check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config, TokensConfig
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
-from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_tokenizer, with_trained
 from pipeline.paths import write_json
 from pipeline.pretrained import load_tokenizer
@@ -38,12 +37,7 @@ def check(config: Config) -> None:
     """
     check_cpus("tokens.num_workers", config.tokens.num_workers)
     check_tracking(config)
-    asks = config.filter.score in ("surprisal", "entropy") and config.tokenizer.patch_tokens
-    if asks and not config.tokenizer.has_entropy_model:
-        raise BadInput(
-            f"filter.score is {config.filter.score!r} with tokenizer.entropy_layers 0; "
-            "expected a tokenizer with an entropy model, or pixel_entropy, random or grid"
-        )
+    check_score(config)
     found = with_trained(config)
     if not found.tokenizer.checkpoint:
         training.check(config)

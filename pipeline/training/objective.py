@@ -79,7 +79,7 @@ class Objective:
         mix = self.config.kept_sets
         with self._autocast():
             output = self.model(
-                pixels, None, uniforms, mix, filtering_now=frozen or step >= mix.warmup_steps, reconstruct=not frozen
+                pixels, None, uniforms, mix, filtering_now=step >= mix.warmup_steps, reconstruct=not frozen
             )
         pictures = output.images.float()
         terms = {} if frozen else self.losses(pixels, pictures)

@@ -205,6 +205,26 @@ def test_gradients_of_a_training_step_reach_the_entropy_model_and_only_it_learns
         assert reached == name.startswith("entropy_model."), name
 
 
+@pytest.mark.parametrize("changes", [{"global_tokens": 0}, {"entropy_globals": False}])
+def test_a_model_that_sees_no_global_tokens_has_no_idle_parameters(changes, images):
+    """DDP stops at parameters that no loss reaches."""
+    model = opinionated(**changes).train()
+    output = model(images, None, torch.rand(6, 20, generator=torch.Generator().manual_seed(5)), KeptSetConfig())
+    output.code_bits.mean().backward()
+    idle = [name for name, p in model.named_parameters() if name.startswith("entropy_model.") and p.grad is None]
+    assert idle == []
+
+
+def test_ranking_under_autocast_leaves_the_gradients_of_the_entropy_model(images):
+    model = opinionated().train()
+    uniforms = torch.rand(6, 20, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images, None, uniforms, KeptSetConfig(all=0, none=0, random=0, blocks=0, filtered=1))
+    output.code_bits.mean().backward()
+    matrices = [p for name, p in model.entropy_model.named_parameters() if p.ndim == 2 and "global" not in name]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in matrices)
+
+
 def test_the_reconstruction_loss_does_not_move_the_entropy_model(images):
     model = opinionated().train()
     uniforms = torch.rand(6, 20, generator=torch.Generator().manual_seed(5))

@@ -119,6 +119,12 @@ def test_cuts_that_global_tokens_do_not_have_are_refused(evaluation: Any, overri
         stage.check(evaluation("refused", "tokenizer.patch_tokens=false", *overrides).config)
 
 
+def test_a_ranking_without_an_entropy_model_is_refused(evaluation: Any) -> None:
+    cut = ["tokenizer.entropy_layers=0", "filter.threshold=0.5"]
+    with pytest.raises(BadInput, match=r"filter\.score is 'surprisal' with tokenizer\.entropy_layers 0"):
+        stage.check(evaluation("none", *cut).config)
+
+
 def test_an_evaluation_that_is_asked_to_stop_stops(ray_session: ModuleType, evaluation: Any) -> None:
     run = evaluation("stopped")
     run.request_stop()
