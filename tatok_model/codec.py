@@ -13,8 +13,6 @@ Shapes: B images, M global tokens, N patch positions, K codebook entries, n posi
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from tatok_model import stream
 from tatok_model.filtering import best_open, conditional_entropy, to_units
 from tatok_model.orders import grid_order
+from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
@@ -124,14 +123,3 @@ def model_id(tokenizer: TaTok) -> bytes:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()[:8]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums of floats depend on how they are shared out: torch computes on one thread inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

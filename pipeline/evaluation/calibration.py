@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.checkpoints import check_architecture
-from pipeline.checks import check_pictures, check_score
+from pipeline.checks import check_score
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput, Stopped
-from pipeline.evaluation.inputs import with_tokenizer, with_trained
+from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_atomically
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import progress, say
@@ -44,12 +43,7 @@ def check(config: Config) -> None:
     if not SCORES[section.score].in_bits:
         raise BadInput(f"filter.score is {section.score!r}; expected a score in bits, or a count of your own choice")
     check_score(config)
-    found = with_trained(config)
-    if not found.tokenizer.checkpoint:
-        training.check(config)
-        return
-    check_architecture(found)
-    check_pictures(config)
+    check_inputs(config)
 
 
 def default_name(config: Config) -> str:
@@ -99,14 +93,13 @@ def _score_units(run: Run, tokenizer: Any) -> Any:
     import torch
 
     from pipeline.data.shards import ShardDataset
-    from pipeline.training.worker import pick_device
 
     config = run.config
     pictures: ShardDataset = ShardDataset(config.data.shards, "heldout")
     count = min(config.evaluate.max_images or len(pictures), len(pictures))
     if not count:
         raise BadInput(f"data.shards {config.data.shards!r} hold out nothing; expected validation pictures")
-    device = pick_device(config)
+    device = _device(config)
     tokenizer = tokenizer.to(device).eval()
     places = np.arange(count) * len(pictures) // count  # evenly spread: shards may be sorted by class
     found = []
@@ -120,3 +113,13 @@ def _score_units(run: Run, tokenizer: Any) -> Any:
             if run.should_stop:
                 raise Stopped("calibration was asked to stop; --resume measures anew")
     return torch.cat(found)
+
+
+def _device(config: Config) -> Any:
+    """Where to compute: `evaluate.device`; `auto` is a GPU where there is one."""
+    import torch
+
+    wanted, there = config.evaluate.device, torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise BadInput("evaluate.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from pipeline.checkpoints import check_architecture
+from pipeline.checks import check_pictures
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
@@ -23,6 +25,21 @@ def with_trained(config: Config) -> Config:
     if config.tokenizer.checkpoint or not (folder / "config.json").is_file():
         return config
     return _with_checkpoint(config, folder)
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse a tokenizer or pictures that cannot be used; what would be trained first is checked as training does.
+
+    Raises:
+        BadInput: as training's `check` where there is no tokenizer yet; a checkpoint of another architecture, pictures
+            that cannot be used.
+    """
+    found = with_trained(config)
+    if not found.tokenizer.checkpoint:
+        training.check(config)
+        return
+    check_architecture(found)
+    check_pictures(config)
 
 
 def with_tokenizer(config: Config) -> Config:

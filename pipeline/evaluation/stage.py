@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import check_architecture, read_architecture
-from pipeline.checks import check_files, check_pictures, check_score
+from pipeline.checkpoints import read_architecture
+from pipeline.checks import check_files, check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
-from pipeline.evaluation.inputs import with_tokenizer, with_trained
+from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_atomically
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
@@ -45,12 +45,7 @@ def check(config: Config) -> None:
         raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
     if config.evaluate.blind_checkpoint:
         read_architecture(config.evaluate.blind_checkpoint)
-    found = with_trained(config)
-    if not found.tokenizer.checkpoint:
-        training.check(config)
-        return
-    check_architecture(found)
-    check_pictures(config)
+    check_inputs(config)
 
 
 def check_more_extractors(config: Config) -> None:

@@ -15,6 +15,7 @@ import torch
 from pipeline.data.manifest import Shard
 from pipeline.paths import sha256_file, write_json
 from pipeline.tokenizing.plan import Range
+from tatok_model.threads import one_thread
 
 Seconds = dict[str, float]  # by kind of work
 
@@ -75,17 +76,6 @@ def prepare_folder(folder: Path, *names: str) -> None:
         (folder / name).mkdir(exist_ok=True)
         for leftover in (folder / name).glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, as an actor with one CPU does: the order of a sum must not depend on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _finished(path: Path, folder: Path, key: str) -> Part | None:

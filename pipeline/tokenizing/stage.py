@@ -6,12 +6,11 @@ First the plan (`plan.json`), then one token file per range of it, then `tokens.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import check_architecture
-from pipeline.checks import check_pictures, check_score
+from pipeline.checks import check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config, TokensConfig
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
-from pipeline.evaluation.inputs import with_tokenizer, with_trained
+from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_json
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
@@ -38,12 +37,7 @@ def check(config: Config) -> None:
     check_cpus("tokens.num_workers", config.tokens.num_workers)
     check_tracking(config)
     check_score(config)
-    found = with_trained(config)
-    if not found.tokenizer.checkpoint:
-        training.check(config)
-        return
-    check_architecture(found)
-    check_pictures(config)
+    check_inputs(config)
 
 
 def default_name(config: Config) -> str:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.measurements import Totals
+from tatok_model.coding_schedule import grid_schedule
+from tatok_model.filtering_rules import UNITS
 from tatok_model.metrics.images import psnr, to_uint8
-from tatok_model.orders import grid_order
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
 IMAGES = 256  # at most, of those that a validation looks at: the entropy model runs some twenty times on each
 ROUNDS = 8  # in which the codes of an image are predicted from one another
 LEAST_GAIN = 0.3  # dB; a loss of less by wrong global tokens means that they are ignored
-UNITS = 1024
 
 
 def quarter(model: TaTok, tokens: Tokens) -> Tokens:
@@ -30,8 +30,7 @@ def measure(model: TaTok, images: Tensor) -> Totals:
     tokens = model.encode(images)
     some = quarter(model, tokens)
     everyone = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    schedule = grid_order(model.config.patch_positions).argsort().to(images.device) * ROUNDS
-    schedule = (schedule // model.config.patch_positions).expand_as(tokens.patch_indices)
+    schedule = grid_schedule(tokens.kept_mask, ROUNDS)
     found = Totals(
         images=len(images),
         psnr_quarter=_psnr(model, images, some),

@@ -70,3 +70,10 @@ def test_a_calibration_that_is_asked_to_stop_stops(calibrating: Any) -> None:
     run.request_stop()
     with pytest.raises(Stopped, match="asked to stop"):
         calibration.run(run)
+
+
+def test_a_gpu_that_is_not_there_is_refused(calibrating: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(BadInput, match="evaluate.device is 'cuda'; expected cpu or auto"):
+        calibration.run(calibrating("filter.mean_tokens=9", "evaluate.device=cuda"))

@@ -17,8 +17,8 @@ from pipeline.errors import BadInput, Stopped
 from pipeline.run import Run
 from pipeline.tokenizing import detokenize
 from pipeline.tokenizing.arrow import from_table
-from pipeline.tokenizing.parts import one_thread
 from tatok_model.metrics.images import to_uint8
+from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings

@@ -8,8 +8,9 @@ import torch
 
 from pipeline.data.manifest import Shard
 from pipeline.tokenizing.follow import rates
-from pipeline.tokenizing.parts import Part, Seconds, make_part, one_thread, prepare_folder
+from pipeline.tokenizing.parts import Part, Seconds, make_part, prepare_folder
 from pipeline.tokenizing.plan import Range
+from tatok_model.threads import one_thread
 
 TASK = Range(0, "train", 0, 0, 2, 2, 2)
 

@@ -18,7 +18,7 @@ from pipeline.tokenizing import stage
 from pipeline.tokenizing.actors import pick_device
 from pipeline.tokenizing.arrow import from_table, read_token_file
 from pipeline.tokenizing.manifest import read_token_manifest
-from pipeline.tokenizing.parts import one_thread
+from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
