@@ -18,6 +18,8 @@ import yaml
 from pipeline.errors import BadInput
 from tatok_model.config import KeptSetConfig, LossConfig, TokenizerConfig
 from tatok_model.filtering_rules import check_cut
+from tatok_model.generator_config import SIZES as GENERATOR_SIZES
+from tatok_model.generator_config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,11 @@ class EvaluateConfig:
     information: bool = False  # measure redundancy and, with blind_checkpoint, the mutual information I(c; g), in bits
     blind_checkpoint: str = ""  # the same tokenizer with an entropy model that does not see the global tokens
     grid_images: int = 8  # originals beside reconstructions in the picture
+    generated: str = ""  # run folder of jobs/generate.py: its pictures are measured instead of a tokenizer
+    nearest: int = 8  # generated pictures shown beside their nearest training pictures
 
     def __post_init__(self) -> None:
+        _require(self.nearest >= 0, "nearest", self.nearest, "0 or more")
         _require(self.max_images >= 0, "max_images", self.max_images, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.num_workers >= 1, "num_workers", self.num_workers, "at least 1")
@@ -215,14 +220,81 @@ class TokensConfig:
     device: str = "auto"  # auto | cpu | cuda
     encoding: str = "png"  # png | jpeg | webp: of pictures that detokenize writes
     max_images: int = 0  # of each split; 0: all
+    flip: bool = False  # every training picture's mirror image too, as rows of their own
+    crops: int = 0  # that many shifted copies of every training picture too, mirrored at random
 
     def __post_init__(self) -> None:
+        _require(self.crops >= 0, "crops", self.crops, "0 or more")
         _require(self.split in ("train", "heldout", "both"), "split", self.split, "train, heldout or both")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.num_workers >= 1, "num_workers", self.num_workers, "at least 1")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(self.encoding in ("png", "jpeg", "webp"), "encoding", self.encoding, "png, jpeg or webp")
         _require(self.max_images >= 0, "max_images", self.max_images, "0 or more")
+
+
+@dataclass(frozen=True)
+class GeneratorSection:
+    """The generator; what its tokens look like comes from the token stream and the cut."""
+
+    checkpoint: str = ""  # folder; generate: what samples; train_generator: start from these weights
+    size: str = "tiny"  # nano | tiny | small | base | large
+    dropout: float = 0.1  # of attention and MLP outputs, in training
+    class_dropout: float = 0.1  # share of training samples without their label, for guidance
+    positions: str = "auto"  # auto | generated | derived; auto: derived where every patch token is kept
+    length_groups: int = 8  # a worker's batch is cut into that many parts of similar length, to pad less
+
+    def __post_init__(self) -> None:
+        _require(self.size in GENERATOR_SIZES, "size", self.size, f"one of {', '.join(GENERATOR_SIZES)}")
+        for name in ("dropout", "class_dropout"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        names = ("auto", "generated", "derived")
+        _require(self.positions in names, "positions", self.positions, f"one of {', '.join(names)}")
+        _require(self.length_groups >= 1, "length_groups", self.length_groups, "at least 1")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(SamplingConfig):
+    """Pictures from a generator."""
+
+    images: int = 64  # how many, all classes together
+    labels: tuple[int, ...] = ()  # only these classes, in turn; empty: every class in turn
+    unconditional: bool = False  # no class at all
+    seed: int = 0  # a picture is a function of (seed, its number, the weights)
+    batch_size: int = 64  # pictures that are written together
+    images_per_shard: int = 4096  # pictures of a file: what an interrupted run loses at most
+    num_workers: int = 1  # actors
+    device: str = "auto"  # auto | cpu | cuda
+    encoding: str = "png"  # png | jpeg | webp
+    grid_images: int = 64  # pictures in the grid
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("images", "batch_size", "images_per_shard", "num_workers"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(all(label >= 0 for label in self.labels), "labels", self.labels, "class numbers, 0 or more")
+        _require(not (self.labels and self.unconditional), "labels", self.labels, "none with unconditional: true")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        _require(self.encoding in ("png", "jpeg", "webp"), "encoding", self.encoding, "png, jpeg or webp")
+        _require(self.grid_images >= 0, "grid_images", self.grid_images, "0 or more")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Speed, measured side by side in one process."""
+
+    kind: str = "generation"  # generation
+    repeats: int = 5  # of everything that is timed; medians are reported
+    batch_size: int = 64  # the equal batch
+    batch_sizes: tuple[int, ...] = (16, 64, 256)  # among which each one's best is sought
+    images: int = 256  # per timing
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("generation",), "kind", self.kind, "generation")
+        for name in ("repeats", "batch_size", "images"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        good = bool(self.batch_sizes) and all(size >= 1 for size in self.batch_sizes)
+        _require(good, "batch_sizes", self.batch_sizes, "numbers of at least 1")
 
 
 @dataclass(frozen=True)
@@ -266,6 +338,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    generator: GeneratorSection = field(default_factory=GeneratorSection)
+    train_generator: TrainConfig = field(default_factory=TrainConfig)  # as train, of the generator
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -18,7 +18,7 @@ INPUT_KEYS = (
     "data.source", "data.heldout_source", "tokenizer.checkpoint", "losses.perceptual_backbone",
     "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference", "evaluate.lpips_backbone",
     "evaluate.lpips_heads", "evaluate.blind_checkpoint", "evaluate.more_extractors", "tokens.path",
-    "extractor.train_source", "extractor.test_source",
+    "extractor.train_source", "extractor.test_source", "generator.checkpoint", "evaluate.generated",
 )  # fmt: skip
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
 

@@ -1,0 +1,103 @@
+"""Token sequences as a generator reads and writes them: global tokens, then kept patch tokens in raster order.
+
+Shapes: B images, M global tokens, N patch positions, T patch tokens of the longest sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tatok_model.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B sequences, padded to the longest.
+
+    Attributes:
+        global_indices: (B, M) int64 codebook entries.
+        codes: (B, T) int64 codebook entries of the kept patch tokens; 0 beyond an image's own.
+        places: (B, T) int64 their positions in raster order, ascending; 0 beyond an image's own.
+        counts: (B,) int64, how many patch tokens each image has.
+    """
+
+    global_indices: Tensor
+    codes: Tensor
+    places: Tensor
+    counts: Tensor
+
+    def __post_init__(self) -> None:
+        batch = len(self.global_indices)
+        if self.codes.shape != self.places.shape or self.codes.ndim != 2 or len(self.codes) != batch:
+            raise ValueError(
+                f"global_indices is {tuple(self.global_indices.shape)}, codes {tuple(self.codes.shape)} and places "
+                f"{tuple(self.places.shape)}; expected (B, M), (B, T) and (B, T)"
+            )
+        if self.counts.shape != (batch,):
+            raise ValueError(f"counts is {tuple(self.counts.shape)}; expected ({batch},)")
+
+    @classmethod
+    def from_tokens(cls, tokens: Tokens) -> "Sequences":
+        """Of tokens at one cut. Where global tokens lost a tail, every image has to have lost as many."""
+        counts = tokens.patch_counts
+        longest = int(counts.max()) if len(tokens) else 0
+        # Kept positions first, each kind in raster order.
+        places = (~tokens.kept_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+        real = torch.arange(longest, device=counts.device) < counts[:, None]
+        places = places.where(real, 0)
+        codes = tokens.patch_indices.gather(1, places).where(real, 0)
+        return cls(_global_indices(tokens), codes, places, counts)
+
+    def to_tokens(self, patch_positions: int, global_tokens: int) -> Tokens:
+        """What a tokenizer decodes.
+
+        Args:
+            patch_positions: N.
+            global_tokens: M of the tokenizer; those that the sequences lack count as a lost tail.
+        """
+        batch, own = self.global_indices.shape
+        zeros = self.codes.new_zeros(batch, patch_positions)
+        real = self.real
+        # Padding points at position 0: it goes to a column of its own that is cut off.
+        at = self.places.where(real, patch_positions)
+        wide = torch.cat([zeros, zeros.new_zeros(batch, 1)], dim=1)
+        patch_indices = wide.scatter(1, at, self.codes)[:, :patch_positions]
+        kept_mask = wide.bool().scatter(1, at, True)[:, :patch_positions]
+        globals_ = torch.cat([self.global_indices, zeros.new_zeros(batch, global_tokens - own)], dim=1)
+        counts = None if own == global_tokens else torch.full_like(self.counts, own)
+        return Tokens(globals_, patch_indices, kept_mask, global_counts=counts)
+
+    @property
+    def real(self) -> Tensor:
+        """(B, T) bool, False at padding."""
+        return torch.arange(self.codes.shape[1], device=self.counts.device) < self.counts[:, None]
+
+    def lengths(self) -> Tensor:
+        """(B,) int64, tokens of each image."""
+        return self.global_indices.shape[1] + self.counts
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, images: Any) -> "Sequences":
+        """Some of the images, padded to the longest of them."""
+        counts = self.counts[images]
+        longest = int(counts.max()) if len(counts) else 0
+        codes, places = self.codes[images][:, :longest], self.places[images][:, :longest]
+        return Sequences(self.global_indices[images], codes, places, counts)
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        """The same sequences on another device."""
+        parts = (self.global_indices, self.codes, self.places, self.counts)
+        return Sequences(*(part.to(device, non_blocking=True) for part in parts))
+
+
+def _global_indices(tokens: Tokens) -> Tensor:
+    """(B, M'), without a tail that was lost."""
+    if tokens.global_counts is None:
+        return tokens.global_indices
+    if len(found := tokens.global_counts.unique()) > 1:
+        raise ValueError(f"images have {found.tolist()} global tokens; expected as many in all of them")
+    return tokens.global_indices[:, : int(found[0])] if len(found) else tokens.global_indices
