@@ -165,7 +165,8 @@ class EvaluateConfig:
     batch_size: int = 64  # images per forward pass
     num_workers: int = 1  # evaluation actors
     device: str = "auto"  # auto | cpu | cuda
-    extractor: str = "auto"  # auto | compact_cifar10 | inception2015; auto: inception2015 when its weights are given
+    extractor: str = "auto"  # auto | compact_cifar10 | inception2015 | a file by jobs/train_extractor.py (.safetensors);
+    # auto: inception2015 when its weights are given
     inception_weights: str = ""  # path of the FID Inception weights (pt_inception-2015-12-05-6726825d.pth)
     reference: str = ""  # npz with mu and sigma, e.g. ADM's; empty: computed from the held-out images and cached
     lpips_backbone: str = ""  # path of VGG16 weights; with lpips_heads: LPIPS is measured
@@ -174,7 +175,8 @@ class EvaluateConfig:
     thresholds: tuple[
         float, ...
     ] = ()  # of filter.rule: one ranking is cut at each of them, for a rate-distortion curve
-    more_extractors: tuple[str, ...] = ()  # weight files of further Frechet distances: CIFAR ResNet-20 or -56 (.th)
+    more_extractors: tuple[str, ...] = ()  # weight files of further Frechet distances: by
+    # jobs/train_extractor.py (.safetensors), or CIFAR ResNet-20 or -56 (.th)
     information: bool = False  # measure redundancy and, with blind_checkpoint, the mutual information I(c; g), in bits
     blind_checkpoint: str = ""  # the same tokenizer with an entropy model that does not see the global tokens
     grid_images: int = 8  # originals beside reconstructions in the picture
@@ -189,7 +191,8 @@ class EvaluateConfig:
         _require(self.grid_images >= 0, "grid_images", self.grid_images, "0 or more")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         names = ("auto", "compact_cifar10", "inception2015")
-        _require(self.extractor in names, "extractor", self.extractor, f"one of {', '.join(names)}")
+        known = self.extractor in names or self.extractor.endswith(".safetensors")
+        _require(known, "extractor", self.extractor, f"one of {', '.join(names)}, or a .safetensors file")
         for name in self.baselines:
             _require(name in ("kmeans", "jpeg", "webp"), "baselines", name, "a list of: kmeans, jpeg, webp")
         _require(len(set(self.thresholds)) == len(self.thresholds), "thresholds", self.thresholds, "different numbers")
@@ -299,16 +302,19 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class ExtractorConfig:
-    """Training of the compact feature network behind `rfd_compact_cifar10`."""
+    """Training of a feature network for Frechet distances within this project."""
 
-    train_source: str = ""  # labelled Parquet; empty: data.source
-    test_source: str = ""  # labelled Parquet; empty: data.heldout_source
+    architecture: str = "compact"  # compact | resnet
+    train_source: str = ""  # labelled Parquet, or a folder of shards (split train); empty: data.shards or data.source
+    test_source: str = ""  # the same (split heldout); empty: data.shards or data.heldout_source
     epochs: int = 12
     batch_size: int = 128
     learning_rate: float = 0.01
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
+        names = ("compact", "resnet")
+        _require(self.architecture in names, "architecture", self.architecture, f"one of {', '.join(names)}")
         for name in ("epochs", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")

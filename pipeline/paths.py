@@ -19,6 +19,7 @@ INPUT_KEYS = (
     "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference", "evaluate.lpips_backbone",
     "evaluate.lpips_heads", "evaluate.blind_checkpoint", "evaluate.more_extractors", "tokens.path",
     "extractor.train_source", "extractor.test_source", "generator.checkpoint", "evaluate.generated",
+    "evaluate.extractor",
 )  # fmt: skip
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
 
@@ -43,6 +44,8 @@ def _resolve(key: str, value: Any) -> Any:
         return tuple(_resolve(key, item) for item in value)
     if value == "" or (value == "samples" and key.endswith("source")) or (key, value) == ("tracking.uri", "databricks"):
         return value
+    if key == "evaluate.extractor" and not value.endswith(".safetensors"):
+        return value  # a name
     if value.startswith("sqlite:///"):
         return "sqlite:///" + _absolute(key, value.removeprefix("sqlite:///"))
     if "://" in value:
