@@ -1,7 +1,8 @@
-r"""Train the compact feature network behind `rfd_compact_cifar10` on labelled Parquet files.
+r"""Train a feature network for Frechet distances on labelled pictures: Parquet files, or shards.
 
     python jobs/train_extractor.py extractor_cifar10 \
         extractor.train_source=TRAIN.parquet extractor.test_source=TEST.parquet
+    python jobs/train_extractor.py extractor64 data.shards=SHARDS extractor.architecture=resnet
 
 Prints the resolved configuration first and RUN_FOLDER=... last; the weights are RUN_FOLDER/extractor.safetensors.
 """

@@ -165,8 +165,8 @@ class EvaluateConfig:
     batch_size: int = 64  # images per forward pass
     num_workers: int = 1  # evaluation actors
     device: str = "auto"  # auto | cpu | cuda
-    extractor: str = "auto"  # auto | compact_cifar10 | inception2015 | a file by jobs/train_extractor.py (.safetensors);
-    # auto: inception2015 when its weights are given
+    extractor: str = "auto"  # auto | compact_cifar10 | inception2015 | file by jobs/train_extractor.py
+    # (.safetensors); auto: inception2015 when its weights are given
     inception_weights: str = ""  # path of the FID Inception weights (pt_inception-2015-12-05-6726825d.pth)
     reference: str = ""  # npz with mu and sigma, e.g. ADM's; empty: computed from the held-out images and cached
     lpips_backbone: str = ""  # path of VGG16 weights; with lpips_heads: LPIPS is measured

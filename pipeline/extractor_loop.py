@@ -1,4 +1,4 @@
-"""The loop that trains the compact feature network, and how it is measured.
+"""The loop that trains a feature network, and how it is measured.
 
 SGD with Nesterov momentum, one cycle of the learning rate, label smoothing, random shift and flip, in one process.
 What decides the weights is in `extractor.*`, `train.seed`, `train.precision` and the pictures.
@@ -22,7 +22,7 @@ from pipeline.progress import Progress, progress, say
 from pipeline.run import Run
 from pipeline.tracking import Tracker
 from pipeline.training.worker import uses_bf16
-from tatok_model.metrics.compact import CompactExtractor
+from tatok_model.metrics.trainable import TrainableExtractor
 
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
@@ -31,7 +31,7 @@ VALIDATION_SHARE = 0.04  # of the training pictures, chosen by seed: choices are
 LAST_EPOCH = "last_epoch.safetensors"  # where a stopped run goes on
 
 
-def train(run: Run, network: CompactExtractor, pictures: Labelled, tracker: Tracker) -> int:
+def train(run: Run, network: TrainableExtractor, pictures: Labelled, tracker: Tracker) -> int:
     """All epochs, or those that an earlier attempt left; the state is kept after each. Returns the number of steps.
 
     Raises:
@@ -65,7 +65,7 @@ def train(run: Run, network: CompactExtractor, pictures: Labelled, tracker: Trac
     return extractor.epochs * steps
 
 
-def measure(network: CompactExtractor, pictures: Labelled, batch_size: int = 250) -> tuple[float, float]:
+def measure(network: TrainableExtractor, pictures: Labelled, batch_size: int = 250) -> tuple[float, float]:
     """The share of pictures that get their label, and how many pictures a second went through the network.
 
     The network is left in evaluation mode.
@@ -86,7 +86,7 @@ def one_cycle(done: float) -> float:
 
 
 def _train_epoch(
-    run: Run, network: CompactExtractor, optimizer: Optimizer, training: Labelled, epoch: int, bar: Progress
+    run: Run, network: TrainableExtractor, optimizer: Optimizer, training: Labelled, epoch: int, bar: Progress
 ) -> float:
     """One pass, whose order, shifts and flips depend on seed and epoch alone; returns the mean loss."""
     extractor, total = run.config.extractor, 0.0
@@ -100,7 +100,7 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = extractor.learning_rate * one_cycle((epoch + number / steps) / extractor.epochs)
         batch = training.take(indices)
-        images = augment(batch.images, generator).permute(0, 3, 1, 2)  # (B, 3, 32, 32), channels last in memory
+        images = augment(batch.images, generator).permute(0, 3, 1, 2)  # (B, 3, side, side), channels last in memory
         with torch.autocast(images.device.type, torch.bfloat16, enabled=uses_bf16(run.config, images.device)):
             _, logits = network(images)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=LABEL_SMOOTHING)
@@ -112,7 +112,7 @@ def _train_epoch(
     return total / steps
 
 
-def _optimizer(network: CompactExtractor, weight_decay: float) -> Optimizer:
+def _optimizer(network: TrainableExtractor, weight_decay: float) -> Optimizer:
     """SGD; biases and normalisation are not decayed. The loop sets the learning rate at every step."""
     kernels = [value for value in network.parameters() if value.ndim > 1]
     others = [value for value in network.parameters() if value.ndim <= 1]
@@ -120,7 +120,7 @@ def _optimizer(network: CompactExtractor, weight_decay: float) -> Optimizer:
     return SGD(groups, momentum=MOMENTUM, nesterov=True)
 
 
-def _keep(run: Run, network: CompactExtractor, optimizer: Optimizer, epochs: int) -> None:
+def _keep(run: Run, network: TrainableExtractor, optimizer: Optimizer, epochs: int) -> None:
     """Write what the next epoch starts from: the network, the momentum, and what was configured."""
     momentum = {name: optimizer.state[value]["momentum_buffer"] for name, value in network.named_parameters()}
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
@@ -129,7 +129,7 @@ def _keep(run: Run, network: CompactExtractor, optimizer: Optimizer, epochs: int
     write_atomically(run.folder / LAST_EPOCH, save(tensors, {"epochs": str(epochs), "settings": settings(run)}))
 
 
-def _restore(run: Run, network: CompactExtractor, optimizer: Optimizer) -> int:
+def _restore(run: Run, network: TrainableExtractor, optimizer: Optimizer) -> int:
     """Load what `_keep` wrote, if anything, and return how many epochs it has seen."""
     path = run.folder / LAST_EPOCH
     if not path.exists():
@@ -138,8 +138,10 @@ def _restore(run: Run, network: CompactExtractor, optimizer: Optimizer) -> int:
         kept = file.metadata()
         asked, trained = json.loads(settings(run)), json.loads(kept["settings"])
         for name, value in asked.items():
-            if trained[name] != value:
-                raise BadInput(f"{name} is {value!r}; expected {trained[name]!r}, with which {str(path)!r} was trained")
+            if trained.get(name) != value:
+                raise BadInput(
+                    f"{name} is {value!r}; expected {trained.get(name)!r}, with which {str(path)!r} was trained"
+                )
         network.load_state_dict({name: file.get_tensor(f"network.{name}") for name in network.state_dict()})
         for name, value in network.named_parameters():
             optimizer.state[value]["momentum_buffer"] = file.get_tensor(f"momentum.{name}").to(value.device)
@@ -150,7 +152,7 @@ def _restore(run: Run, network: CompactExtractor, optimizer: Optimizer) -> int:
 def settings(run: Run) -> str:
     """What decides the weights, as JSON: where the pictures lie does not."""
     extractor, train = run.config.extractor, run.config.train
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay")
-    values = {name: getattr(extractor, name) for name in names}
+    names = ("architecture", "epochs", "batch_size", "learning_rate", "weight_decay")
+    values = {name: getattr(extractor, name) for name in names} | {"image_size": run.config.data.image_size}
     values |= {"seed": train.seed, "precision": train.precision, "train_sha256": run.inputs["train"]["sha256"]}
     return json.dumps(values)

@@ -1,9 +1,11 @@
-"""Labelled pictures in memory: read from a Parquet file, selected by index, augmented.
+"""Labelled pictures in memory: read from a Parquet file or from shards, selected by index, augmented.
 
 Shapes: B pictures.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +15,11 @@ from pipeline.config import DataConfig
 from pipeline.data import parquet
 from pipeline.data.locations import locate
 from pipeline.data.pictures import BadPicture, decode, prepare
+from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
 
 MAX_SHIFT = 4  # pixels
+READ = 256  # pictures of shards read at a time
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def classes(self) -> int:
+        """How many there are, as far as the labels tell."""
+        return int(self.labels.max()) + 1
+
     def take(self, indices: Tensor) -> "Labelled":
         """The pictures at (B,) int64 `indices`, in their order."""
         indices = indices.to(self.labels.device)
@@ -38,34 +47,50 @@ class Labelled:
         return Labelled(self.images.to(device), self.labels.to(device))
 
 
-def read_labelled(path: str, data: DataConfig, classes: int) -> Labelled:
-    """Every picture of a Parquet file with its class, made square as in a shard.
+def read_labelled(path: str, data: DataConfig, split: str = "train", classes: int | None = None) -> Labelled:
+    """Every picture of a Parquet file, made square as in a shard, or of a split of shards, with its class.
 
     Args:
-        path: Parquet file.
+        path: Parquet file, or folder of shards.
         data: names the columns and the size.
-        classes: labels must be 0 to classes - 1.
+        split: train or heldout, of shards.
+        classes: labels must be 0 to classes - 1; None: any from 0.
 
     Raises:
-        BadInput: not a Parquet file with a column of pictures, no rows, a row that is not a picture, a label that is
-            no class.
+        BadInput: neither shards nor a Parquet file with a column of pictures, no rows, a row that is not a picture, a
+            label that is no class.
     """
-    place = locate(path)
-    rows, side = parquet.check(place, data), data.image_size
-    if rows == 0:
-        raise BadInput(f"{path!r} has no rows; expected labelled pictures")
-    images, labels = np.empty((rows, side, side, 3), np.uint8), np.empty(rows, np.int64)
-    for row, picture in enumerate(parquet.read(place.parent, [[place.name, 0, rows]], data)):
-        if not isinstance(picture.label, int) or not 0 <= picture.label < classes:
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    rows = _of_shards(path, split) if Path(path).is_dir() else _of_parquet(path, data)
+    for row, (image, label) in enumerate(rows):
+        if not isinstance(label, int) or not 0 <= label < (classes or label + 1):
+            expected = "classes from 0" + (f" to {classes - 1}" if classes else "")
             raise BadInput(
-                f"row {row} of {path!r} has the label {picture.label!r}; "
-                f"expected data.label_column to hold classes from 0 to {classes - 1}"
+                f"row {row} of {path!r} has the label {label!r}; expected data.label_column to hold {expected}"
             )
+        images.append(image)
+        labels.append(label)
+    if not labels:
+        raise BadInput(f"{path!r} has no rows; expected labelled pictures")
+    return Labelled(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+
+
+def _of_parquet(path: str, data: DataConfig) -> Iterator[tuple[np.ndarray, object]]:
+    place = locate(path)
+    rows = parquet.check(place, data)
+    for row, picture in enumerate(parquet.read(place.parent, [[place.name, 0, rows]], data)):
         try:
-            images[row], labels[row] = decode(prepare(picture.data, data)), picture.label
+            yield decode(prepare(picture.data, data)), picture.label
         except BadPicture as reason:
             raise BadInput(f"row {row} of {path!r} is not a usable picture: {reason}") from None
-    return Labelled(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _of_shards(folder: str, split: str) -> Iterator[tuple[np.ndarray, object]]:
+    pictures = ShardDataset(folder, split)
+    for start in range(0, len(pictures), READ):
+        numbers = range(start, min(start + READ, len(pictures)))
+        yield from zip(pictures.images(numbers), pictures.labels(numbers).tolist(), strict=True)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,17 +6,14 @@ from pathlib import Path
 from pipeline.config import EvaluateConfig
 from pipeline.errors import BadInput
 from pipeline.paths import sha256_file
-from tatok_model.metrics.compact import CompactExtractor
+from tatok_model.metrics.compact import SHIPPED_NAME, CompactExtractor
 from tatok_model.metrics.extractor import FeatureExtractor
 from tatok_model.metrics.inception import Inception2015
-from tatok_model.metrics.resnet import CifarResNet, ResNet20, ResNet56
+from tatok_model.metrics.resnet import IMAGE_SIZE, CifarResNet
+from tatok_model.metrics.trainable import TrainableExtractor
+from tatok_model.metrics.trained import load_trained
 
-PROTOCOLS = {  # what moves the number and belongs beside it
-    "compact_cifar10": "bilinear antialiased to 32 pixels",
-    "inception2015": "TensorFlow 1 bilinear to 299 pixels, bias-free logits",
-    ResNet20.name: "bilinear antialiased to 32 pixels",
-    ResNet56.name: "bilinear antialiased to 32 pixels",
-}
+TRAINED = ".safetensors"  # ending of files that `jobs/train_extractor.py` wrote
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,17 @@ class Extractor:
 
     @property
     def protocol(self) -> str:
-        """How it resizes."""
-        return PROTOCOLS[self.name]
+        """How it resizes: it moves the number and belongs beside it."""
+        if isinstance(self.network, Inception2015):
+            return "TensorFlow 1 bilinear to 299 pixels, bias-free logits"
+        side = self.network.image_size if isinstance(self.network, TrainableExtractor) else IMAGE_SIZE
+        return f"bilinear antialiased to {side} pixels"
 
 
 def extractor_name(config: EvaluateConfig) -> str:
     """What `evaluate.extractor` means; `auto` is Inception when its weights are given."""
     if config.extractor == "auto":
-        return Inception2015.name if config.inception_weights else CompactExtractor.name
+        return Inception2015.name if config.inception_weights else SHIPPED_NAME
     return config.extractor
 
 
@@ -63,9 +63,16 @@ def load_extractor(config: EvaluateConfig) -> Extractor:
     """The network that the configuration asks for, with its weights.
 
     Raises:
-        BadInput: `evaluate.inception_weights` is not the file of the FID Inception.
+        BadInput: `evaluate.inception_weights` is not the file of the FID Inception, or `evaluate.extractor` none that
+            `jobs/train_extractor.py` wrote.
     """
-    if extractor_name(config) == CompactExtractor.name:
+    if config.extractor.endswith(TRAINED):
+        try:
+            trained = load_trained(config.extractor)
+        except (FileNotFoundError, ValueError) as error:
+            raise BadInput(f"evaluate.extractor: {error}") from None
+        return Extractor(trained, trained.weights_sha256)
+    if extractor_name(config) == SHIPPED_NAME:
         compact = CompactExtractor.shipped()
         return Extractor(compact, compact.weights_sha256)
     try:
@@ -79,12 +86,13 @@ def load_more(config: EvaluateConfig) -> list[Extractor]:
     """The networks of further Frechet distances.
 
     Raises:
-        BadInput: a file of `evaluate.more_extractors` is not that of a CIFAR ResNet, or a network is named twice.
+        BadInput: a file of `evaluate.more_extractors` is neither one that `jobs/train_extractor.py` wrote nor that of a
+            CIFAR ResNet, or a network is named twice.
     """
     found: list[Extractor] = []
     for path in config.more_extractors:
         try:
-            network = CifarResNet.from_file(path)
+            network = load_trained(path) if path.endswith(TRAINED) else CifarResNet.from_file(path)
         except (FileNotFoundError, ValueError) as error:
             raise BadInput(f"evaluate.more_extractors: {error}") from None
         if network.name in [extractor.name for extractor in found]:

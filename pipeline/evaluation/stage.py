@@ -9,6 +9,7 @@ from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
+from pipeline.evaluation import generated_stage
 from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_atomically
 from pipeline.pretrained import load_tokenizer
@@ -37,7 +38,7 @@ def check(config: Config) -> None:
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_tracking(config)
     check_files(config, *FILES)
-    check_more_extractors(config)
+    check_extractors(config)
     check_global_counts(config)
     if config.evaluate.thresholds or (config.filter.rule, config.filter.threshold) != ("relative", 1):
         check_score(config)
@@ -48,12 +49,14 @@ def check(config: Config) -> None:
     check_inputs(config)
 
 
-def check_more_extractors(config: Config) -> None:
-    """Refuse further feature networks whose files are not there.
+def check_extractors(config: Config) -> None:
+    """Refuse feature networks whose files are not there.
 
     Raises:
         BadInput: naming the first that is missing.
     """
+    if config.evaluate.extractor.endswith(".safetensors"):
+        check_files(config, "evaluate.extractor")
     for path in config.evaluate.more_extractors:
         if not Path(path).is_file():
             raise BadInput(f"evaluate.more_extractors has {path!r}, which does not exist; expected a file")
@@ -81,11 +84,16 @@ def check_global_counts(config: Config) -> None:
 
 def default_name(config: Config) -> str:
     """The run folder's name when `run.name` is empty."""
+    if config.evaluate.generated:
+        return generated_stage.default_name(config)
     return f"{config.preset}-evaluate"
 
 
 def run(run: Run) -> None:
     """Measure, and leave a report and a picture in the run folder."""
+    if run.config.evaluate.generated:
+        generated_stage.run(run)
+        return
     run.config = with_tokenizer(training.with_shards(run.config))
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}

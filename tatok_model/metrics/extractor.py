@@ -1,7 +1,7 @@
 """What every feature network behind a Frechet distance looks like from outside.
 
 A name, its sizes, and uint8 pictures in: resizing and scaling belong to the network, so that no caller can get them
-wrong. `inception.py` and `compact.py` are the two in this package.
+wrong. `inception.py`, `compact.py`, `small_resnet.py` and `resnet.py` are those in this package.
 
 Shapes: B images, F features, C classes.
 """
@@ -18,9 +18,9 @@ class FeatureExtractor(nn.Module):
     `name` goes into the metric's name (`rfd_<name>`) and into the key of cached reference statistics.
     """
 
-    name: ClassVar[str]
+    name: str
     feature_dim: ClassVar[int]
-    classes: ClassVar[int]
+    classes: int
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features for the Frechet distance and logits for the Inception score.

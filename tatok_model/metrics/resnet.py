@@ -40,9 +40,9 @@ class CifarResNet(FeatureExtractor):
         super().__init__()
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], self.units)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], self.units)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], self.units)
+        self.layer1 = stage(WIDTHS[0], WIDTHS[0], self.units)
+        self.layer2 = stage(WIDTHS[0], WIDTHS[1], self.units)
+        self.layer3 = stage(WIDTHS[1], WIDTHS[2], self.units)
         self.linear = nn.Linear(self.feature_dim, self.classes)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
@@ -124,7 +124,8 @@ class ResidualUnit(nn.Module):
         return F.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, pad, pad)))
 
 
-def _stage(inputs: int, outputs: int, units: int) -> nn.Sequential:
+def stage(inputs: int, outputs: int, units: int) -> nn.Sequential:
+    """`units` residual units, the first of which may double the width and halve sides."""
     return nn.Sequential(ResidualUnit(inputs, outputs), *(ResidualUnit(outputs, outputs) for _ in range(units - 1)))
 
 

@@ -16,8 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline import extractor
-from pipeline.config import Config, DataConfig, load_config
+from pipeline.config import Config, DataConfig, EvaluateConfig, load_config
+from pipeline.data.manifest import Manifest, Split, fingerprint, read_manifest
+from pipeline.data.writer import ShardWriter
 from pipeline.errors import BadInput, Stopped
+from pipeline.evaluation.extractors import load_extractor, load_more
 from pipeline.extractor_loop import measure, one_cycle
 from pipeline.labelled import read_labelled
 from pipeline.run import Run
@@ -46,6 +49,24 @@ def two_colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("two_colours") / "pictures.parquet"
     pq.write_table(pa.table({"image": images, "label": labels}), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def shards(two_colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the two colours, both splits."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "shards").mkdir()
+    rows = pq.read_table(two_colours).to_pylist()
+    splits = {}
+    for split, kept in (("train", rows[:96]), ("heldout", rows[96:])):
+        with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
+            for number, row in enumerate(kept):
+                writer.add({"id": str(number), "height": 32, "width": 32, "label_name": "", **row})
+        assert writer.shard is not None
+        splits[split] = Split(len(kept), (writer.shard,))
+    manifest = Manifest(32, {}, "made", ("red", "blue"), splits, 0, fingerprint(splits))
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    return folder
 
 
 @pytest.fixture
@@ -105,7 +126,7 @@ def test_two_colours_are_learned(
     run = train(config(), "run")
     assert run.results["test_accuracy"] >= 0.95
     assert run.results["images_per_second"] > 0
-    assert run.results["parameters"] == sum(p.numel() for p in CompactExtractor().parameters())
+    assert run.results["parameters"] == sum(p.numel() for p in CompactExtractor.made(2, 32).parameters())
     assert run.inputs["train"]["path"] == str(two_colours)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 14, 21, 21]  # 128 pictures, 5 of them for validation, batches of 16
@@ -118,7 +139,7 @@ def test_the_written_file_is_what_was_measured(
 ) -> None:
     run = train(config(), "run")
     network = CompactExtractor.from_file(run.outputs["extractor"])
-    pictures = read_labelled(str(two_colours), DataConfig(), CompactExtractor.classes)
+    pictures = read_labelled(str(two_colours), DataConfig())
     assert measure(network, pictures)[0] == run.results["test_accuracy"]
     with safe_open(run.outputs["extractor"], framework="pt") as file:
         metadata = file.metadata()
@@ -178,7 +199,7 @@ def test_the_learning_rate_rises_falls_and_ends_at_zero() -> None:
 
 
 def test_sources_fall_back_to_those_of_the_data(two_colours: Path) -> None:
-    with pytest.raises(BadInput, match=r"extractor\.test_source and data\.heldout_source are empty"):
+    with pytest.raises(BadInput, match=r"extractor\.test_source, data\.shards and data\.heldout_source are empty"):
         extractor.check(load_config("extractor_cifar10", [f"data.source={two_colours}"]))
     extractor.check(
         load_config("extractor_cifar10", [f"data.source={two_colours}", f"data.heldout_source={two_colours}"])
@@ -186,18 +207,42 @@ def test_sources_fall_back_to_those_of_the_data(two_colours: Path) -> None:
 
 
 def test_without_sources_the_keys_are_named() -> None:
-    with pytest.raises(BadInput, match=r"extractor\.train_source and data\.source are empty"):
+    with pytest.raises(BadInput, match=r"extractor\.train_source, data\.shards and data\.source are empty"):
         extractor.check(load_config("extractor_cifar10"))
 
 
 def test_a_source_that_does_not_exist_is_named(config: Callable[..., Config]) -> None:
-    with pytest.raises(BadInput, match=r"extractor\.test_source is 'absent\.parquet', which is not a file"):
+    with pytest.raises(BadInput, match=r"extractor\.test_source is 'absent\.parquet', which does not exist"):
         extractor.check(config("extractor.test_source=absent.parquet"))
 
 
-def test_another_picture_size_is_refused(config: Callable[..., Config]) -> None:
-    with pytest.raises(BadInput, match=r"data\.image_size is 64; expected 32"):
-        extractor.check(config("data.image_size=64"))
+def test_pictures_that_are_too_small_are_refused(config: Callable[..., Config]) -> None:
+    with pytest.raises(BadInput, match=r"data\.image_size is 15; expected at least 16 pixels"):
+        extractor.check(config("data.image_size=15"))
+
+
+def test_shards_of_another_picture_size_are_refused(shards: Path, config: Callable[..., Config]) -> None:
+    with pytest.raises(BadInput, match=r"data\.image_size is 64; expected 32, as shards"):
+        extractor.check(config("data.image_size=64", f"extractor.test_source={shards}"))
+
+
+@pytest.mark.parametrize("architecture", ["compact", "resnet"])
+def test_shards_serve_both_architectures_and_decide_size_and_classes(
+    shards: Path, tmp_path: Path, train: Callable[[Config, str], Run], architecture: str
+) -> None:
+    more = [f"data.shards={shards}", f"extractor.architecture={architecture}", f"run.output={tmp_path}"]
+    run = train(load_config("extractor64", ["data.image_size=32", *TINY, "extractor.epochs=1", *more]), "run")
+    with safe_open(run.outputs["extractor"], framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["architecture"], metadata["classes"], metadata["image_size"]) == (architecture, "2", "32")
+    assert run.inputs["train"]["sha256"] == run.inputs["test"]["sha256"] == read_manifest(shards).fingerprint
+    loaded = load_extractor(EvaluateConfig(extractor=run.outputs["extractor"]))
+    assert loaded.distance_name == f"rfd_{architecture}_32px"
+    assert loaded.protocol == "bilinear antialiased to 32 pixels"
+    assert not loaded.comparable
+    assert loaded.weights_sha256 == hashlib.sha256(Path(run.outputs["extractor"]).read_bytes()).hexdigest()
+    more_extractors = load_more(EvaluateConfig(more_extractors=(run.outputs["extractor"],)))
+    assert [one.name for one in more_extractors] == [loaded.name]
 
 
 def test_an_address_that_tracking_cannot_use_is_refused(config: Callable[..., Config]) -> None:
@@ -224,13 +269,13 @@ def test_the_job_trains_and_says_where(
     assert done.stdout.splitlines()[-1] == f"RUN_FOLDER={folder}"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert set(summary["results"]) == {"test_accuracy", "images_per_second", "parameters"}
+    assert set(summary["results"]) == {"test_accuracy", "images_per_second", "classes", "parameters"}
 
 
 def test_the_shipped_weights_reach_their_stated_accuracy(shared: Path, repository: Path) -> None:
     """On every 20th of the test pictures, 500 in all: five standard errors are about 7 percent."""
     with safe_open(repository / "tatok_model" / "weights" / SHIPPED, framework="pt") as file:
         stated = float(file.metadata()["test_accuracy"])
-    pictures = read_labelled(str(shared / "data" / "cifar10_jpeg_test.parquet"), DataConfig(), CompactExtractor.classes)
+    pictures = read_labelled(str(shared / "data" / "cifar10_jpeg_test.parquet"), DataConfig())
     accuracy, _ = measure(CompactExtractor.shipped(), pictures.take(torch.arange(0, len(pictures), 20)))
     assert abs(accuracy - stated) < 0.07

@@ -75,6 +75,13 @@ def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path: Path, label: i
         read(write(tmp_path / "a.parquet", image=[png(), png()], label=[3, label]))
 
 
+def test_without_a_number_of_classes_labels_tell_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", image=[png(), png()], label=[199, 3])
+    assert read_labelled(path, DataConfig()).classes == 200
+    with pytest.raises(BadInput, match=r"has the label -1; expected data\.label_column to hold classes from 0$"):
+        read_labelled(write(tmp_path / "b.parquet", image=[png()], label=[-1]), DataConfig())
+
+
 @pytest.mark.parametrize("image", [b"not a picture", None, png()[:60]], ids=["text", "empty", "truncated"])
 def test_a_row_that_is_no_picture_is_named(tmp_path: Path, image: bytes | None) -> None:
     with pytest.raises(BadInput, match=r"row 1 of .* is not a usable picture"):

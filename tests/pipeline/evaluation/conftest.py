@@ -72,7 +72,7 @@ def tokenizer() -> TaTok:
 def extractor() -> Extractor:
     """The compact network with random weights."""
     torch.manual_seed(1)
-    return Extractor(CompactExtractor().eval().requires_grad_(False), "made")
+    return Extractor(CompactExtractor.made().eval().requires_grad_(False), "made")
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
 def test_the_outputs_have_the_promised_shapes_and_types(network: CompactExtractor) -> None:
     features, logits = network(made_pictures(3))
     assert features.shape == (3, CompactExtractor.feature_dim)
-    assert logits.shape == (3, CompactExtractor.classes)
+    assert logits.shape == (3, network.classes)
     assert features.dtype == logits.dtype == torch.float32
 
 
@@ -91,7 +91,7 @@ def test_a_smooth_picture_keeps_its_features_at_twice_the_size(network: CompactE
 
 def test_saved_weights_load_again_in_evaluation_mode(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = CompactExtractor()
+    network = CompactExtractor.made()
     network(made_pictures(8))  # moves the normalisation's running statistics
     network.save(tmp_path / "a.safetensors", {"note": "made"})
     loaded = CompactExtractor.from_file(tmp_path / "a.safetensors")
