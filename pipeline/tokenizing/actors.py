@@ -7,16 +7,31 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.cluster import connect
-from pipeline.config import TokensConfig
+from pipeline.config import Config
 from pipeline.data.manifest import Shard
 from pipeline.errors import BadInput
-from pipeline.tokenizing.parts import Part, Seconds, make_part
+from pipeline.tokenizing.parts import Made, Part, Seconds, make_part, part_from_dict
 from pipeline.tokenizing.plan import Range
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does it, as a section of the configuration says."""
+
+    section: str  # tokens | generate | evaluate: names the keys in messages
+    number: int  # at most
+    device: str  # auto | cpu | cuda
+
+    @classmethod
+    def of(cls, config: Config, section: str) -> "Workers":
+        """Of a section with `num_workers` and `device`."""
+        part = getattr(config, section)
+        return cls(section, part.num_workers, part.device)
 
 
 class Work(Protocol):
@@ -24,7 +39,7 @@ class Work(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Of the run, or one that runs share."""
         ...
 
     @property
@@ -34,10 +49,10 @@ class Work(Protocol):
 
     @property
     def files(self) -> str:
-        """The folder, inside the run's, of what is made."""
+        """The folder, inside that one, of what is made."""
         ...
 
-    def worker(self, tokenizer: Any, device: str) -> "Worker":
+    def worker(self, models: Any, device: str) -> "Worker":
         """Loads and warms up what a process needs."""
         ...
 
@@ -45,24 +60,24 @@ class Work(Protocol):
 class Worker(Protocol):
     """Makes the file of one range after the other."""
 
-    def make(self, task: Range) -> tuple[Shard, Seconds]:
+    def make(self, task: Range) -> tuple[Shard, Seconds] | Made:
         """The file, written whole, and how long it took."""
         ...
 
 
 class RangeActor:
-    """Lives in a process of its own: the tokenizer is loaded and warmed up once, then ranges come in.
+    """Lives in a process of its own: models are loaded and warmed up once, then ranges come in.
 
     Args:
-        shared: reference to (tokenizer, work), which the driver has made.
+        shared: reference to (models, work), which the driver has made.
         device: where it computes.
     """
 
     def __init__(self, shared: Any, device: str) -> None:
         import ray
 
-        tokenizer, self._work = ray.get(shared)
-        self._worker = self._work.worker(tokenizer, device)
+        models, self._work = ray.get(shared)
+        self._worker = self._work.worker(models, device)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         """Make one range's file, unless it is there; rows hold JSON."""
@@ -70,12 +85,12 @@ class RangeActor:
         return {"part": json.dumps(asdict(make_part(self._work.folder, self._work.key, task, self._worker.make)))}
 
 
-def is_alone(config: TokensConfig, ranges: int) -> bool:
+def is_alone(workers: Workers, ranges: int) -> bool:
     """Whether one worker does it all: it needs no Ray, unless a cluster was named."""
-    return min(config.num_workers, ranges) == 1 and "RAY_ADDRESS" not in os.environ
+    return min(workers.number, ranges) == 1 and "RAY_ADDRESS" not in os.environ
 
 
-def pick_device(config: TokensConfig, alone: bool) -> str:
+def pick_device(workers: Workers, alone: bool) -> str:
     """Where workers compute: as configured, by default on GPUs where there is one for each.
 
     Raises:
@@ -88,28 +103,32 @@ def pick_device(config: TokensConfig, alone: bool) -> str:
     else:
         resources = connect().cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        if config.num_workers > cpus:
-            raise BadInput(f"tokens.num_workers is {config.num_workers}; expected at most the cluster's {cpus} CPUs")
-    workers = 1 if alone else config.num_workers
-    if config.device == "cuda" and workers > gpus:
-        raise BadInput(f"tokens.device is 'cuda' for {workers} workers; expected at most as many as the {gpus} GPUs")
-    return "cuda" if config.device != "cpu" and gpus >= workers else "cpu"
+        if workers.number > cpus:
+            raise BadInput(
+                f"{workers.section}.num_workers is {workers.number}; expected at most the cluster's {cpus} CPUs"
+            )
+    number = 1 if alone else workers.number
+    if workers.device == "cuda" and number > gpus:
+        raise BadInput(
+            f"{workers.section}.device is 'cuda' for {number} workers; expected at most as many as the {gpus} GPUs"
+        )
+    return "cuda" if workers.device != "cpu" and gpus >= number else "cpu"
 
 
-def make_here(tokenizer: Any, work: Work, ranges: list[Range], device: str) -> Iterator[Part]:
+def make_here(models: Any, work: Work, ranges: list[Range], device: str) -> Iterator[Part]:
     """Every range's part, in order, in this process."""
     worker: Worker | None = None
 
-    def make(task: Range) -> tuple[Shard, Seconds]:
+    def make(task: Range) -> tuple[Shard, Seconds] | Made:
         nonlocal worker
-        worker = worker or work.worker(tokenizer, device)
+        worker = worker or work.worker(models, device)
         return worker.make(task)
 
     for task in ranges:
         yield make_part(work.folder, work.key, task, make)
 
 
-def make_on_actors(tokenizer: Any, work: Work, ranges: list[Range], device: str, workers: int) -> Iterator[Part]:
+def make_on_actors(models: Any, work: Work, ranges: list[Range], device: str, workers: int) -> Iterator[Part]:
     """Every range's part, as actors finish them."""
     ray = connect()
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
@@ -117,11 +136,10 @@ def make_on_actors(tokenizer: Any, work: Work, ranges: list[Range], device: str,
     items = [{"task": json.dumps(asdict(task))} for task in ranges]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(  # one block is one range
         RangeActor,
-        fn_constructor_args=(ray.put((tokenizer, work)), device),
+        fn_constructor_args=(ray.put((models, work)), device),
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         num_cpus=1,
         num_gpus=1 if device == "cuda" else 0,
     )
     for row in rows.iter_rows():
-        values = json.loads(row["part"])
-        yield Part(**{**values, "file": Shard(**values["file"])})
+        yield part_from_dict(json.loads(row["part"]))

@@ -1,6 +1,6 @@
 """One worker's way from a token file to a shard of pictures: read, cut, decode, write."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,9 +35,9 @@ class DecodingWork:
     quality: int  # of jpeg and webp
     files: ClassVar[str] = "shards"  # the folder of what is made
 
-    def worker(self, tokenizer: Any, device: str) -> "Decoder":
-        """Warmed up."""
-        decoder = Decoder(tokenizer, self, device)
+    def worker(self, models: Any, device: str) -> "Decoder":
+        """Warmed up; the model is the tokenizer."""
+        decoder = Decoder(models, self, device)
         decoder.warm_up()
         return decoder
 
@@ -75,8 +75,7 @@ class Decoder:
     @torch.inference_mode()
     def pictures(self, tokens: Tokens) -> np.ndarray:
         """(B, H, W, 3) uint8 of what is kept."""
-        decoded: torch.Tensor = self._tokenizer.decode(tokens.to(self._device))
-        return to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
+        return decoded_pictures(self._tokenizer, tokens.to(self._device))
 
     def _rows(self, task: Range, watch: Stopwatch) -> Iterator[dict[str, Any]]:
         work, classes = self._work, self._work.manifest.classes
@@ -88,15 +87,42 @@ class Decoder:
             part = slice(first, first + work.batch_size)
             with watch.timed("decode"):
                 pictures = self.pictures(tokens[part])
-            for name, label, picture in zip(ids[part], labels[part].tolist(), pictures, strict=True):
-                yield {
-                    "id": name,
-                    "image": encode(Image.fromarray(picture), work.encoding, work.quality),
-                    "height": picture.shape[0],
-                    "width": picture.shape[1],
-                    "label": label,
-                    "label_name": classes[label] if label >= 0 else "",
-                }
+            yield from shard_rows(ids[part], labels[part], pictures, classes, work.encoding, work.quality)
+
+
+def decoded_pictures(tokenizer: Any, tokens: Tokens) -> np.ndarray:
+    """(B, H, W, 3) uint8 of tokens on the tokenizer's device."""
+    decoded: torch.Tensor = tokenizer.decode(tokens)
+    return to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def shard_rows(
+    ids: Sequence[str],
+    labels: np.ndarray,
+    pictures: np.ndarray,
+    classes: Sequence[str],
+    encoding: str,
+    quality: int,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a shard.
+
+    Args:
+        ids: B of them.
+        labels: (B,) class indices, -1 for none.
+        pictures: (B, H, W, 3) uint8.
+        classes: name of each class.
+        encoding: png, jpeg or webp.
+        quality: of jpeg and webp.
+    """
+    for name, label, picture in zip(ids, labels.tolist(), pictures, strict=True):
+        yield {
+            "id": name,
+            "image": encode(Image.fromarray(picture), encoding, quality),
+            "height": picture.shape[0],
+            "width": picture.shape[1],
+            "label": label,
+            "label_name": classes[label] if label >= 0 else "",
+        }
 
 
 def cut(tokens: Tokens, config: FilterConfig) -> Tokens:

@@ -4,26 +4,21 @@ The folder is one of shards like those of preprocess: other stages and tools rea
 describes it: `check`, `default_name`, `run`.
 """
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pyarrow.parquet as pq
 
 from pipeline.checkpoints import check_architecture
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
-from pipeline.data.manifest import SPLITS, Manifest, Split
-from pipeline.data.manifest import fingerprint as shards_fingerprint
-from pipeline.data.preprocess import REJECTED
+from pipeline.data.manifest import SPLITS, Manifest
 from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_trained
 from pipeline.job import run_nested
-from pipeline.paths import write_atomically, write_json
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tokenizing import stage as tokenizing
+from pipeline.tokenizing.made_shards import write_shards_manifest
 from pipeline.tokenizing.manifest import TokenManifest, check_stream, check_tokenizer, read_token_manifest, with_path
 from pipeline.tokenizing.plan import Range, keep_plan, ranges_of_files
 from pipeline.tracking import Tracker, check_tracking
@@ -115,27 +110,11 @@ def _facts(config: Config, manifest: TokenManifest) -> dict[str, Any]:
 def _write_results(
     run: Run, manifest: TokenManifest, facts: dict[str, Any], ranges: list[Range], parts: "list[Part]"
 ) -> Manifest:
-    """Write an empty `rejected.parquet`, then `manifest.json`, which marks the shards as complete."""
-    file = io.BytesIO()
-    pq.write_table(REJECTED.empty_table(), file, compression="ZSTD")
-    write_atomically(run.folder / "rejected.parquet", file.getvalue())
-    splits = {}
-    for name in SPLITS:
-        shards = tuple(part.file for task, part in zip(ranges, parts, strict=True) if task.split == name)
-        splits[name] = Split(sum(shard.rows for shard in shards), shards)
+    """Write what marks the shards as complete."""
     size = manifest.stream.image_size
     decides = {"image_size": size, "encoding": run.config.tokens.encoding, "quality": run.config.data.quality}
-    found = Manifest(
-        image_size=size,
-        config={**decides, "detokenize": {**manifest.stream.to_dict(), **facts}},
-        source_fingerprint=manifest.fingerprint,
-        classes=manifest.classes,
-        splits=splits,
-        rejected=0,
-        fingerprint=shards_fingerprint(splits),
-    )
-    write_json(run.folder / "manifest.json", found.to_dict())
-    return found
+    config = {**decides, "detokenize": {**manifest.stream.to_dict(), **facts}}
+    return write_shards_manifest(run.folder, ranges, parts, size, config, manifest.fingerprint, manifest.classes)
 
 
 def _report(run: Run, shards: Manifest, lengths: Any, speed: dict[str, float], tracker: Tracker) -> None:

@@ -1,4 +1,4 @@
-"""What both ways, pictures to tokens and back, do around their workers: progress, stopping, speed, the histogram."""
+"""What stages do around workers that make files: progress, stopping, speed, the histogram of lengths."""
 
 import time
 from typing import Any
@@ -8,27 +8,37 @@ import numpy as np
 from pipeline.errors import Stopped
 from pipeline.progress import progress
 from pipeline.run import Run
-from pipeline.tokenizing.actors import Work, is_alone, make_here, make_on_actors, pick_device
+from pipeline.tokenizing.actors import Work, Workers, is_alone, make_here, make_on_actors, pick_device
 from pipeline.tokenizing.parts import Part, prepare_folder
 from pipeline.tokenizing.plan import Range
 from pipeline.tracking import Tracker
 
 
-def make_all(run: Run, label: str, tokenizer: Any, work: Work, ranges: list[Range]) -> tuple[list[Part], float]:
+def make_all(
+    run: Run, label: str, models: Any, work: Work, ranges: list[Range], section: str = "tokens"
+) -> tuple[list[Part], float]:
     """The parts of all ranges, in their order, and how many seconds it took, start of the workers included.
+
+    Args:
+        run: may be asked to stop.
+        label: of the progress bar.
+        models: what the work's workers are made of; travels to actors.
+        work: what the ranges have in common.
+        ranges: at least one.
+        section: of the configuration, that says how many workers there are and where they compute.
 
     Raises:
         BadInput: as `pick_device`.
         Stopped: the run was asked to stop; finished ranges are kept.
     """
-    config = run.config.tokens
-    alone = is_alone(config, len(ranges))
-    device = pick_device(config, alone)
-    prepare_folder(run.folder, "parts", work.files)
+    workers = Workers.of(run.config, section)
+    alone = is_alone(workers, len(ranges))
+    device = pick_device(workers, alone)
+    prepare_folder(work.folder, "parts", work.files, tidy=work.folder == run.folder)
     made = (
-        make_here(tokenizer, work, ranges, device)
+        make_here(models, work, ranges, device)
         if alone
-        else make_on_actors(tokenizer, work, ranges, device, config.num_workers)
+        else make_on_actors(models, work, ranges, device, workers.number)
     )
     parts: dict[int, Part] = {}
     started = time.monotonic()

@@ -1,6 +1,6 @@
-"""What a task leaves behind: one file, and a small JSON file in `parts/` that says so, written last.
+"""What a task leaves behind: a file, maybe one beside it, and a small JSON file in `parts/` that says so, written last.
 
-A task that finds its part and a file with the right checksum has nothing to do.
+A task that finds its part and files with the right checksums has nothing to do.
 """
 
 import json
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,16 @@ from pipeline.tokenizing.plan import Range
 from tatok_model.threads import one_thread
 
 Seconds = dict[str, float]  # by kind of work
+OF_TODAY = ("seconds", "batch_seconds")  # of a part: they are not kept
+
+
+class Made(NamedTuple):
+    """What a worker made of one range."""
+
+    file: Shard
+    seconds: Seconds
+    beside: Shard | None = None  # a second file
+    batch_seconds: tuple[float, ...] = ()  # of each whole batch, where that is wanted
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,8 @@ class Part:
     number: int  # of the range
     file: Shard
     seconds: Seconds  # that a worker spent on it, `total` and its shares; empty: it was there already
+    beside: Shard | None = None
+    batch_seconds: tuple[float, ...] = ()  # of whole batches
 
 
 class Stopwatch:
@@ -51,39 +64,57 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def make_part(folder: Path, key: str, task: Range, make: Callable[[Range], tuple[Shard, Seconds]]) -> Part:
+def part_from_dict(values: dict[str, Any]) -> Part:
+    """The part that `dataclasses.asdict` made plain."""
+    beside = values.get("beside")
+    return Part(
+        values["key"],
+        values["number"],
+        Shard(**values["file"]),
+        values.get("seconds", {}),
+        Shard(**beside) if beside else None,
+        tuple(values.get("batch_seconds", ())),
+    )
+
+
+def make_part(folder: Path, key: str, task: Range, make: Callable[[Range], tuple[Shard, Seconds] | Made]) -> Part:
     """Do the work of one range, unless it is done.
 
     Args:
         folder: of the run, on a file system that all workers share.
         key: of the plan.
         task: the range.
-        make: makes its file.
+        make: makes its file, or files.
     """
     path = folder / "parts" / f"{task.number:05d}.json"
     done = _finished(path, folder, key)
     if done:
         return done
     with one_thread():
-        file, seconds = make(task)
-    write_json(path, {"key": key, "number": task.number, "file": asdict(file)})
-    return Part(key, task.number, file, seconds)
+        made = Made(*make(task))
+    part = Part(key, task.number, *made)
+    kept = {name: value for name, value in asdict(part).items() if name not in OF_TODAY and value is not None}
+    write_json(path, kept)
+    return part
 
 
-def prepare_folder(folder: Path, *names: str) -> None:
-    """Make the folders and remove what a killed worker was in the middle of."""
+def prepare_folder(folder: Path, *names: str, tidy: bool = True) -> None:
+    """Make the folders; where they are this run's own, `tidy`, remove what a killed worker was in the middle of."""
     for name in names:
-        (folder / name).mkdir(exist_ok=True)
-        for leftover in (folder / name).glob(".*.tmp"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for leftover in (folder / name).glob(".*.tmp") if tidy else ():
             leftover.unlink(missing_ok=True)
 
 
 def _finished(path: Path, folder: Path, key: str) -> Part | None:
-    """The part that an earlier attempt left, if it is of this plan and its file is whole."""
+    """The part that an earlier attempt left, if it is of this plan and its files are whole."""
     if not path.exists():
         return None
-    values = json.loads(path.read_bytes())
-    part = Part(values["key"], values["number"], Shard(**values["file"]), {})
-    file = folder / part.file.file
-    whole = part.key == key and file.is_file() and sha256_file(file) == part.file.sha256
+    part = part_from_dict(json.loads(path.read_bytes()))
+    files = [part.file, *([part.beside] if part.beside else [])]
+    whole = part.key == key and all(_is_whole(folder / file.file, file) for file in files)
     return part if whole else None
+
+
+def _is_whole(path: Path, file: Shard) -> bool:
+    return path.is_file() and sha256_file(path) == file.sha256
