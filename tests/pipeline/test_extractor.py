@@ -218,7 +218,7 @@ def test_a_source_that_does_not_exist_is_named(config: Callable[..., Config]) ->
 
 def test_pictures_that_are_too_small_are_refused(config: Callable[..., Config]) -> None:
     with pytest.raises(BadInput, match=r"data\.image_size is 15; expected at least 16 pixels"):
-        extractor.check(config("data.image_size=15"))
+        extractor.check(config("data.image_size=15", "tokenizer.patch_size=5"))
 
 
 def test_shards_of_another_picture_size_are_refused(shards: Path, config: Callable[..., Config]) -> None:

@@ -72,7 +72,9 @@ def tokenizer() -> TaTok:
 def extractor() -> Extractor:
     """The compact network with random weights."""
     torch.manual_seed(1)
-    return Extractor(CompactExtractor.made().eval().requires_grad_(False), "made")
+    network = CompactExtractor.made()
+    network.name = "compact_cifar10"
+    return Extractor(network.eval().requires_grad_(False), "made")
 
 
 @pytest.fixture(scope="session")
