@@ -1,6 +1,6 @@
 """Checkpoints of a training run: written aside and renamed, verified when read, kept by count, never unpickled.
 
-    checkpoints/step-00000500/config.json, model.safetensors     averaged weights: `TaTok.from_pretrained` loads them
+    checkpoints/step-00000500/config.json, model.safetensors     averaged weights: `from_pretrained` loads them
                               training_state.safetensors          raw weights, optimisers
                               training_state.json                 step, samples seen, checksums of the other files
 
@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config import Config
 from pipeline.errors import BadInput
@@ -23,8 +23,6 @@ from tatok_model.config import TokenizerConfig, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tatok_model.tokenizer import TaTok
 
 FORMAT, VERSION = "tatok-training-state", 1
 TENSORS, RECORD = "training_state.safetensors", "training_state.json"
@@ -47,6 +45,14 @@ SHAPING = (
 OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
 
 
+class Exportable(Protocol):
+    """A model that writes config.json and model.safetensors; `TaTok` is one."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write them into `folder`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was verified."""
@@ -62,7 +68,7 @@ class Checkpoint:
         return load_file(self.folder / TENSORS)
 
 
-def save(folder: Path, step: int, model: "TaTok", tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
+def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
     """Write `folder/step-NNNNNNNN` and delete the oldest beyond `keep`.
 
     Args:
@@ -108,8 +114,12 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def find(path: str) -> Path:
-    """The folder that `tokenizer.checkpoint` means: a checkpoint, or the run folder of a training that ended.
+def find(path: str, key: str = "tokenizer.checkpoint") -> Path:
+    """The folder that a checkpoint's key means: a checkpoint, or the run folder of a training that ended.
+
+    Args:
+        path: the value.
+        key: of the configuration, for messages.
 
     Raises:
         BadInput: neither.
@@ -118,8 +128,9 @@ def find(path: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if not Path(path).is_dir():
-        raise BadInput(f"tokenizer.checkpoint {path!r} does not exist; expected a checkpoint folder or a hub id")
-    raise BadInput(f"tokenizer.checkpoint {path!r} holds no config.json; expected a folder that training wrote")
+        hub = " or a hub id" if key == "tokenizer.checkpoint" else ""
+        raise BadInput(f"{key} {path!r} does not exist; expected a checkpoint folder{hub}")
+    raise BadInput(f"{key} {path!r} holds no config.json; expected a folder that training wrote")
 
 
 def is_hub_id(path: str) -> bool:

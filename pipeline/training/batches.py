@@ -2,9 +2,9 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.training.order import SampleOrder, keyed_uniform, keyed_uniforms
 
 AHEAD = 4  # batches that wait ready
+T = TypeVar("T")
 
 
 class Pictures(Protocol):
@@ -55,10 +56,7 @@ class Batches:
 
     def load(self, step: int) -> Batch:
         """This worker's part of the global batch of a step."""
-        samples, epochs = self.order.global_batch(step)
-        share = len(samples) // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        samples, epochs = samples[mine], epochs[mine]
+        samples, epochs = self.order.part(step, self.rank, self.world)
         images = self.pictures.images(samples)
         if self.horizontal_flip:
             mirrored = keyed_uniform(self.order.seed, epochs, samples) < 0.5
@@ -68,29 +66,34 @@ class Batches:
 
     def between(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of the steps from `start` to before `stop`, decoded ahead; an error while reading is raised here."""
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
-        ended = threading.Event()
+        return read_ahead(self.load, start, stop)
 
-        def read() -> None:
-            try:
-                for step in range(start, stop):
-                    _put(ready, self.load(step), ended)
-                _put(ready, None, ended)
-            except BaseException as error:  # noqa: BLE001 - raised again where the batch was wanted
-                _put(ready, error, ended)
 
-        threading.Thread(target=read, daemon=True, name="batches").start()
+def read_ahead(load: Callable[[int], T], start: int, stop: int) -> Iterator[T]:
+    """`load(start)` to `load(stop - 1)`, loaded ahead by a thread; an error in there is raised here."""
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(AHEAD)
+    ended = threading.Event()
+
+    def read() -> None:
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            ended.set()
+            for step in range(start, stop):
+                _put(ready, load(step), ended)
+            _put(ready, None, ended)
+        except BaseException as error:  # noqa: BLE001 - raised again where the batch was wanted
+            _put(ready, error, ended)
+
+    threading.Thread(target=read, daemon=True, name="batches").start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
 
 
 def _put(
-    ready: "queue.Queue[Batch | BaseException | None]", item: Batch | BaseException | None, ended: threading.Event
+    ready: "queue.Queue[T | BaseException | None]", item: T | BaseException | None, ended: threading.Event
 ) -> None:
     while not ended.is_set():
         try:

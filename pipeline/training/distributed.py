@@ -1,9 +1,11 @@
 """The few collectives that training needs; without a process group each is the obvious thing for one worker."""
 
-from typing import TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -39,6 +41,24 @@ def total(tensor: Tensor) -> Tensor:
     summed = tensor.detach().clone()
     distributed.all_reduce(summed)
     return summed
+
+
+def merged(part: T) -> T:
+    """What all workers have measured together; `part` has `merge`, `to_arrays` and `from_arrays`."""
+    measured: Any = part
+    total: Any = None
+    for arrays in gather(measured.to_arrays()):
+        other = type(measured).from_arrays(arrays)
+        if total is None:
+            total = other
+        else:
+            total.merge(other)
+    return total
+
+
+def synchronised(model: nn.Module, last: bool) -> Any:
+    """Around a backward pass: gradients travel between workers once per step, with the last micro-batch."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def any_true(value: bool, device: torch.device) -> bool:

@@ -17,12 +17,18 @@ SECONDS = 0.5  # between looks
 
 
 @contextmanager
-def followed(run: Run, tracker: Tracker) -> Iterator[None]:
-    """While the body trains, report checkpoints and pictures to `tracker` and pass on `run.should_stop`."""
+def followed(run: Run, tracker: Tracker, pictures: str) -> Iterator[None]:
+    """While the body trains, report checkpoints and pictures to `tracker` and pass on `run.should_stop`.
+
+    Args:
+        run: whose folder is looked at.
+        tracker: is told.
+        pictures: the name under which pictures are shown.
+    """
     stop_file = run.folder / STOP_FILE
     stop_file.unlink(missing_ok=True)
     ended = threading.Event()
-    follower = Follower(run, tracker)
+    follower = Follower(run, tracker, pictures)
 
     def follow() -> None:
         while not ended.wait(SECONDS):
@@ -47,8 +53,8 @@ def followed(run: Run, tracker: Tracker) -> Iterator[None]:
 class Follower:
     """Tells the tracker of each new checkpoint and picture once."""
 
-    def __init__(self, run: Run, tracker: Tracker) -> None:
-        self.run, self.tracker = run, tracker
+    def __init__(self, run: Run, tracker: Tracker, pictures: str) -> None:
+        self.run, self.tracker, self._name = run, tracker, pictures
         self._checkpoint = self._newest_checkpoint()
         self._pictures = self._all_pictures()
 
@@ -62,7 +68,7 @@ class Follower:
             self._pictures.add(name)
             step = int(name.removeprefix("step-").removesuffix(".png"))
             path = self.run.folder / "pictures" / name
-            self.tracker.picture(path, "validation/reconstructions", step)
+            self.tracker.picture(path, self._name, step)
             self.tracker.artifact(path, "pictures")
 
     def _newest_checkpoint(self) -> str:

@@ -1,9 +1,13 @@
-"""The training loop: a plain function over an objective, batches and hooks. It knows neither Ray nor MLflow."""
+"""The training loop: a plain function over an objective, batches and hooks.
+
+It knows neither Ray nor MLflow, nor what is trained.
+"""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +15,51 @@ from torch import Tensor
 from pipeline.config import TrainConfig
 from pipeline.errors import Stopped
 from pipeline.training import distributed
-from pipeline.training.batches import Batches
-from pipeline.training.objective import Objective
 from pipeline.training.state import TrainState
-from tatok_model.metrics.scores import CodeUsage
-from tatok_model.tokens import Tokens
 
 STOP_EVERY = 10  # steps between questions whether another worker wants to stop
+Batch = TypeVar("Batch")
+Read_co = TypeVar("Read_co", covariant=True)
+Taken_contra = TypeVar("Taken_contra", contravariant=True)
+
+
+class Batches(Protocol[Read_co]):
+    """One worker's parts of the global batches."""
+
+    @property
+    def world(self) -> int:
+        """How many workers share a global batch."""
+        ...
+
+    def between(self, start: int, stop: int) -> Iterator[Read_co]:
+        """Of the steps from `start` to before `stop`."""
+        ...
+
+
+class Objective(Protocol[Taken_contra]):
+    """What is trained, and how a step of it is taken."""
+
+    @property
+    def state(self) -> TrainState[Any]:
+        """What its steps change."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def step(self, batch: Taken_contra) -> dict[str, Tensor]:
+        """One optimiser step on this worker's part of a global batch.
+
+        Returns:
+            Terms by name, scalars without gradients, `loss` among them: their mean over the workers is logged.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """By their logged names, of the steps since the last call, over all workers; every worker has to ask."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,13 +67,13 @@ class Hooks:
     """What the loop tells and asks the outside."""
 
     log: Callable[[dict[str, float], int], None]  # metrics and the step they belong to; called on every worker
-    validate: Callable[[TrainState], None]
-    save: Callable[[TrainState], None]  # write a checkpoint
+    validate: Callable[[TrainState[Any]], None]
+    save: Callable[[TrainState[Any]], None]  # write a checkpoint
     advance: Callable[[int, float], None]  # images seen since the last call, current loss
     stop_reason: Callable[[], str]  # '' to go on
 
 
-def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Hooks) -> None:
+def train(objective: Objective[Batch], batches: Batches[Batch], config: TrainConfig, hooks: Hooks) -> None:
     """Train until `config.max_steps`, from wherever the state is.
 
     Raises:
@@ -39,16 +81,16 @@ def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Ho
         FloatingPointError: the loss is not finite.
     """
     state = objective.state
-    meter = Meter(state, config)
+    meter = Meter(config)
     deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else float("inf")
     if state.step >= config.max_steps:  # ended before, but not yet exported
         hooks.validate(state)
     for batch in batches.between(state.step, config.max_steps):
-        terms, tokens = objective.step(batch.images, batch.uniforms)
-        meter.add(tokens)
+        terms = objective.step(batch)
+        meter.add()
         done = state.step == config.max_steps
         if state.step % config.log_every == 0 or done:
-            metrics = meter.read(terms)
+            metrics = meter.read(terms, state.optimizer.param_groups[0]["lr"]) | objective.metrics()
             hooks.log(metrics, state.step)
             hooks.advance(meter.images, metrics["train/loss"])
             meter.reset()
@@ -65,42 +107,34 @@ def train(objective: Objective, batches: Batches, config: TrainConfig, hooks: Ho
 
 
 class Meter:
-    """Rates and codebook use since the last log."""
+    """Loss terms and rates since the last log."""
 
-    def __init__(self, state: TrainState, config: TrainConfig) -> None:
-        self._config, self._optimizer = config, state.optimizer
-        self._codes = state.model.config.codebook_size
-        self._has_patch_codes = state.model.config.patch_tokens
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
         self.reset()
 
     def reset(self) -> None:
         """Start a new stretch."""
         self.images, self._seconds = 0, 0.0
-        self._counts: dict[str, Tensor] = {}
-        self._kept: list[Tensor] = []  # kept patch tokens, images
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step: it went into validation or a checkpoint."""
         self._counted = time.perf_counter()
 
-    def add(self, tokens: Tokens) -> None:
-        """Count one step. Counts stay on the device, without a look at them: it would have to wait."""
+    def add(self) -> None:
+        """Count one step."""
         now = time.perf_counter()
         self._seconds += now - self._counted
         self._counted = now
         self.images += self._config.global_batch_size
-        everything = [("global", tokens.global_indices)]
-        if self._has_patch_codes:
-            everything.append(("patch", tokens.patch_indices))
-        for kind, indices in everything:  # kept or not: the codebook learns from all of them
-            counts = self._counts.setdefault(kind, indices.new_zeros(self._codes))
-            counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
-        kept = [tokens.kept_mask.sum(), tokens.kept_mask.new_full((), len(tokens), dtype=torch.int64)]
-        self._kept = [old + new for old, new in zip(self._kept, kept, strict=True)] if self._kept else kept
 
-    def read(self, terms: dict[str, Tensor]) -> dict[str, float]:
+    def read(self, terms: dict[str, Tensor], rate: float) -> dict[str, float]:
         """Metrics of this stretch by their logged names, over all workers; every worker has to ask.
+
+        Args:
+            terms: of the last step, scalars.
+            rate: learning rate.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -108,18 +142,8 @@ class Meter:
         values = distributed.total(torch.stack([value.float() for value in terms.values()])) / distributed.world_size()
         metrics = {f"train/{name}": float(value) for name, value in zip(terms, values, strict=True)}
         check_finite(metrics["train/loss"])
-        metrics["train/learning_rate"] = self._optimizer.param_groups[0]["lr"]
+        metrics["train/learning_rate"] = rate
         metrics["train/images_per_second"] = self.images / max(self._seconds, 1e-9)
-        for kind, counts in self._counts.items():
-            usage = CodeUsage.from_arrays({"counts": distributed.total(counts).cpu().numpy()})
-            if usage.counts.sum():
-                metrics[f"codebook/usage_{kind}"] = usage.usage
-                metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
-        kept = [distributed.total(count) for count in self._kept]
-        metrics["train/kept_patch_tokens"] = float(kept[0] / kept[1])
-        if "code_bits" in terms and "codebook/perplexity_patch" in metrics:
-            # What q saves against a code that knows only how often each entry is used.
-            metrics["train/unigram_bits"] = math.log2(metrics["codebook/perplexity_patch"])
         return metrics
 
 

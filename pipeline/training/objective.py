@@ -1,15 +1,16 @@
-"""One optimiser step: forward, losses, backward, update."""
+"""One optimiser step of a tokenizer: forward, losses, backward, update."""
 
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.training.schedule import learning_rate
-from pipeline.training.state import TrainState, derive_seed
+from pipeline.training import distributed
+from pipeline.training.batches import Batch
+from pipeline.training.tokenizer_state import TokenizerState
+from pipeline.training.usage import UsageMeter
 from tatok_model.losses import ReconstructionLoss
 from tatok_model.tokens import Tokens
 
@@ -17,7 +18,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 
 class Objective:
-    """Performs steps on a `TrainState`.
+    """Performs steps on a `TokenizerState`.
 
     Args:
         state: what is trained.
@@ -28,48 +29,43 @@ class Objective:
     """
 
     def __init__(
-        self, state: TrainState, losses: ReconstructionLoss, device: torch.device, bf16: bool, wrap: Wrap
+        self, state: TokenizerState, losses: ReconstructionLoss, device: torch.device, bf16: bool, wrap: Wrap
     ) -> None:
         self.state, self.losses, self.device, self.bf16 = state, losses, device, bf16
         self.config = state.config
         self.model: nn.Module = wrap(state.model)
         if state.adversary is not None:
             state.adversary.wrap(wrap)
+        self._usage = UsageMeter(self.config.tokenizer)
 
-    def step(self, images: Tensor, uniforms: Tensor) -> tuple[dict[str, Tensor], Tokens]:
-        """One optimiser step on this worker's part of a global batch.
-
-        Args:
-            images: (B, 3, H, W) uint8, on any device.
-            uniforms: (B, draws) in [0, 1), for the kept sets.
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step on this worker's part of a global batch, on any device.
 
         Returns:
-            The terms of the last micro-batch by name, as scalars without gradients, and the tokens of its images.
+            The terms of the last micro-batch by name, as scalars without gradients.
         """
         train, state = self.config.train, self.state
-        rate = learning_rate(state.step, train)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        # The codebook draws its first and its replaced entries from torch's generator: key it by the step, so that a
-        # resumed run draws what an uninterrupted one would have drawn.
-        torch.manual_seed(derive_seed(train.seed, "step", state.step))
+        state.begin_step()
         state.model.train(not state.frozen)  # a codebook in training moves
-        parts = images.to(self.device, non_blocking=True).chunk(train.accumulation)
-        draws = uniforms.to(self.device, non_blocking=True).chunk(train.accumulation)
+        parts = batch.images.to(self.device, non_blocking=True).chunk(train.accumulation)
+        draws = batch.uniforms.to(self.device, non_blocking=True).chunk(train.accumulation)
         for number, part in enumerate(zip(parts, draws, strict=True)):
-            with self._synchronised(self.model, last=number == len(parts) - 1):
+            with distributed.synchronised(self.model, last=number == len(parts) - 1):
                 terms, tokens, pixels, pictures = self._backward(*part, len(parts))
-        if train.clip_norm:
-            # Apart: cross-entropy in bits would otherwise decide how far the tokenizer may move.
-            for name, parameters in state.parameter_groups().items():
-                terms[f"gradient_norm{name}"] = nn.utils.clip_grad_norm_(parameters, train.clip_norm)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        terms |= state.descend()
         if state.adversary is not None and state.adversary.active(state.step):
             terms |= state.adversary.step(pixels, pictures, self._autocast)
-        state.step += 1
-        state.update_average()
-        return {name: value.detach() for name, value in terms.items()}, tokens
+        state.end_step()
+        self._usage.add(tokens)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Use of the codebook and kept patch tokens since the last call."""
+        found = self._usage.read()
+        if self.state.model.entropy_model is not None and "codebook/perplexity_patch" in found:
+            # What q saves against a code that knows only how often each entry is used.
+            found["train/unigram_bits"] = math.log2(found["codebook/perplexity_patch"])
+        return found
 
     def _backward(
         self, images: Tensor, uniforms: Tensor, parts: int
@@ -102,8 +98,3 @@ class Objective:
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    @staticmethod
-    def _synchronised(model: nn.Module, last: bool) -> Any:
-        """Gradients travel between workers once per step, with the last micro-batch."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()

@@ -52,6 +52,13 @@ class SampleOrder:
             samples[here] = self._epoch_order(int(epoch))[within[here]]
         return samples, epochs
 
+    def part(self, step: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """One worker's contiguous part of `global_batch`."""
+        share = self.global_batch_size // world
+        mine = slice(rank * share, (rank + 1) * share)
+        samples, epochs = self.global_batch(step)
+        return samples[mine], epochs[mine]
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(self.rows, self.seed, epoch, self.local)

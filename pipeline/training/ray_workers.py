@@ -5,33 +5,45 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connect
-from pipeline.config import Config, config_from_dict
+from pipeline.config import Config, TrainConfig, config_from_dict
 from pipeline.errors import BadInput
 from pipeline.run import Run
 
 
-def run_workers(run: Run) -> dict[str, Any]:
-    """Train with `train.num_workers` Ray Train workers; returns what `worker.work` returned on the first one.
+def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
+    """Train with `num_workers` Ray Train workers; returns what `work` returned on the first one.
 
-    A worker that dies takes the others down; Ray starts all again, at most `train.max_failures` times, and they go on
+    Args:
+        run: the run folder and the configuration.
+        section: of the configuration, that describes the training.
+        worker: the module whose function `work` a worker runs.
+
+    A worker that dies takes the others down; Ray starts all again, at most `max_failures` times, and they go on
     from the newest checkpoint in the run folder, which every node has to see.
     """
     ray = connect()
-    train = run.config.train
-    check_resources(ray.cluster_resources(), run.config)
+    train = getattr(run.config, section)
+    check_resources(ray.cluster_resources(), run.config, section)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"config": run.config.to_dict(), "folder": str(run.folder)},
+        train_loop_config={
+            "config": run.config.to_dict(),
+            "folder": str(run.folder),
+            "stage": run.stage,
+            "section": section,
+            "worker": worker,
+        },
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
-            use_gpu=_use_gpu(run.config),
+            use_gpu=_use_gpu(train),
             resources_per_worker={"CPU": train.cpus_per_worker},
         ),
         run_config=RunConfig(
@@ -63,31 +75,31 @@ def _fit(trainer: Any) -> Any:
     return result.result()
 
 
-def check_resources(resources: dict[str, float], config: Config) -> None:
+def check_resources(resources: dict[str, float], config: Config, section: str = "train") -> None:
     """Refuse what Ray would wait for without end.
 
     Raises:
         BadInput: more CPUs or GPUs are asked for than the cluster has.
     """
-    train = config.train
+    train = getattr(config, section)
     wanted = {"CPU": train.num_workers * train.cpus_per_worker}
     if train.device == "cuda":
         wanted["GPU"] = train.num_workers
     for kind, count in wanted.items():
         if count > resources.get(kind, 0):
             raise BadInput(
-                f"train.num_workers is {train.num_workers}, which needs {count:g} {kind}s; "
+                f"{section}.num_workers is {train.num_workers}, which needs {count:g} {kind}s; "
                 f"expected at most what the cluster has, {resources.get(kind, 0):g}"
             )
 
 
-def _use_gpu(config: Config) -> bool:
+def _use_gpu(config: TrainConfig) -> bool:
     """Whether workers get a GPU each: as configured, by default where the cluster has one."""
     import ray
 
-    if config.train.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= config.train.num_workers
-    return config.train.device == "cuda"
+    if config.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= config.num_workers
+    return config.device == "cuda"
 
 
 def _work(values: dict[str, Any]) -> dict[str, Any]:
@@ -95,13 +107,14 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
-    from pipeline.training.worker import compiled, work
+    from pipeline.training.worker import compiled
 
     config = config_from_dict(values["config"])
-    run = Run("train", config, Path(values["folder"]), command=["ray-train-worker"])
+    run = Run(values["stage"], config, Path(values["folder"]), command=["ray-train-worker"])
     device = ray.train.torch.get_device()
     try:
-        return work(run, device, _for_workers(compiled(config)), report=ray.train.report)
+        wrap = _for_workers(compiled(config, values["section"]))
+        return import_module(values["worker"]).work(run, device, wrap, report=ray.train.report)
     # Both come to all workers alike, and starting again would not help: the driver raises them.
     except BadInput as error:
         return {"bad_input": str(error)}

@@ -3,35 +3,63 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any, Protocol
+
+import numpy as np
 
 from pipeline import checkpoints
+from pipeline.config import TrainConfig
 from pipeline.grids import save_rows
 from pipeline.progress import Progress, say
 from pipeline.run import Run
-from pipeline.training import adaptivity, distributed
+from pipeline.training import distributed
 from pipeline.training.loop import Hooks
-from pipeline.training.resume import deciding
 from pipeline.training.state import TrainState
-from pipeline.training.validation import Validator
 
 STOP_FILE = "stop"  # in the run folder: the driver was told to end
+
+
+class Validator(Protocol):
+    """Looks at the averaged model on held-out data."""
+
+    def measure(self, model: Any) -> dict[str, float]:
+        """Metrics by their logged names; the same on every worker, which all have to ask."""
+        ...
+
+    def examples(self, model: Any) -> list[np.ndarray]:
+        """Rows of pictures to look at, (B, H, W, 3) uint8 each; none where there is nothing to show."""
+        ...
+
+    def warnings(self, model: Any, found: dict[str, float]) -> list[str]:
+        """What a reader of the log should look into, given the latest metrics by their logged names."""
+        ...
 
 
 class Recorder:
     """The loop's hooks.
 
     Args:
-        run: the run folder and the configuration.
+        run: the run folder.
+        config: of the training.
+        decides: what decides the weights of a step, by key; checkpoints keep it.
         validator: measures the averaged model.
         report: told the latest validation metrics at every checkpoint, on every worker.
         state: where the run starts from.
     """
 
     def __init__(
-        self, run: Run, validator: Validator, report: Callable[[dict[str, float]], None], state: TrainState
+        self,
+        run: Run,
+        config: TrainConfig,
+        decides: dict[str, Any],
+        validator: Validator,
+        report: Callable[[dict[str, float]], None],
+        state: TrainState[Any],
     ) -> None:
-        self.run, self.validator, self.report = run, validator, report
+        self.run, self.config, self.decides = run, config, decides
+        self.validator, self.report = validator, report
         self.validated: dict[str, float] = {}
+        self.trained: dict[str, float] = {}  # the latest of the loop's own metrics
         self.first = distributed.rank() == 0
         self._seconds, self._started = state.seconds, time.monotonic()
         self._first_step = state.step
@@ -39,7 +67,7 @@ class Recorder:
         if self.first:
             run.rewind_metrics(state.step)
             checkpoints.remove_leftovers(run.folder / "checkpoints")
-            batch, steps = run.config.train.global_batch_size, run.config.train.max_steps
+            batch, steps = config.global_batch_size, config.max_steps
             self._progress = Progress("train", batch * steps, "images", done=batch * state.step)
 
     def hooks(self) -> Hooks:
@@ -47,35 +75,36 @@ class Recorder:
         return Hooks(self.log, self.validate, self.save, self.advance, self.stop_reason)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append to metrics.jsonl."""
+        """Append the loop's metrics to metrics.jsonl."""
+        self.trained = metrics
+        self._write(metrics, step)
+
+    def _write(self, metrics: dict[str, float], step: int) -> None:
         if self.first:
             self.run.log(metrics, step)
 
-    def validate(self, state: TrainState) -> None:
-        """Measure the averaged model and draw originals over reconstructions."""
+    def validate(self, state: TrainState[Any]) -> None:
+        """Measure the averaged model and draw pictures."""
         self.validated = self.validator.measure(state.average)
-        self.log(self.validated, state.step)
+        self._write(self.validated, state.step)
         if not self.first:
             return
-        if len(self.validator.shown):
-            path = self.run.folder / "pictures" / f"step-{state.step:08d}.png"
-            save_rows(path, self.validator.examples(state.average))
+        if rows := self.validator.examples(state.average):
+            save_rows(self.run.folder / "pictures" / f"step-{state.step:08d}.png", rows)
         values = ", ".join(f"{k.removeprefix('validation/')} {v:.4g}" for k, v in self.validated.items())
         say(f"step {state.step}: {values}")
-        if "validation/psnr_quarter" in self.validated:
-            for text in adaptivity.warnings(self.validated, state.model.config.global_tokens > 0):
-                say(f"warning: {text}")
+        for text in self.validator.warnings(state.average, self.trained | self.validated):
+            say(f"warning: {text}")
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState[Any]) -> None:
         """Write a checkpoint; no worker goes on before it is safe."""
         if self.first:
-            config = self.run.config
             record = {
-                "samples_seen": state.step * config.train.global_batch_size,
+                "samples_seen": state.step * self.config.global_batch_size,
                 "seconds": self.seconds(),
-                "decides": deciding(config),
+                "decides": self.decides,
             }
-            folder, keep = self.run.folder / "checkpoints", config.train.keep_checkpoints
+            folder, keep = self.run.folder / "checkpoints", self.config.keep_checkpoints
             checkpoints.save(folder, state.step, state.average, state.tensors(), keep, **record)
         distributed.wait_for_all()
         self.report({**self.validated, "step": state.step})
@@ -93,9 +122,9 @@ class Recorder:
         """Spent on this run, earlier attempts up to the checkpoint they left included."""
         return self._seconds + time.monotonic() - self._started
 
-    def results(self, state: TrainState) -> dict[str, float]:
+    def results(self, state: TrainState[Any]) -> dict[str, float]:
         """What summary.json says of the run."""
-        batch = self.run.config.train.global_batch_size
+        batch = self.config.global_batch_size
         here = (state.step - self._first_step) * batch / max(time.monotonic() - self._started, 1e-9)
         return {
             **{name.replace("/", "_"): value for name, value in self.validated.items()},

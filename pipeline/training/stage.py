@@ -1,21 +1,19 @@
 """The stage behind `jobs/train.py`: shards in, a tokenizer checkpoint out."""
 
 import dataclasses
-import os
-import shutil
-from pathlib import Path
 
-from pipeline.checkpoints import check_architecture, find, is_hub_id, latest
+from pipeline.checkpoints import check_architecture, find, is_hub_id
 from pipeline.checks import check_files, check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
-from pipeline.errors import BadInput, Stopped
+from pipeline.errors import BadInput
 from pipeline.job import run_nested
 from pipeline.paths import sha256_file
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker, check_tracking
+from pipeline.training.drive import train_and_export
 
 
 def check(config: Config) -> None:
@@ -48,7 +46,8 @@ def run(run: Run) -> None:
         rows = {name: split.rows for name, split in manifest.splits.items()}
         raise BadInput(f"shards {run.config.data.shards!r} hold {rows} pictures; expected some in both splits")
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint}) as tracker:
-        _train(run, tracker)
+        train_and_export(run, tracker, "train", "pipeline.training.worker", "validation/reconstructions")
+        say(f"tokenizer in {run.outputs['checkpoint']}")
 
 
 def with_shards(config: Config) -> Config:
@@ -64,41 +63,3 @@ def _sha256(config: Config) -> str:
     """Of the weights that training starts from; '' for those of the hub, which are not here yet."""
     path = config.tokenizer.checkpoint
     return "" if is_hub_id(path) else sha256_file(find(path) / "model.safetensors")
-
-
-def _train(run: Run, tracker: Tracker) -> None:
-    from pipeline.training.follow import followed
-
-    with followed(run, tracker):
-        outcome = _run_workers(run)
-    run.results = outcome["results"]
-    if outcome["stopped"]:
-        raise Stopped(outcome["stopped"])
-    run.outputs["checkpoint"] = str(export(run.folder))
-    tracker.model(run.folder / "checkpoint")
-    say(f"tokenizer in {run.folder / 'checkpoint'}")
-
-
-def _run_workers(run: Run) -> dict:
-    if run.config.train.num_workers:
-        from pipeline.training.ray_workers import run_workers
-
-        return run_workers(run)
-    from pipeline.training.worker import compiled, pick_device, work
-
-    return work(run, pick_device(run.config), compiled(run.config))
-
-
-def export(folder: Path) -> Path:
-    """Copy the newest checkpoint's model to `checkpoint/`: what other stages and people load."""
-    newest = latest(folder / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(f"no whole checkpoint in {folder / 'checkpoints'}")
-    aside, final = folder / f".checkpoint.{os.getpid()}", folder / "checkpoint"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy2(newest.folder / name, aside / name)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    return final

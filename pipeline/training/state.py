@@ -1,67 +1,77 @@
-"""Everything that training changes: models, averages, optimisers, the step."""
+"""Everything that training changes: a model, its average, its optimiser, the step; whatever the model is."""
 
 import copy
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.config import Config, TrainConfig
-from pipeline.training.adversary import Adversary
-from tatok_model.tokenizer import TaTok
+from pipeline.config import TrainConfig
+from pipeline.training.schedule import learning_rate
 
-ENTROPY = "entropy_model."  # beginning of its parameters' names
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class TrainState:
-    """The tokenizer, its average, optionally a discriminator, and their optimisers after `step` steps."""
+class TrainState(Generic[Model]):
+    """A model, its average and its optimiser after `step` steps.
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config = config
+    Args:
+        model: what is trained, on its device.
+        config: of the training.
+        read: the averaged model of a checkpoint folder.
+    """
+
+    def __init__(self, model: Model, config: TrainConfig, read: Callable[[Path], Model]) -> None:
+        self.train_config, self.read = config, read
         self.step = 0
         self.seconds = 0.0  # spent by earlier attempts
-        torch.manual_seed(derive_seed(config.train.seed, "weights"))
-        self.model = TaTok(config.tokenizer.architecture()).to(device)
-        self.frozen = config.train.parts == "entropy"  # all but the entropy model
-        if self.frozen:
-            self.model.requires_grad_(False)
-            self.entropy_model.requires_grad_(True)
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, config.train)
-        self.adversary = Adversary(config, device) if config.losses.gan else None
-
-    @property
-    def entropy_model(self) -> nn.Module:
-        """Of the tokenizer, which has to have one."""
-        if self.model.entropy_model is None:
-            raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
-        return self.model.entropy_model
+        self.model = model
+        self.average: Model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = make_optimizer(model, config)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are clipped together, by the ending of their metric's name."""
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        rest = [p for name, p in trained if not name.startswith(ENTROPY)]
-        entropy = [p for name, p in trained if name.startswith(ENTROPY)]
-        return {name: group for name, group in {"": rest, "_entropy": entropy}.items() if group}
+        return {"": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
 
-    def start_from(self, weights: TaTok) -> None:
-        """Take over the weights of another tokenizer of the same architecture: fine-tuning.
+    def begin_step(self) -> None:
+        """Set the learning rate, and key torch's generator by the step.
 
-        With everything but the entropy model frozen, that one starts anew and may be of another size.
+        Dropout and new codebook entries draw from it: a resumed run draws what an uninterrupted one would have drawn.
         """
-        values = weights.state_dict()
-        if self.frozen:
-            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(ENTROPY)}
-            values = {name: value for name, value in values.items() if not name.startswith(ENTROPY)} | own
-        self.model.load_state_dict(values)
-        self.average.load_state_dict(values)
+        rate = learning_rate(self.step, self.train_config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(derive_seed(self.train_config.seed, "step", self.step))
+
+    def descend(self) -> dict[str, Tensor]:
+        """Clip the gradients that have been added up and move the weights; the norms by their metrics' names."""
+        norms = {}
+        if self.train_config.clip_norm:
+            # Apart: cross-entropy in bits would otherwise decide how far the tokenizer may move.
+            for name, parameters in self.parameter_groups().items():
+                norms[f"gradient_norm{name}"] = nn.utils.clip_grad_norm_(parameters, self.train_config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def end_step(self) -> None:
+        """Count the step and move the average."""
+        self.step += 1
+        self.update_average()
+
+    def start_from(self, weights: Model) -> None:
+        """Take over the weights of another model of the same architecture: fine-tuning."""
+        self.model.load_state_dict(weights.state_dict())
+        self.average.load_state_dict(weights.state_dict())
 
     @torch.no_grad()
     def update_average(self) -> None:
         """Move the average towards the model; early steps count more, so that it forgets the start."""
-        decay = min(self.config.train.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.train_config.ema_decay, (1 + self.step) / (10 + self.step))
         averages: list[Tensor] = list(self.average.parameters())
         torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - decay)
         for averaged, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
@@ -69,24 +79,19 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps besides the averaged model."""
-        found = _prefixed("model", self.model.state_dict())
-        found |= _prefixed("optimizer", _optimizer_tensors(self.optimizer))
-        if self.adversary is not None:
-            found |= _prefixed("discriminator", self.adversary.network.state_dict())
-            found |= _prefixed("discriminator_optimizer", _optimizer_tensors(self.adversary.optimizer))
-        return found
+        return prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer_tensors(self.optimizer))
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was written."""
-        found = checkpoint.tensors()
-        self.model.load_state_dict(_under("model", found))
-        self.average.load_state_dict(TaTok.from_pretrained(checkpoint.folder).state_dict())
-        _load_optimizer(self.optimizer, _under("optimizer", found))
-        if self.adversary is not None:
-            self.adversary.network.load_state_dict(_under("discriminator", found))
-            _load_optimizer(self.adversary.optimizer, _under("discriminator_optimizer", found))
+        self.load_tensors(checkpoint.tensors())
+        self.average.load_state_dict(self.read(checkpoint.folder).state_dict())
         self.step = checkpoint.step
         self.seconds = float(checkpoint.record.get("seconds", 0.0))
+
+    def load_tensors(self, found: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        self.model.load_state_dict(under("model", found))
+        load_optimizer(self.optimizer, under("optimizer", found))
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -104,21 +109,24 @@ def derive_seed(seed: int, *keys: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies under `prefix.name`."""
     return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `prefixed`."""
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of each parameter as `number.key`."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; groups keep their own settings."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)

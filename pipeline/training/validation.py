@@ -62,15 +62,15 @@ class Validator:
             if keep_originals:
                 originals.update(self.extractor(images)[0])
         if keep_originals:
-            self._originals = _merged(originals)
-        quality, reconstructed = _merged(quality), _merged(reconstructed)
+            self._originals = distributed.merged(originals)
+        quality, reconstructed = distributed.merged(quality), distributed.merged(reconstructed)
         found = {f"validation/{name}": value for name, value in quality.results().items()}
         for kind, counted in usage.items():
-            merged = _merged(counted)
+            merged = distributed.merged(counted)
             if merged.counts.sum():
                 found[f"validation/codebook_usage_{kind}"] = merged.usage
                 found[f"validation/codebook_perplexity_{kind}"] = merged.perplexity
-        adaptive = _merged(adaptive)
+        adaptive = distributed.merged(adaptive)
         if adaptive.values:
             perplexity = found["validation/codebook_perplexity_patch"]
             found |= adaptivity.metrics(adaptive, model.config.patch_positions * math.log2(perplexity))
@@ -81,12 +81,20 @@ class Validator:
             found[f"validation/rfd_{self.extractor.name}"] = float(distance)
         return found
 
+    def warnings(self, model: TaTok, found: dict[str, float]) -> list[str]:
+        """What a reader of the log should look into, given the latest metrics by their logged names."""
+        if "validation/psnr_quarter" not in found:
+            return []
+        return adaptivity.warnings(found, model.config.global_tokens > 0)
+
     def examples(self, model: TaTok) -> list[np.ndarray]:
         """A few pictures, (B, H, W, 3) uint8 each: originals and reconstructions.
 
         With an entropy model also reconstructions from a quarter of the patch tokens, from that quarter with the global
         tokens of the next picture, from global tokens alone, and the surprisal of every patch token.
         """
+        if not len(self.shown):
+            return []
         images = self._load(self.shown)
         tokens = model.encode(images)
         rows = [images, to_uint8(model.decode(tokens))]
@@ -115,15 +123,3 @@ def spread(total: int, count: int) -> np.ndarray:
     """(min(count, total),) int64, numbers from 0 to total - 1 at even distances."""
     count = min(count, total)
     return np.arange(count) * total // max(count, 1)
-
-
-def _merged(part: Any) -> Any:
-    """What all workers have seen together."""
-    total = None
-    for arrays in distributed.gather(part.to_arrays()):
-        other = type(part).from_arrays(arrays)
-        if total is None:
-            total = other
-        else:
-            total.merge(other)
-    return total

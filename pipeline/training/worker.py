@@ -1,4 +1,4 @@
-"""One training worker: builds what the loop needs from the configuration, runs it, reports.
+"""One worker that trains a tokenizer: builds what the loop needs from the configuration, runs it, reports.
 
 In-process training calls `work` directly, Ray Train calls it in every worker. What it leaves behind lies in the run
 folder, which all workers and the driver share: checkpoints, pictures, metrics.jsonl; a file `stop` asks it to end.
@@ -20,7 +20,7 @@ from pipeline.training.loop import train
 from pipeline.training.objective import Objective
 from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
-from pipeline.training.resume import starting_state
+from pipeline.training.tokenizer_state import deciding, starting_state
 from pipeline.training.validation import Validator
 from tatok_model.kept_sets import LANES
 from tatok_model.losses import ReconstructionLoss
@@ -60,7 +60,7 @@ def work(
         pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip, draws
     )
     objective = Objective(state, _losses(config, device), device, uses_bf16(config, device), wrap)
-    recorder = Recorder(run, validator, report, state)
+    recorder = Recorder(run, train_config, deciding(config), validator, report, state)
     stopped = ""
     try:
         train(objective, batches, train_config, recorder.hooks())
@@ -79,26 +79,28 @@ def _losses(config: Config, device: torch.device) -> ReconstructionLoss:
     return ReconstructionLoss(config.losses, perceptual).to(device)
 
 
-def uses_bf16(config: Config, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as configured, by default on a GPU that can."""
-    if config.train.precision == "auto":
+def uses_bf16(config: Config, device: torch.device, section: str = "train") -> bool:
+    """Whether to compute in bfloat16: as configured in a training's section, by default on a GPU that can."""
+    precision = getattr(config, section).precision
+    if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.train.precision == "bf16"
+    return precision == "bf16"
 
 
-def pick_device(config: Config) -> torch.device:
-    """The configured device; `auto` is a GPU where there is one.
+def pick_device(config: Config, section: str = "train") -> torch.device:
+    """The device that a training's section names; `auto` is a GPU where there is one.
 
     Raises:
         BadInput: a GPU is wanted where there is none.
     """
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("train.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
-    if config.train.device == "auto":
+    device = getattr(config, section).device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"{section}.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.train.device)
+    return torch.device(device)
 
 
-def compiled(config: Config) -> Callable[[torch.nn.Module], torch.nn.Module]:
-    """`torch.compile` when it is asked for."""
-    return torch.compile if config.train.compile else lambda module: module  # type: ignore[return-value]
+def compiled(config: Config, section: str = "train") -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """`torch.compile` when a training's section asks for it."""
+    return torch.compile if getattr(config, section).compile else lambda module: module  # type: ignore[return-value]

@@ -10,7 +10,8 @@ from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.run import Run
 from pipeline.training import stage
-from pipeline.training.state import TrainState
+from pipeline.training.drive import export
+from pipeline.training.tokenizer_state import TokenizerState
 from tatok_model import TaTok
 
 
@@ -83,7 +84,7 @@ def test_accumulated_micro_batches_take_the_step_of_one_large_batch(configure, r
 
 def test_fine_tuning_starts_from_the_checkpoint(trained, configure):
     config = configure(tokenizer={"checkpoint": str(trained.folder)})
-    from pipeline.training.resume import starting_state
+    from pipeline.training.tokenizer_state import starting_state
 
     state = starting_state(config, trained.folder.parent / "none", torch.device("cpu"))
     assert state.step == 0
@@ -171,13 +172,13 @@ def test_a_wish_to_stop_saves_a_checkpoint(configure):
 
 
 def test_the_state_survives_a_round_trip(configure, tmp_path):
-    state = TrainState(configure(losses={"gan": 1.0}), torch.device("cpu"))
+    state = TokenizerState(configure(losses={"gan": 1.0}), torch.device("cpu"))
     output = state.model(torch.rand(4, 3, 32, 32))
     output.images.mean().backward()
     state.optimizer.step()
     state.step = 5
     checkpoints.save(tmp_path, 5, state.average, state.tensors(), keep=1)
-    other = TrainState(dataclasses.replace(state.config), torch.device("cpu"))
+    other = TokenizerState(dataclasses.replace(state.config), torch.device("cpu"))
     other.load(checkpoints.latest(tmp_path))
     assert other.step == 5
     assert equal(other.tensors(), state.tensors())
@@ -185,7 +186,7 @@ def test_the_state_survives_a_round_trip(configure, tmp_path):
 
 
 def test_the_average_carries_no_graph(configure):
-    state = TrainState(configure(), torch.device("cpu"))
+    state = TokenizerState(configure(), torch.device("cpu"))
     for _ in range(2):
         state.model(torch.rand(4, 3, 32, 32)).images.mean().backward()
         state.step += 1
@@ -209,7 +210,7 @@ def test_empty_splits_are_refused(configure, shards, tmp_path):
 
 def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
-        stage.export(tmp_path)
+        export(tmp_path)
 
 
 @pytest.mark.parametrize(

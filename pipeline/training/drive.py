@@ -1,0 +1,66 @@
+"""The driver's way through a training: workers, their outcome, the exported checkpoint.
+
+Imports neither torch nor ray before it trains.
+"""
+
+import os
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import latest
+from pipeline.errors import Stopped
+from pipeline.run import Run
+from pipeline.tracking import Tracker
+
+
+def train_and_export(run: Run, tracker: Tracker, section: str, worker: str, pictures: str) -> None:
+    """Train as a section says, in this process or on Ray Train workers, and leave the averaged model in `checkpoint/`.
+
+    Args:
+        run: gets results and outputs.
+        tracker: is told of checkpoints, pictures and the final model.
+        section: of the configuration, a `TrainConfig`.
+        worker: the module whose function `work(run, device, wrap, report)` a worker runs.
+        pictures: the name under which pictures are tracked.
+
+    Raises:
+        Stopped: it ended early; a checkpoint was saved.
+    """
+    from pipeline.training.follow import followed
+
+    with followed(run, tracker, pictures):
+        outcome = _run_workers(run, section, worker)
+    run.results = outcome["results"]
+    if outcome["stopped"]:
+        raise Stopped(outcome["stopped"])
+    run.outputs["checkpoint"] = str(export(run.folder))
+    tracker.model(run.folder / "checkpoint")
+
+
+def _run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
+    """What `work` returned, on the first worker."""
+    if getattr(run.config, section).num_workers:
+        from pipeline.training.ray_workers import run_workers
+
+        return run_workers(run, section, worker)
+    from pipeline.training.worker import compiled, pick_device
+
+    device, wrap = pick_device(run.config, section), compiled(run.config, section)
+    return import_module(worker).work(run, device, wrap)
+
+
+def export(folder: Path) -> Path:
+    """Copy the newest checkpoint's model to `checkpoint/`: what other stages and people load."""
+    newest = latest(folder / "checkpoints")
+    if newest is None:
+        raise FileNotFoundError(f"no whole checkpoint in {folder / 'checkpoints'}")
+    aside, final = folder / f".checkpoint.{os.getpid()}", folder / "checkpoint"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy2(newest.folder / name, aside / name)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    return final
