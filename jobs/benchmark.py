@@ -1,0 +1,13 @@
+"""Measure speed, side by side in one process.
+
+    python jobs/benchmark.py cifar10 benchmark.kind=generation generator.checkpoint=runs/cifar10-train-generator
+    ray job submit --working-dir . -- python jobs/benchmark.py cifar10 ...
+
+Prints a table with ratios, writes report.md and logs to MLflow. Without generator.checkpoint it takes the generator
+that `jobs/train_generator.py` made with the same configuration, and trains it first where there is none.
+"""
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main("benchmark", "pipeline.benchmarking.stage", __doc__)

@@ -1,0 +1,279 @@
+"""Pictures per second of the generator, against the same generator that writes all N patch tokens.
+
+Both sample and decode the same number of pictures, in one process, on one device, taking turns; once at an equal batch
+and once each at the batch that suits it best. The control is not trained: what it has to do does not depend on its
+weights, because it always writes N tokens. Ours is, because its lengths are what training made of them. Positions are
+generated with the tokens, so nothing is filtered or replayed here; what decoding costs, q's expected codes included, is
+counted.
+
+Shapes: B pictures of a batch, N patch positions.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipeline.benchmarking.timing import Spread, take_turns
+from pipeline.config import Config
+from pipeline.errors import BadInput, Stopped
+from pipeline.evaluation.report import columns, markdown
+from pipeline.paths import write_atomically
+from pipeline.progress import progress, say
+from pipeline.run import Run
+from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from tatok_model.generator import Generator
+    from tatok_model.tokenizer import TaTok
+
+OURS, CONTROL = "tatok", "patch_only"
+FLOOR = 0.9  # of the ratio of steps: what fewer steps have to give at least
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work; reads no tokens.
+
+    Raises:
+        BadInput: a tokenizer without patch tokens, which has no such control, or as the check of training a generator
+            where there is none yet.
+    """
+    from pipeline.generating.inputs import check_generator
+
+    if not config.tokenizer.patch_tokens:
+        raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
+    check_generator(config)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A generator with the tokenizer that decodes for it."""
+
+    name: str
+    generator: "Generator"
+    tokenizer: "TaTok"
+
+
+@dataclass
+class Work:
+    """What was done for one batch size, over all timings."""
+
+    images: int = 0
+    tokens: int = 0
+    batches: int = 0
+    longest: int = 0  # tokens of the longest sequence of each batch, added up
+    sampling: float = 0.0  # seconds
+    decoding: float = 0.0  # seconds
+
+    @property
+    def steps(self) -> float:
+        """Of the generator for a picture: one a token."""
+        return self.tokens / self.images
+
+    @property
+    def decoding_share(self) -> float:
+        """Of the time."""
+        return self.decoding / (self.decoding + self.sampling)
+
+
+def run(run: Run) -> None:
+    """Measure both, and leave `report.md` with the table.
+
+    Raises:
+        BadInput: the generator or its tokenizer cannot be used.
+        Stopped: the run was asked to stop.
+    """
+    from pipeline.generating.inputs import load_generator, with_generator
+    from pipeline.pretrained import load_tokenizer
+
+    run.config = config = with_generator(run.config)
+    generator, sha256 = load_generator(config)
+    tokenizer, tokenizer_sha256 = load_tokenizer(config)
+    run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}
+    run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
+    device = _device(config)
+    ours = Contender(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
+    facts = {
+        "device": _told(device),
+        "generator": f"{generator.config.size}, {sum(p.numel() for p in generator.parameters())} parameters",
+        "pictures a timing": str(config.benchmark.images),
+        "repeats": str(config.benchmark.repeats),
+        "guidance": f"{config.generate.guidance:g}, {config.generate.schedule}",
+    }
+    with Tracker.start(
+        run, {"generator_sha256": sha256, **{k.replace(" ", "_"): v for k, v in facts.items()}}
+    ) as tracker:
+        table = _measure(run, [ours, control_of(ours, device)], device)
+        run.rewind_metrics(-1)  # a resumed run measures anew
+        run.log(run.results, step=0)
+        path = run.folder / "report.md"
+        write_atomically(path, markdown(f"{config.preset}: generation", [], [], facts, table).encode())
+        run.outputs["report"] = str(path)
+        tracker.artifact(path)
+        say(columns(table))
+        say(_conclusion(run.results))
+
+
+def control_of(ours: Contender, device: Any) -> Contender:
+    """The same generator and tokenizer for all N patch tokens and no global ones, with fresh weights."""
+    import torch
+
+    from tatok_model.generator import Generator
+    from tatok_model.tokenizer import TaTok
+
+    made, n = ours.generator.config, ours.generator.config.patch_positions
+    config = dataclasses.replace(made, global_tokens=0, positions="derived", max_patch_tokens=n)
+    architecture = dataclasses.replace(ours.tokenizer.config, global_tokens=0, entropy_layers=0)
+    torch.manual_seed(0)
+    return Contender(CONTROL, Generator(config).to(device).eval(), TaTok(architecture).to(device).eval())
+
+
+def _measure(run: Run, contenders: list[Contender], device: Any) -> list[list[str]]:
+    """Fill `run.results` and give back the table."""
+    section, config = run.config.benchmark, run.config
+    sizes = sorted({section.batch_size, *section.batch_sizes})
+    work = {(contender.name, size): Work() for size in sizes for contender in contenders}
+    rates: dict[tuple[str, int], Spread] = {}
+    with progress("benchmark", len(work) * (section.repeats + 1), "timings") as shown:
+
+        def timed(contender: Contender, size: int) -> float:
+            if run.should_stop:
+                raise Stopped("the benchmark was asked to stop; --resume measures anew")
+            done = work[contender.name, size]
+            before = done.sampling + done.decoding
+            make_pictures(contender, size, section.images, config, device, done)
+            shown.advance(1)
+            return done.sampling + done.decoding - before
+
+        for size in sizes:  # ratios compare what ran side by side: the contenders of one batch size take turns
+            turns = {contender.name: partial(timed, contender, size) for contender in contenders}
+            for name, seconds in take_turns(turns, section.repeats).items():
+                rates[name, size] = Spread.of([section.images / value for value in seconds])
+    for contender in contenders:
+        run.results |= _results(contender, section.batch_size, rates, work, config)
+    best = {name: int(run.results[f"{name}_best_batch_size"]) for name in (OURS, CONTROL)}
+    steps = run.results[f"{CONTROL}_steps"] / run.results[f"{OURS}_steps"]
+    run.results |= {
+        "speedup_equal_batch": _ratio(rates[OURS, section.batch_size], rates[CONTROL, section.batch_size]),
+        "speedup_best_batch": _ratio(rates[OURS, best[OURS]], rates[CONTROL, best[CONTROL]]),
+        "ratio_of_steps": steps,
+    }
+    run.results["share_of_steps_equal_batch"] = run.results["speedup_equal_batch"] / steps
+    run.results["share_of_steps_best_batch"] = run.results["speedup_best_batch"] / steps
+    header = ["", "batch", "images/s", "lowest", "highest", "steps", "longest", "decoding", "KV cache MB"]
+    named = {contender.name: contender for contender in contenders}
+    return [header, *(_line(named[name], size, rates[name, size], work[name, size], config) for name, size in rates)]
+
+
+def make_pictures(contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: Work) -> None:
+    """Sample and decode that many pictures, and add to `work` what it took."""
+    import torch
+
+    from tatok_model.sampling import sample
+
+    generator, tokenizer = contender.generator, contender.tokenizer
+    classes = generator.config.classes
+    for first in range(0, images, batch_size):
+        numbers = torch.arange(first, min(first + batch_size, images), device=device)
+        labels = numbers % classes if classes else torch.full_like(numbers, -1)
+        started = _now(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=_uses_bf16(device)):
+            sequences = sample(generator, labels, numbers, config.generate.seed, config.generate)
+            sampled = _now(device)
+            tokenizer.decode(sequences.to_tokens(tokenizer.config.patch_positions, tokenizer.config.global_tokens))
+        work.sampling += sampled - started
+        work.decoding += _now(device) - sampled
+        lengths = sequences.lengths()
+        work.images += len(numbers)
+        work.batches += 1
+        work.tokens += int(lengths.sum())
+        work.longest += int(lengths.max())
+
+
+def _results(
+    contender: Contender,
+    equal: int,
+    rates: dict[tuple[str, int], Spread],
+    work: dict[tuple[str, int], Work],
+    config: Config,
+) -> dict[str, float]:
+    name = contender.name
+    best = max((size for other, size in rates if other == name), key=lambda size: rates[name, size].median)
+    return {
+        f"{name}_images_per_second": rates[name, equal].median,
+        f"{name}_images_per_second_low": rates[name, equal].low,
+        f"{name}_images_per_second_high": rates[name, equal].high,
+        f"{name}_best_images_per_second": rates[name, best].median,
+        f"{name}_best_batch_size": best,
+        f"{name}_steps": work[name, equal].steps,
+        f"{name}_longest": work[name, equal].longest / work[name, equal].batches,
+        f"{name}_decoding_share": work[name, equal].decoding_share,
+        f"{name}_kv_cache_bytes": _cache_bytes(contender, equal, config),
+    }
+
+
+def _line(contender: Contender, size: int, rate: Spread, work: Work, config: Config) -> list[str]:
+    numbers = (rate.median, rate.low, rate.high, work.steps, work.longest / work.batches)
+    cache = _cache_bytes(contender, size, config) / 1e6
+    return [
+        contender.name,
+        str(size),
+        *(f"{number:.1f}" for number in numbers),
+        f"{work.decoding_share:.0%}",
+        f"{cache:.1f}",
+    ]
+
+
+def _cache_bytes(contender: Contender, batch: int, config: Config) -> int:
+    import torch
+
+    from tatok_model.sampling import kv_cache_bytes
+
+    weight = next(contender.generator.parameters())
+    dtype = torch.bfloat16 if _uses_bf16(weight.device) else weight.dtype
+    return kv_cache_bytes(contender.generator.config, batch, dtype, config.generate.guided)
+
+
+def _conclusion(results: dict[str, float]) -> str:
+    equal, best, steps = (results[name] for name in ("speedup_equal_batch", "speedup_best_batch", "ratio_of_steps"))
+    return (
+        f"{equal:.2f} times {CONTROL}'s images/s at an equal batch, {best:.2f} times at each one's best batch; "
+        f"{steps:.2f} times fewer steps, of which {min(equal, best) / steps:.0%} arrive (floor: {FLOOR:.0%})"
+    )
+
+
+def _ratio(ours: Spread, control: Spread) -> float:
+    return ours.median / control.median
+
+
+def _uses_bf16(device: Any) -> bool:
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _now(device: Any) -> float:
+    """The time when everything asked of the device is done."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _device(config: Config) -> Any:
+    import torch
+
+    wanted, there = config.generate.device, torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise BadInput("generate.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def _told(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,37 @@
+"""Fair timings: contenders take turns, so that a machine that slows down slows all of them; medians are compared."""
+
+import statistics
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def take_turns(contenders: Mapping[K, Callable[[], float]], repeats: int) -> dict[K, list[float]]:
+    """What each contender measures of itself, once before to warm up and then `repeats` times.
+
+    Every round calls all of them, in an order that is turned round from one round to the next.
+    """
+    for measure in contenders.values():
+        measure()
+    found: dict[K, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for number in range(repeats):
+        for name in order if number % 2 == 0 else reversed(order):
+            found[name].append(contenders[name]())
+    return found
