@@ -1,0 +1,111 @@
+"""Numbers of generated pictures: how they are called, how they are had from logits, what stands beside them.
+
+Shapes: B pictures, C classes.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from pipeline.evaluation.extractors import Extractor
+from pipeline.evaluation.plan import SHUFFLE_SEED, SPLIT_IMAGES
+from pipeline.evaluation.reference import Reference
+from pipeline.evaluation.report import SMALL, Row
+from pipeline.generating.generated import Generated
+from tatok_model.metrics.scores import InceptionScore
+
+NEIGHBOURS = 3  # k of precision and recall
+
+
+def distance_name(extractor: Extractor) -> str:
+    """Only the real Inception gives a `gfid`."""
+    return "gfid" if extractor.comparable else f"gfd_{extractor.name}"
+
+
+def manifold_names(extractor: Extractor) -> tuple[str, str]:
+    """Precision and recall belong to the features they are measured in."""
+    ending = "" if extractor.comparable else f"_{extractor.name}"
+    return f"precision{ending}", f"recall{ending}"
+
+
+def inception_score(logits: torch.Tensor) -> float:
+    """Of (B, C) logits, dealt by seed 2020 into splits of 5,000, as the evaluator of tokenizers does."""
+    splits = score_splits(len(logits))
+    score = InceptionScore(logits.shape[1], splits)
+    shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(len(logits))
+    score.update(logits, torch.from_numpy(shuffled * splits // len(logits)))
+    return score.result()
+
+
+def score_splits(images: int) -> int:
+    """Into how many equal splits the Inception score deals the pictures."""
+    return max(1, images // SPLIT_IMAGES)
+
+
+def class_accuracies(logits: torch.Tensor, labels: np.ndarray, name: str) -> dict[str, float]:
+    """Share of pictures that a classifier puts into their class, and that of the class with the lowest share.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) classes, -1 for none; pictures without one do not count.
+        name: what the share is called.
+    """
+    known = labels >= 0
+    if not known.any():
+        return {}
+    hits = logits.argmax(1).numpy()[known] == labels[known]
+    shares = {int(label): float(hits[labels[known] == label].mean()) for label in np.unique(labels[known])}
+    worst = min(shares, key=lambda label: shares[label])
+    return {name: float(hits.mean()), f"{name}_worst": shares[worst], f"{name}_worst_class": worst}
+
+
+def warnings(
+    results: dict[str, float], reference: Reference, extractor: Extractor, compared_lengths: bool
+) -> list[str]:
+    """What a reader must know before comparing the numbers with others."""
+    n, name, found = int(results["images"]), distance_name(extractor), []
+    if n < SMALL:
+        found.append(f"{name} over {n} images: below {SMALL} it is biased upwards by about 1/N and says little")
+    if reference.meta is None:
+        found.append(f"{name} is against a reference that does not say how its images were cropped and resized")
+    if reference.n is not None and reference.n != n:
+        found.append(f"{name} compares {n} images with statistics of {reference.n}: its bias depends on both")
+    if not extractor.comparable:
+        found.append(f"{name} compares generators of this project and is no FID: do not set it beside published ones")
+    if not compared_lengths:
+        found.append("token lengths were not compared with real ones: tokens.path is empty")
+    return found
+
+
+def rows(results: dict[str, float], extractor: Extractor, generated: Generated) -> Iterator[Row]:
+    """The table: every result with a note, in the order they are in."""
+    precision, recall = manifold_names(extractor)
+    splits = score_splits(int(results["images"]))
+    rate = f"one worker of jobs/generate.py, batch {generated.batch_size}, after warm-up"
+    notes = {
+        "images": "generated",
+        "images_real": "held-out",
+        distance_name(extractor): f"Frechet distance, {extractor.name}",
+        extractor.score_name: f"of generated images, {extractor.name}, {splits} splits",
+        f"{extractor.score_name}_real": f"of held-out originals, {score_splits(int(results['images_real']))} splits",
+        precision: f"share of generated images inside the real manifold, k = {NEIGHBOURS}",
+        recall: f"share of real images inside the generated manifold, k = {NEIGHBOURS}",
+        "images_manifold": "of each kind at most, for precision and recall",
+        "class_accuracy": f"share that {extractor.name} puts into the class asked for",
+        "class_accuracy_worst": "of the worst class, named below",
+        "class_accuracy_real": "the same of held-out originals",
+        "tokens_mean_difference": "of the means, relative to the real one",
+        "tokens_ks": "Kolmogorov-Smirnov distance of generated and real lengths",
+        "tokens_ks_worst": "of the worst class, named below",
+        "tokens_mean_difference_worst": "of the class where it is largest",
+        "nearest_train": "median distance to the nearest training picture, generated",
+        "nearest_train_real": "the same of held-out originals",
+        "memorisation_ratio": "of the two: far below 1 would mean copies of training pictures",
+        "images_train": "among which neighbours were sought",
+        "images_per_second": rate,
+        "sample_images_per_second": f"tokens alone; {rate}",
+        "decode_images_per_second": f"tokens to pictures alone; {rate}",
+    }
+    for name, value in results.items():
+        yield Row(name, value, notes.get(name, ""))
