@@ -26,7 +26,7 @@ from pipeline.evaluation.generated_results import (
     manifold_names,
     score_splits,
 )
-from pipeline.evaluation.plan import Plan, make_plan
+from pipeline.evaluation.plan import SHUFFLE_SEED, Plan, make_plan
 from pipeline.evaluation.reference import Reference, cache_path, describe, read_cached, read_given
 from pipeline.generating.generated import Generated
 from pipeline.grids import save_rows
@@ -36,7 +36,7 @@ from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
 from tatok_model.metrics.inception import Inception2015
 from tatok_model.metrics.manifold import nearest, precision_recall
 
-MANIFOLD_IMAGES = 10_000  # of each kind at most, evenly spread, for precision and recall
+MANIFOLD_IMAGES = 10_000  # of each kind at most, for precision and recall
 TRAIN_IMAGES = 50_000  # training pictures at most, evenly spread, among which neighbours are sought
 SHOWN_NEIGHBOURS = 4  # training pictures beside a generated one
 
@@ -190,13 +190,12 @@ class Comparison:
     def _manifold(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
         key = self.extractor.name
         count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: balls shrink as a set grows
-        chosen = [spread(features.features[key], count) for features in (real, made)]
-        names = manifold_names(self.extractor)
-        return {**dict(zip(names, precision_recall(*chosen, NEIGHBOURS), strict=True)), "images_manifold": count}
+        shares = precision_recall(drawn(real.features[key], count), drawn(made.features[key], count), NEIGHBOURS)
+        return {**dict(zip(manifold_names(self.extractor), shares, strict=True)), "images_manifold": count}
 
     def _classes(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
         """Of every extractor that was trained on as many classes as the data set has."""
-        found = {}
+        found: dict[str, float] = {}
         for extractor in (self.extractor, *self.more):
             network = extractor.network
             if isinstance(network, Inception2015) or network.classes != len(self.heldout.manifest.classes):
@@ -234,6 +233,6 @@ def statistics(features: torch.Tensor) -> FeatureStatistics:
     return found
 
 
-def spread(features: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of (B, F) rows, evenly spread."""
-    return features[torch.arange(count) * len(features) // count]
+def drawn(features: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of (B, F) rows, drawn at random: generated pictures go through the classes in turn."""
+    return features[np.random.default_rng(SHUFFLE_SEED).permutation(len(features))[:count]]

@@ -84,7 +84,8 @@ class FeatureWorker:
         with watch.timed("total"):
             batches = list(self._batches(task))
             file = io.BytesIO()
-            np.savez(file, **{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
+            whole: dict[str, Any] = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            np.savez(file, **whole)
             path = self._work.folder / self._work.files / f"{task.name}.npz"
             write_atomically(path, file.getvalue())
         checksum = hashlib.sha256(file.getvalue()).hexdigest()
@@ -98,7 +99,7 @@ class FeatureWorker:
         for first in range(0, len(rows), self._work.batch_size):
             batch = source.images(rows[first : first + self._work.batch_size].tolist())
             images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self._device)
-            found = {}
+            found: dict[str, np.ndarray] = {}
             for name, network in self._networks.items():
                 features, logits = network(images)
                 found |= {f"features@{name}": features.cpu().numpy(), f"logits@{name}": logits.cpu().numpy()}

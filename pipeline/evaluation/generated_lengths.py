@@ -9,33 +9,27 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.manifest import SPLITS
-from pipeline.tokenizing.arrow import from_table, read_token_file
-from pipeline.tokenizing.decoding import cut
-from pipeline.tokenizing.manifest import read_token_manifest
+from pipeline.generating.token_data import TokenDataset
 
 VIEW = re.compile(r"@(flip|crop\d+)$")  # ending of the id of a picture's mirror image or shifted copy
 
 
 def real_lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the pictures behind `tokens.path` at the configured cut, both splits, without mirrored or shifted copies.
+    """Tokens of the pictures behind `tokens.path` at the configured cut; mirrored and shifted copies do not count.
 
     Returns:
-        counts: (R,) int64, M + T of each.
-        labels: (R,) int32, -1 for none.
+        counts: (R,) int64, M + T of each picture of both splits.
+        labels: (R,) int64, -1 for none.
 
     Raises:
-        BadInput: a stream or file that cannot be read; see `read_token_manifest` and `read_token_file`.
+        BadInput: a stream that cannot be read or cut; see `TokenDataset.load`.
     """
-    manifest = read_token_manifest(config.tokens.path)
     counts, labels = [], []
-    for file in (file for name in SPLITS for file in manifest.splits[name].files):
-        tokens, ids, found = from_table(read_token_file(config.tokens.path, file, manifest.stream))
-        kept = np.array([VIEW.search(name) is None for name in ids], dtype=bool)
-        lengths = cut(tokens, config.filter).counts().numpy()
-        if not manifest.stream.score and config.filter.rule == "count":  # only global tokens: the rule cuts their tail
-            lengths = np.minimum(lengths, int(config.filter.threshold))
-        counts.append(lengths[kept])
-        labels.append(found[kept])
+    for split in SPLITS:
+        rows = TokenDataset.load(config.tokens.path, split, config.filter)
+        originals = np.array([VIEW.search(name) is None for name in rows.ids], dtype=bool)
+        counts.append(rows.lengths()[originals])
+        labels.append(rows.labels[originals])
     return np.concatenate(counts), np.concatenate(labels)
 
 

@@ -6,6 +6,7 @@ Shapes: B generated pictures, R real ones.
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,10 +37,11 @@ def length_plot(path: Path, generated: np.ndarray, real: np.ndarray, title: str)
     edges = np.arange(least, most + 1 + step, step) - 0.5
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for values, name, look in (
+    looks: list[tuple[np.ndarray, str, dict[str, Any]]] = [
         (real, "real", {"color": COLOURS[0], "alpha": 0.55, "linewidth": 0}),
         (generated, "generated", {"color": COLOURS[1], "histtype": "step", "linewidth": 2}),
-    ):
+    ]
+    for values, name, look in looks:
         label = f"{name}: mean {values.mean():.1f}, standard deviation {values.std():.1f}"
         axes.hist(values, bins=edges.tolist(), weights=np.full(len(values), 1 / len(values)), label=label, **look)
     axes.set_xlabel("tokens per image", color=INK)

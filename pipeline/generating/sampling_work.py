@@ -46,7 +46,8 @@ class SamplingWork:
 
     def worker(self, models: Any, device: str) -> "Sampler":
         """Warmed up; models are the generator and the tokenizer."""
-        sampler = Sampler(*models, self, device)
+        generator, tokenizer = models
+        sampler = Sampler(generator, tokenizer, self, device)
         sampler.warm_up()
         return sampler
 
