@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
+from pipeline.devices import pick_device
 from pipeline.errors import BadInput
 from pipeline.paths import sha256_file
 from pipeline.progress import say
@@ -65,7 +66,6 @@ def run(run: Run) -> None:
 
     from pipeline.extractor_loop import train
     from pipeline.labelled import read_labelled
-    from pipeline.training.worker import pick_device
     from tatok_model.metrics.trained import ARCHITECTURES
 
     config = run.config
@@ -76,7 +76,7 @@ def run(run: Run) -> None:
         run.inputs[name] = {"path": path, "sha256": _fingerprint(path)}
     origin = _origin(run)  # now: the clone may move on while the run lasts
     torch.manual_seed(config.train.seed)
-    device = pick_device(config)
+    device = pick_device("train", config.train.device)
     network = ARCHITECTURES[config.extractor.architecture].made(training.classes, config.data.image_size).to(device)
     with Tracker.start(run) as tracker:
         steps = train(run, network, training.to(device), tracker)

@@ -15,13 +15,13 @@ from safetensors.torch import save
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from pipeline.devices import uses_bf16
 from pipeline.errors import BadInput, Stopped
 from pipeline.labelled import Labelled, augment
 from pipeline.paths import write_atomically
 from pipeline.progress import Progress, progress, say
 from pipeline.run import Run
 from pipeline.tracking import Tracker
-from pipeline.training.worker import uses_bf16
 from tatok_model.metrics.trainable import TrainableExtractor
 
 MOMENTUM = 0.9
@@ -93,6 +93,7 @@ def _train_epoch(
     generator = torch.Generator().manual_seed(run.config.train.seed * 1_000_003 + epoch + 1)
     steps = len(training) // extractor.batch_size
     order = torch.randperm(len(training), generator=generator)[: steps * extractor.batch_size]
+    bf16 = uses_bf16(run.config.train.precision, training.images.device)
     network.train()
     for number, indices in enumerate(order.view(steps, extractor.batch_size)):
         if run.should_stop:
@@ -101,7 +102,7 @@ def _train_epoch(
             group["lr"] = extractor.learning_rate * one_cycle((epoch + number / steps) / extractor.epochs)
         batch = training.take(indices)
         images = augment(batch.images, generator).permute(0, 3, 1, 2)  # (B, 3, side, side), channels last in memory
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=uses_bf16(run.config, images.device)):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             _, logits = network(images)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()

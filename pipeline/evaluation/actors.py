@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.cluster import connect
-from pipeline.config import EvaluateConfig
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
 from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Evaluator, Instruments
 from pipeline.evaluation.measurements import Measurements
@@ -40,24 +38,6 @@ class RangeActor:
         """Measure one range; the row that comes back holds its sums as bytes."""
         found = self._evaluator.measure(self._pictures, row["start"], row["stop"])
         return {"number": row["number"], "measurements": found.to_bytes()}
-
-
-def pick_device(config: EvaluateConfig) -> str:
-    """Where actors compute: as configured, by default on GPUs where the cluster has one for each.
-
-    Raises:
-        BadInput: more actors than the cluster has CPUs, or than GPUs when those are asked for.
-    """
-    resources = connect().cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if config.num_workers > cpus:
-        raise BadInput(f"evaluate.num_workers is {config.num_workers}; expected at most the cluster's {cpus} CPUs")
-    if config.device == "cuda" and config.num_workers > gpus:
-        raise BadInput(
-            f"evaluate.device is 'cuda' and evaluate.num_workers {config.num_workers}; "
-            f"expected at most the cluster's {gpus} GPUs"
-        )
-    return "cuda" if config.device != "cpu" and gpus >= config.num_workers else "cpu"
 
 
 def measure_on_actors(

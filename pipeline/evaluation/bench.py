@@ -7,8 +7,9 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ShardDataset
+from pipeline.devices import pick_workers_device
 from pipeline.errors import Stopped
-from pipeline.evaluation.actors import measure_on_actors, pick_device
+from pipeline.evaluation.actors import measure_on_actors
 from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Instruments, merged
 from pipeline.evaluation.extractors import Extractor, load_extractor, load_more
@@ -47,7 +48,7 @@ class Bench:
         lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
         more = load_more(config.evaluate)
         instruments = Instruments(extractor.network, lpips, tuple(other.network for other in more))
-        device = pick_device(config.evaluate)
+        device = pick_workers_device("evaluate", config.evaluate.device, config.evaluate.num_workers)
         return cls(run, pictures.manifest, pictures, plan, extractor, more, instruments, device)
 
     @property

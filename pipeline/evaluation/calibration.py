@@ -11,6 +11,7 @@ import yaml
 from pipeline.checks import check_score
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
+from pipeline.devices import pick_device
 from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_atomically
@@ -99,7 +100,7 @@ def _score_units(run: Run, tokenizer: Any) -> Any:
     count = min(config.evaluate.max_images or len(pictures), len(pictures))
     if not count:
         raise BadInput(f"data.shards {config.data.shards!r} hold out nothing; expected validation pictures")
-    device = _device(config)
+    device = pick_device("evaluate", config.evaluate.device)
     tokenizer = tokenizer.to(device).eval()
     places = np.arange(count) * len(pictures) // count  # evenly spread: shards may be sorted by class
     found = []
@@ -113,13 +114,3 @@ def _score_units(run: Run, tokenizer: Any) -> Any:
             if run.should_stop:
                 raise Stopped("calibration was asked to stop; --resume measures anew")
     return torch.cat(found)
-
-
-def _device(config: Config) -> Any:
-    """Where to compute: `evaluate.device`; `auto` is a GPU where there is one."""
-    import torch
-
-    wanted, there = config.evaluate.device, torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise BadInput("evaluate.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import EvaluateConfig, load_config
+from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation import plan, stage
-from pipeline.evaluation.actors import pick_device
 from pipeline.run import Run
 from tatok_model.tokenizer import TaTok
 
@@ -130,12 +129,3 @@ def test_an_evaluation_that_is_asked_to_stop_stops(ray_session: ModuleType, eval
     run.request_stop()
     with pytest.raises(Stopped, match="asked to stop"):
         stage.run(run)
-
-
-def test_more_actors_than_the_cluster_has_room_for_are_refused(ray_session: ModuleType) -> None:
-    assert pick_device(EvaluateConfig(num_workers=2)) == "cpu"
-    with pytest.raises(BadInput, match="evaluate.num_workers is 3; expected at most the cluster's 2 CPUs"):
-        pick_device(EvaluateConfig(num_workers=3))
-    if not ray_session.cluster_resources().get("GPU"):
-        with pytest.raises(BadInput, match="evaluate.device is 'cuda' .* expected at most the cluster's 0 GPUs"):
-            pick_device(EvaluateConfig(device="cuda"))
