@@ -22,10 +22,19 @@ def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
     from tatok_model.config import read_config
     from tatok_model.tokenizer import TaTok
 
-    path = config.tokenizer.checkpoint
-    folder = _from_hub(path) if is_hub_id(path) else find(path)
-    check_same_architecture(path, read_config(folder), config)
+    folder = _tokenizer_folder(config)
+    check_same_architecture(config.tokenizer.checkpoint, read_config(folder), config)
     return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
+
+
+def tokenizer_sha256(config: Config) -> str:
+    """Of the weights of `tokenizer.checkpoint`; raises as `load_tokenizer` where they cannot be had."""
+    return sha256_file(_tokenizer_folder(config) / "model.safetensors")
+
+
+def _tokenizer_folder(config: Config) -> Path:
+    path = config.tokenizer.checkpoint
+    return _from_hub(path) if is_hub_id(path) else find(path)
 
 
 def _from_hub(name: str) -> Path:

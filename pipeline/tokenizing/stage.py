@@ -10,12 +10,22 @@ from pipeline.checks import check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config, TokensConfig
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
-from pipeline.evaluation.inputs import check_inputs, with_tokenizer
+from pipeline.evaluation.inputs import check_inputs, with_tokenizer, with_trained
+from pipeline.job import run_nested
 from pipeline.paths import write_json
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
-from pipeline.tokenizing.manifest import NAME, Stream, TokenFile, TokenManifest, TokenSplit, fingerprint, stream_of
+from pipeline.tokenizing.manifest import (
+    NAME,
+    Stream,
+    TokenFile,
+    TokenManifest,
+    TokenSplit,
+    fingerprint,
+    stream_of,
+    with_path,
+)
 from pipeline.tokenizing.plan import Range, keep_plan, ranges_of_files, ranges_of_pictures
 from pipeline.tracking import Tracker, check_tracking
 from pipeline.training import stage as training
@@ -70,6 +80,15 @@ def run(run: Run) -> None:
         parts, seconds = make_all(run, "tokenize", tokenizer, work, ranges)
         manifest = write_manifest(run, stream, shards, ranges, parts)
         _report(run, manifest, rates(parts, seconds, ("encode", "rank")), tracker)
+
+
+def with_tokens(config: Config) -> Config:
+    """The configuration with `tokens.path` and `tokenizer.checkpoint`; makes the stream when none is named."""
+    if config.tokens.path:
+        return with_trained(config)
+    say("tokens.path is empty: tokenizing first")
+    made = run_nested("tokenize_images", "pipeline.tokenizing.stage", config)
+    return with_path(made.config, made.folder)
 
 
 def write_manifest(

@@ -1,0 +1,109 @@
+"""Which generator fits a token stream at a cut. Imports no torch.
+
+Symbols: M global tokens, N patch positions, K codebook entries.
+"""
+
+from typing import Any
+
+from pipeline.config import Config, FilterConfig
+from pipeline.errors import BadInput
+from pipeline.tokenizing.manifest import TokenManifest
+from tatok_model.generator_config import GeneratorConfig
+
+
+def global_tokens_of(manifest: TokenManifest, filter: FilterConfig) -> int:  # noqa: A002 - the section's name
+    """How many global tokens a sequence has at this cut: streams without patch tokens are cut by `count`."""
+    stream = manifest.stream
+    return int(filter.threshold) if not stream.score and filter.rule == "count" else stream.global_tokens
+
+
+def check_global_cut(manifest: TokenManifest, filter: FilterConfig) -> None:  # noqa: A002
+    """Refuse a cut that a stream of global tokens alone does not allow.
+
+    Raises:
+        BadInput: naming the threshold.
+    """
+    keep, most = global_tokens_of(manifest, filter), manifest.stream.global_tokens
+    if not manifest.stream.score and not 1 <= keep <= most:
+        raise BadInput(
+            f"filter.threshold is {filter.threshold:g}; expected 1 to {most}, the global tokens of an image: "
+            "the stream has no others"
+        )
+
+
+def generator_config(config: Config, manifest: TokenManifest, shortest: int, longest: int) -> GeneratorConfig:
+    """The generator of a stream at the configured cut.
+
+    Args:
+        config: size, dropout, how positions are told, and the cut.
+        manifest: of the stream.
+        shortest: patch tokens of the shortest sequence.
+        longest: of the longest one, held-out ones included.
+
+    Raises:
+        BadInput: positions are to be derived where some patch tokens are dropped.
+    """
+    section, most = config.generator, manifest.stream.patch_positions
+    patches = bool(manifest.stream.score)
+    positions = section.positions
+    if positions == "auto":
+        positions = "derived" if patches and shortest == most else "generated"
+    if patches and positions == "derived" and shortest < most:
+        raise BadInput(
+            f"generator.positions is 'derived' where sequences have {shortest} to {longest} patch tokens; "
+            f"expected generated or auto, or a cut that keeps all {most}"
+        )
+    return GeneratorConfig(
+        size=section.size,
+        dropout=section.dropout,
+        positions=positions,
+        max_patch_tokens=longest,
+        **_given(config, manifest),
+    )
+
+
+def check_start(config: Config, manifest: TokenManifest, found: GeneratorConfig) -> None:
+    """Refuse a `generator.checkpoint` to start from that writes other sequences than the stream has.
+
+    Raises:
+        BadInput: naming the first thing that differs.
+    """
+    path = config.generator.checkpoint
+    wanted = {"size": config.generator.size, **_given(config, manifest)}
+    for name, value in wanted.items():
+        if getattr(found, name) != value:
+            source = "generator.size" if name == "size" else f"tokens.path {config.tokens.path!r}"
+            raise BadInput(
+                f"generator.checkpoint {path!r} has {name} {getattr(found, name)!r}; expected {value!r}, as {source}"
+            )
+
+
+def check_length(config: Config, found: GeneratorConfig, wanted: GeneratorConfig) -> None:
+    """Refuse a `generator.checkpoint` for longer sequences than it knows, or for other positions.
+
+    Raises:
+        BadInput: naming what differs.
+    """
+    path = config.generator.checkpoint
+    if found.positions != wanted.positions:
+        raise BadInput(
+            f"generator.checkpoint {path!r} has positions {found.positions}; expected {wanted.positions} at this cut"
+        )
+    if found.max_patch_tokens < wanted.max_patch_tokens:
+        raise BadInput(
+            f"generator.checkpoint {path!r} was made for {found.max_patch_tokens} patch tokens; "
+            f"expected at least {wanted.max_patch_tokens}, the longest sequence at this cut"
+        )
+
+
+def _given(config: Config, manifest: TokenManifest) -> dict[str, Any]:
+    """What the stream decides, by the names of `GeneratorConfig`."""
+    stream = manifest.stream
+    return {
+        "classes": len(manifest.classes),
+        "global_tokens": global_tokens_of(manifest, config.filter),
+        "patch_tokens": bool(stream.score),
+        "grid_size": stream.image_size // stream.patch_size,
+        "codebook_size": stream.codebook_size,
+        "tokenizer_sha256": stream.tokenizer_sha256,
+    }

@@ -1,0 +1,80 @@
+"""The stage behind `jobs/train_generator.py`: a ranked token stream in, a generator checkpoint out.
+
+A stage as `pipeline/job.py` describes it: `check`, `default_name`, `run`.
+"""
+
+from pipeline.checkpoints import check_architecture, find
+from pipeline.cluster import check_cpus
+from pipeline.config import Config
+from pipeline.errors import BadInput
+from pipeline.evaluation.inputs import with_trained
+from pipeline.generating.architecture import check_global_cut, check_start
+from pipeline.generating.fit import asked_labels, check_guidance, read_generator
+from pipeline.paths import sha256_file
+from pipeline.progress import say
+from pipeline.run import Run
+from pipeline.tokenizing import stage as tokenizing
+from pipeline.tokenizing.manifest import TokenManifest, check_stream, read_token_manifest
+from pipeline.tracking import Tracker, check_tracking
+from pipeline.training.drive import train_and_export
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made; reads no tokens.
+
+    Raises:
+        BadInput: as tokenizing's `check` where no stream is named; a stream that is none, of another tokenizer, score
+            or number of rounds than configured, or without rows in a split; a cut that it does not allow; no tokenizer
+            to draw pictures with; a checkpoint to start from that does not fit; classes or guidance for the pictures
+            that cannot be; more workers than CPUs; a tracking address of unknown form.
+    """
+    section = config.train_generator
+    check_cpus("train_generator.num_workers", section.num_workers, section.cpus_per_worker)
+    check_tracking(config)
+    if config.generator.checkpoint:
+        read_generator(config.generator.checkpoint)
+    if not config.tokens.path:
+        tokenizing.check(config)
+        return
+    found = with_trained(config)
+    check_architecture(found)
+    _check_tokens(found, read_token_manifest(found.tokens.path))
+
+
+def default_name(config: Config) -> str:
+    """The run folder's name when `run.name` is empty."""
+    return f"{config.preset}-train-generator"
+
+
+def run(run: Run) -> None:
+    """Train, and leave the averaged generator in `checkpoint/`."""
+    config = run.config = tokenizing.with_tokens(run.config)
+    manifest = read_token_manifest(config.tokens.path)
+    _check_tokens(config, manifest)
+    run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}
+    if path := config.generator.checkpoint:
+        weights = find(path, "generator.checkpoint") / "model.safetensors"
+        run.inputs["generator"] = {"path": path, "sha256": sha256_file(weights)}
+    tags = {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": manifest.stream.tokenizer_sha256}
+    with Tracker.start(run, tags) as tracker:
+        train_and_export(run, tracker, "train_generator", "pipeline.generating.worker", "validation/samples")
+        say(f"generator in {run.outputs['checkpoint']}")
+
+
+def _check_tokens(config: Config, manifest: TokenManifest) -> None:
+    """Refuse a stream that does not fit the rest of the configuration."""
+    path, classes = config.tokens.path, len(manifest.classes)
+    check_stream(config, manifest.stream)
+    check_global_cut(manifest, config.filter)
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    if not all(rows.values()):
+        raise BadInput(f"tokens.path {path!r} holds {rows} rows; expected some in both splits")
+    if config.generator.checkpoint:
+        check_start(config, manifest, read_generator(config.generator.checkpoint))
+    if config.train_generator.grid_images:
+        if not config.tokenizer.checkpoint:
+            raise BadInput(
+                f"tokenizer.checkpoint is empty; expected the tokenizer that made {path!r}, "
+                "or train_generator.grid_images=0"
+            )
+        check_guidance(config.generate, asked_labels(config.generate, classes))

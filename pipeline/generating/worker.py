@@ -1,0 +1,108 @@
+"""One worker that trains a generator: builds what the loop needs from the configuration, runs it, reports."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints import find
+from pipeline.config import Config
+from pipeline.errors import Stopped
+from pipeline.generating.architecture import check_length, check_start, generator_config
+from pipeline.generating.batches import TokenBatches
+from pipeline.generating.fit import read_generator
+from pipeline.generating.objective import GeneratorObjective
+from pipeline.generating.token_data import TokenDataset
+from pipeline.generating.validation import GeneratorValidator
+from pipeline.pretrained import load_tokenizer
+from pipeline.run import Run
+from pipeline.tokenizing.manifest import check_tokenizer
+from pipeline.training import distributed
+from pipeline.training.loop import train
+from pipeline.training.order import SampleOrder
+from pipeline.training.recorder import Recorder
+from pipeline.training.resume import go_on, values_of
+from pipeline.training.state import TrainState, derive_seed
+from pipeline.training.worker import uses_bf16
+from tatok_model.generator import Generator
+from tatok_model.tokenizer import TaTok
+
+SECTION = "train_generator"
+
+
+def work(
+    run: Run,
+    device: torch.device,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Train this worker's part to the end of the run; see `pipeline.training.worker.work`."""
+    config, section, train_config = run.config, run.config.generator, run.config.train_generator
+    training, heldout = (TokenDataset.load(config.tokens.path, name, config.filter) for name in ("train", "heldout"))
+    decides = deciding(config, training)
+    state = starting_state(run, training, heldout, decides, device)
+    tokenizer = _tokenizer(config, training) if train_config.grid_images and distributed.rank() == 0 else None
+    sizes = train_config.validation_images, config.generate, train_config.grid_images
+    validator = GeneratorValidator(heldout, *sizes, tokenizer, device)
+    order = SampleOrder(len(training), train_config.seed, train_config.global_batch_size)
+    shape = state.model.config
+    batches = TokenBatches(
+        training,
+        order,
+        distributed.rank(),
+        distributed.world_size(),
+        groups=max(section.length_groups, train_config.accumulation),
+        class_dropout=section.class_dropout,
+        ends=int(shape.patch_tokens and shape.positions == "generated"),
+    )
+    objective = GeneratorObjective(state, device, uses_bf16(config, device, SECTION), wrap)
+    recorder = Recorder(run, train_config, decides, validator, report, state)
+    stopped = ""
+    try:
+        train(objective, batches, train_config, recorder.hooks())
+    except Stopped as reason:
+        stopped = str(reason)
+    finally:
+        recorder.close()
+    lengths = training.lengths()
+    facts = {"tokens_mean": float(lengths.mean()), "tokens_std": float(lengths.std()), "rows_train": len(training)}
+    return {"results": {**recorder.results(state), **facts}, "stopped": stopped}
+
+
+def starting_state(
+    run: Run, training: TokenDataset, heldout: TokenDataset, decides: dict[str, Any], device: torch.device
+) -> TrainState[Generator]:
+    """From the run's newest checkpoint, else from `generator.checkpoint`, else new.
+
+    Raises:
+        BadInput: the run was begun with other values, or `generator.checkpoint` writes other sequences.
+    """
+    config = run.config
+    manifest, path = training.manifest, config.generator.checkpoint
+    counts = np.concatenate([training.counts, heldout.counts])
+    shape = generator_config(config, manifest, int(counts.min()), int(counts.max()))
+    if path:
+        found = read_generator(path)
+        check_start(config, manifest, found)
+        check_length(config, found, shape)
+        shape = dataclasses.replace(shape, max_patch_tokens=found.max_patch_tokens)
+    torch.manual_seed(derive_seed(config.train_generator.seed, "weights"))
+    state = TrainState(Generator(shape).to(device), config.train_generator, Generator.from_pretrained)
+    if not go_on(state, run.folder / "checkpoints", decides) and path:
+        state.start_from(Generator.from_pretrained(find(path, "generator.checkpoint")))
+    return state
+
+
+def deciding(config: Config, training: TokenDataset) -> dict[str, Any]:
+    """What decides the weights of a step, by key: a run that goes on must have the same."""
+    values = values_of(config, "generator", SECTION)
+    cut = {"filter.rule": config.filter.rule, "filter.threshold": config.filter.threshold}
+    return {**values, **cut, "tokens.path": training.manifest.fingerprint}
+
+
+def _tokenizer(config: Config, training: TokenDataset) -> TaTok:
+    tokenizer, sha256 = load_tokenizer(config)
+    check_tokenizer(config, training.manifest.stream, sha256)
+    return tokenizer
