@@ -39,6 +39,9 @@ def check(config: Config) -> None:
     check_tracking(config)
     check_files(config, *FILES)
     check_extractors(config)
+    if config.evaluate.generated:
+        generated_stage.check(config)
+        return
     check_global_counts(config)
     if config.evaluate.thresholds or (config.filter.rule, config.filter.threshold) != ("relative", 1):
         check_score(config)

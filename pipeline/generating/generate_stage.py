@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.checkpoints import check_architecture
 from pipeline.cluster import check_cpus
 from pipeline.config import Config, GenerateConfig
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import BadInput
-from pipeline.evaluation.inputs import with_trained
-from pipeline.generating import training_stage
-from pipeline.generating.fit import asked_labels, check_fit, check_guidance, read_generator
+from pipeline.generating.fit import asked_labels, check_guidance, read_generator
 from pipeline.generating.generated import Generated, token_lengths
-from pipeline.generating.inputs import load_generator, with_generator
+from pipeline.generating.inputs import check_generator, load_generator, with_generator
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
@@ -45,18 +42,10 @@ def check(config: Config) -> None:
     """
     check_cpus("generate.num_workers", config.generate.num_workers)
     check_tracking(config)
-    if not config.generator.checkpoint:
-        training_stage.check(config)
-        return
-    generator = read_generator(config.generator.checkpoint)
-    found = with_trained(config)
-    if not found.tokenizer.checkpoint:
-        raise BadInput(
-            f"tokenizer.checkpoint is empty; expected the tokenizer whose tokens {config.generator.checkpoint!r} writes"
-        )
-    check_architecture(found)
-    check_fit(found, generator)
-    check_guidance(config.generate, asked_labels(config.generate, generator.classes))
+    check_generator(config)
+    if config.generator.checkpoint:
+        generator = read_generator(config.generator.checkpoint)
+        check_guidance(config.generate, asked_labels(config.generate, generator.classes))
 
 
 def default_name(config: Config) -> str:
@@ -71,12 +60,11 @@ def run(run: Run) -> None:
         BadInput: as `check`, or the run was begun with another configuration.
         Stopped: the run was asked to stop; finished files are kept.
     """
-    config = run.config = with_trained(with_generator(run.config))
+    config = run.config = with_generator(run.config)
     generator, generator_sha256 = load_generator(config)
     run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": generator_sha256}
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
-    check_fit(config, generator.config, tokenizer_sha256)
     labels = asked_labels(config.generate, generator.config.classes)
     check_guidance(config.generate, labels)
     classes = _class_names(config, generator.config)
