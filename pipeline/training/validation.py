@@ -1,7 +1,6 @@
 """Validation inside training: PSNR, a Frechet distance and codebook use on some held-out pictures."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,14 @@ from tatok_model.metrics.scores import CodeUsage
 from tatok_model.tokenizer import TaTok
 
 BATCH = 64  # pictures per forward pass
+ORDER_SEED = 0  # of the order in which pictures are measured
 
 
 class Validator:
     """Measures a tokenizer on `count` held-out pictures, evenly spread over the split, shared out over the workers.
 
-    Evenly, because a split in the order of its classes would otherwise show one class only.
+    Evenly, because a split in the order of its classes would otherwise show one class only; in an order drawn at random,
+    because what is measured on a batch exchanges global tokens within it.
 
     Args:
         pictures: the held-out split.
@@ -38,7 +39,8 @@ class Validator:
     ) -> None:
         self.pictures, self.device = pictures, device
         self.extractor = extractor.to(device)
-        self.indices = spread(len(pictures), count)
+        indices = spread(len(pictures), count)
+        self.indices = np.random.default_rng(ORDER_SEED).permutation(indices)
         self.shown = spread(len(pictures), grid)
         self._originals: FeatureStatistics | None = None
 
@@ -91,7 +93,7 @@ class Validator:
         """A few pictures, (B, H, W, 3) uint8 each: originals and reconstructions.
 
         With an entropy model also reconstructions from a quarter of the patch tokens, from that quarter with the global
-        tokens of the next picture, from global tokens alone, and the surprisal of every patch token.
+        tokens of another picture, from global tokens alone, and the surprisal of every patch token.
         """
         if not len(self.shown):
             return []
@@ -100,7 +102,7 @@ class Validator:
         rows = [images, to_uint8(model.decode(tokens))]
         if model.entropy_model is not None:
             some = adaptivity.quarter(model, tokens)
-            others = replace(some, global_indices=some.global_indices.roll(1, 0))
+            others = adaptivity.exchanged(some) if len(images) > 1 else some
             rows += [to_uint8(model.decode(part)) for part in (some, others, some.cut("count", 0))]
             rows.append(adaptivity.surprisal_maps(model, tokens))
         return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in rows]

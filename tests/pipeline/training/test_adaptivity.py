@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def test_sums_of_two_halves_are_those_of_the_whole(tokenizer, images):
     for name, value in whole.values.items():
         if name != "psnr_quarter_shuffled":  # whose global tokens an image gets depends on its neighbours
             assert halves.values[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_every_image_gets_the_global_tokens_of_another_one(tokenizer, images):
+    tokens = tokenizer.encode(images)
+    numbered = replace(tokens, global_indices=torch.arange(4)[:, None].expand(4, 2))
+    received = adaptivity.exchanged(numbered).global_indices[:, 0]
+    assert sorted(received.tolist()) == [0, 1, 2, 3]
+    assert not (received == torch.arange(4)).any()
 
 
 def test_metrics_are_means_and_differences_in_bits(tokenizer, images):
