@@ -9,6 +9,7 @@ import torch
 
 from pipeline.checkpoints import find
 from pipeline.config import Config
+from pipeline.devices import uses_bf16
 from pipeline.errors import Stopped
 from pipeline.generating.architecture import check_length, check_start, generator_config
 from pipeline.generating.batches import TokenBatches
@@ -25,7 +26,6 @@ from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
 from pipeline.training.resume import go_on, values_of
 from pipeline.training.state import TrainState, derive_seed
-from pipeline.training.worker import uses_bf16
 from tatok_model.generator import Generator
 from tatok_model.tokenizer import TaTok
 
@@ -57,7 +57,7 @@ def work(
         class_dropout=section.class_dropout,
         ends=int(shape.patch_tokens and shape.positions == "generated"),
     )
-    objective = GeneratorObjective(state, device, uses_bf16(config, device, SECTION), wrap)
+    objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device), wrap)
     recorder = Recorder(run, train_config, decides, validator, report, state)
     stopped = ""
     try:

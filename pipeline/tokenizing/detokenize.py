@@ -13,13 +13,12 @@ from pipeline.config import Config
 from pipeline.data.manifest import SPLITS, Manifest
 from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_trained
-from pipeline.job import run_nested
 from pipeline.pretrained import load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tokenizing import stage as tokenizing
 from pipeline.tokenizing.made_shards import write_shards_manifest
-from pipeline.tokenizing.manifest import TokenManifest, check_stream, check_tokenizer, read_token_manifest, with_path
+from pipeline.tokenizing.manifest import TokenManifest, check_stream, check_tokenizer, read_token_manifest
 from pipeline.tokenizing.plan import Range, keep_plan, ranges_of_files
 from pipeline.tracking import Tracker, check_tracking
 
@@ -62,7 +61,7 @@ def run(run: Run) -> None:
         BadInput: a stream that cannot be decoded as configured, or the run was begun with another one.
         Stopped: the run was asked to stop; finished files are kept.
     """
-    config = run.config = _with_tokens(run.config)
+    config = run.config = tokenizing.with_tokens(run.config)
     manifest = read_token_manifest(config.tokens.path)
     check_stream(config, manifest.stream)
     run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}
@@ -85,15 +84,6 @@ def run(run: Run) -> None:
         parts, seconds = make_all(run, "detokenize", tokenizer, work, ranges)
         shards = _write_results(run, manifest, facts, ranges, parts)
         _report(run, shards, lengths, rates(parts, seconds, ("decode",)), tracker)
-
-
-def _with_tokens(config: Config) -> Config:
-    """The configuration with `tokens.path` and `tokenizer.checkpoint`; makes the stream when none is named."""
-    if config.tokens.path:
-        return with_trained(config)
-    say("tokens.path is empty: tokenizing first")
-    made = run_nested("tokenize_images", "pipeline.tokenizing.stage", config)
-    return with_path(made.config, made.folder)
 
 
 def _facts(config: Config, manifest: TokenManifest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One worker's way from pictures to a token file: read, encode, rank, write."""
+"""One worker's way from pictures to a token file: read, look at every view, encode, rank, write."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.config import TokensConfig
 from pipeline.data.manifest import Shard
 from pipeline.data.shards import ShardDataset
 from pipeline.paths import write_atomically
@@ -17,6 +18,7 @@ from pipeline.tokenizing.arrow import to_parquet, to_table
 from pipeline.tokenizing.manifest import Stream
 from pipeline.tokenizing.parts import Seconds, Stopwatch
 from pipeline.tokenizing.plan import Range
+from pipeline.tokenizing.views import View, look, views_of
 from tatok_model.tokens import Tokens
 
 
@@ -28,7 +30,8 @@ class EncodingWork:
     key: str  # of the plan
     shards: str  # folder of the shards, which every node has to see
     stream: Stream
-    batch_size: int
+    config: TokensConfig
+    seed: int  # of shifted copies
     files: ClassVar[str] = "tokens"  # the folder of what is made
 
     def worker(self, tokenizer: Any, device: str) -> "Encoder":
@@ -55,7 +58,7 @@ class Encoder:
     def warm_up(self) -> None:
         """One whole batch of noise, so that the first timed batch pays for no set-up."""
         side = self._work.stream.image_size
-        noise = np.random.default_rng(0).integers(0, 256, (self._work.batch_size, side, side, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (self._work.config.batch_size, side, side, 3), dtype=np.uint8)
         self.tokens(noise, Stopwatch(self._device))
 
     def make(self, task: Range) -> tuple[Shard, Seconds]:
@@ -84,8 +87,18 @@ class Encoder:
     def _tables(self, task: Range, watch: Stopwatch) -> Iterator[pa.Table]:
         if task.split not in self._pictures:
             self._pictures[task.split] = ShardDataset(self._work.shards, task.split)
-        source, rows = self._pictures[task.split], task.rows()
-        for first in range(0, len(rows), self._work.batch_size):
-            places = rows[first : first + self._work.batch_size].tolist()
-            tokens = self.tokens(source.images(places), watch)
-            yield to_table(tokens, source.ids(places), source.labels(places), self._work.stream)
+        source, numbers = self._pictures[task.split], task.pictures()
+        batch = self._work.config.batch_size
+        for first in range(0, len(numbers), batch):
+            yield self._table(source, numbers[first : first + batch], views_of(task.split, self._work.config), watch)
+
+    def _table(self, source: ShardDataset, numbers: np.ndarray, views: list[View], watch: Stopwatch) -> pa.Table:
+        """Rows of (B,) pictures, the views of each one after the other; every view is one batch."""
+        places = numbers.tolist()
+        pictures, ids, labels = source.images(places), source.ids(places), source.labels(places)
+        tables = []
+        for view in views:
+            tokens = self.tokens(look(pictures, view, self._work.seed, numbers), watch)
+            tables.append(to_table(tokens, [name + view.name for name in ids], labels, self._work.stream))
+        rows = np.arange(len(views) * len(places)).reshape(len(views), -1).T.ravel()
+        return tables[0] if len(views) == 1 else pa.concat_tables(tables).take(rows)

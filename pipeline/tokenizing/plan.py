@@ -17,25 +17,34 @@ from pipeline.data.manifest import SPLITS
 from pipeline.errors import BadInput
 from pipeline.paths import write_json
 from pipeline.tokenizing.manifest import TokenManifest
+from pipeline.tokenizing.views import views_of
 
-RANGE_ROWS = 1024  # pictures per range: seconds of work, a few megabytes of tokens
+RANGE_ROWS = 1024  # rows per range: seconds of work, a few megabytes of tokens
 
 
 @dataclass(frozen=True)
 class Range:
-    """The work of one task: some of the pictures that were chosen of a split, which are numbered 0 to count - 1."""
+    """The work of one task: some of the rows that were chosen of a split, which are numbered 0 to count - 1.
+
+    A picture is one row for each of its views; all of them are in one range.
+    """
 
     number: int  # over both splits; names the part
     split: str  # train | heldout
     index: int  # within the split; names the file
-    start: int  # number of the first picture
+    start: int  # number of the first row
     stop: int  # one past the last
-    count: int  # pictures chosen of the split
-    total: int  # pictures in the split
+    count: int  # rows chosen of the split
+    total: int  # rows in the split
+    views: int = 1  # rows of a picture that is to become tokens
 
     def rows(self) -> np.ndarray:
-        """Their places in the split: spread evenly over it, because shards may be sorted by class."""
+        """Places in the split of rows that exist: spread evenly over it, because shards may be sorted by class."""
         return np.arange(self.start, self.stop) * self.total // self.count
+
+    def pictures(self) -> np.ndarray:
+        """Places in the split of the pictures whose views become rows, spread likewise."""
+        return np.arange(self.start // self.views, self.stop // self.views) * self.total // self.count
 
     @property
     def name(self) -> str:
@@ -44,20 +53,23 @@ class Range:
 
 
 def ranges_of_pictures(rows: dict[str, int], config: TokensConfig) -> list[Range]:
-    """Ranges of about `RANGE_ROWS` pictures, in whole batches.
+    """Ranges of about `RANGE_ROWS` rows, in whole batches of pictures.
 
     Args:
         rows: pictures in each split.
-        config: which splits, how many of each, in which batches.
+        config: which splits, how many of each, in which batches, with which views.
 
     Raises:
         BadInput: there is no picture in the splits that are wanted.
     """
-    size = -(-RANGE_ROWS // config.batch_size) * config.batch_size
     found: list[Range] = []
     for split, total, count in _chosen(rows, config):
-        for index, start in enumerate(range(0, count, size)):
-            found.append(Range(len(found), split, index, start, min(start + size, count), count, total))
+        views = len(views_of(split, config))
+        batch, rows_chosen = config.batch_size * views, count * views
+        size = -(-RANGE_ROWS // batch) * batch
+        for index, start in enumerate(range(0, rows_chosen, size)):
+            stop = min(start + size, rows_chosen)
+            found.append(Range(len(found), split, index, start, stop, rows_chosen, total * views, views))
     return found
 
 

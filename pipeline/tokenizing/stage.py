@@ -33,7 +33,7 @@ from pipeline.training import stage as training
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.tokenizing.parts import Part
 
-DECIDING = ("split", "max_images", "batch_size")  # keys of the tokens section that decide rows
+DECIDING = ("split", "max_images", "batch_size", "flip", "crops")  # keys of the tokens section that decide rows
 
 
 def check(config: Config) -> None:
@@ -74,7 +74,7 @@ def run(run: Run) -> None:
     from pipeline.tokenizing.encoding import EncodingWork
     from pipeline.tokenizing.follow import make_all, rates
 
-    work = EncodingWork(run.folder, key, config.data.shards, stream, config.tokens.batch_size)
+    work = EncodingWork(run.folder, key, config.data.shards, stream, config.tokens, config.train.seed)
     tags = {"data_fingerprint": shards.fingerprint, "tokenizer_sha256": sha256, "score": stream.score}
     with Tracker.start(run, {**tags, "rounds": str(stream.rounds)}) as tracker:
         parts, seconds = make_all(run, "tokenize", tokenizer, work, ranges)
@@ -102,7 +102,7 @@ def write_manifest(
             if task.split == name:
                 files.append(TokenFile(part.file.file, part.file.rows, part.file.sha256, task.start))
         splits[name] = TokenSplit(sum(file.rows for file in files), tuple(files))
-    decides = {key: getattr(run.config.tokens, key) for key in DECIDING}
+    decides = {key.removeprefix("tokens."): value for key, value in _decides(run.config).items()}
     manifest = TokenManifest(stream, decides, shards.fingerprint, shards.classes, splits, fingerprint(splits))
     write_json(run.folder / NAME, manifest.to_dict())
     return manifest
@@ -115,8 +115,14 @@ def _facts(config: Config, stream: Stream, shards: Manifest) -> dict[str, Any]:
         "tokenizer.checkpoint": stream.tokenizer_sha256,
         "filter.score": stream.score,
         "filter.rounds": stream.rounds,
-        **{f"tokens.{key}": getattr(config.tokens, key) for key in DECIDING},
+        **_decides(config),
     }
+
+
+def _decides(config: Config) -> dict[str, Any]:
+    """What decides rows, by key; the seed only where copies are shifted at random."""
+    decides: dict[str, Any] = {f"tokens.{key}": getattr(config.tokens, key) for key in DECIDING}
+    return decides | ({"train.seed": config.train.seed} if config.tokens.crops else {})
 
 
 def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker: Tracker) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import latest
+from pipeline.devices import pick_device
 from pipeline.errors import Stopped
 from pipeline.run import Run
 from pipeline.tracking import Tracker
@@ -45,10 +46,10 @@ def _run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
         from pipeline.training.ray_workers import run_workers
 
         return run_workers(run, section, worker)
-    from pipeline.training.worker import compiled, pick_device
+    from pipeline.training.worker import compiled
 
-    device, wrap = pick_device(run.config, section), compiled(run.config, section)
-    return import_module(worker).work(run, device, wrap)
+    device = pick_device(section, getattr(run.config, section).device)
+    return import_module(worker).work(run, device, compiled(run.config, section))
 
 
 def export(folder: Path) -> Path:

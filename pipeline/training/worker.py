@@ -11,7 +11,8 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput, Stopped
+from pipeline.devices import uses_bf16
+from pipeline.errors import Stopped
 from pipeline.pretrained import load_lpips
 from pipeline.run import Run
 from pipeline.training import distributed
@@ -59,7 +60,7 @@ def work(
     batches = Batches(
         pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip, draws
     )
-    objective = Objective(state, _losses(config, device), device, uses_bf16(config, device), wrap)
+    objective = Objective(state, _losses(config, device), device, uses_bf16(train_config.precision, device), wrap)
     recorder = Recorder(run, train_config, deciding(config), validator, report, state)
     stopped = ""
     try:
@@ -77,28 +78,6 @@ def _losses(config: Config, device: torch.device) -> ReconstructionLoss:
         files = config.losses.perceptual_backbone, config.losses.perceptual_heads
         perceptual = load_lpips("losses.perceptual", *files, config.data.image_size)
     return ReconstructionLoss(config.losses, perceptual).to(device)
-
-
-def uses_bf16(config: Config, device: torch.device, section: str = "train") -> bool:
-    """Whether to compute in bfloat16: as configured in a training's section, by default on a GPU that can."""
-    precision = getattr(config, section).precision
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
-
-
-def pick_device(config: Config, section: str = "train") -> torch.device:
-    """The device that a training's section names; `auto` is a GPU where there is one.
-
-    Raises:
-        BadInput: a GPU is wanted where there is none.
-    """
-    device = getattr(config, section).device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"{section}.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
 
 
 def compiled(config: Config, section: str = "train") -> Callable[[torch.nn.Module], torch.nn.Module]:

@@ -240,15 +240,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, configure):
         stage.check(config)
 
 
-def test_a_gpu_that_is_not_there_is_refused(configure, monkeypatch):
-    from pipeline.training.worker import pick_device
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert pick_device(configure()).type == "cpu"
-    with pytest.raises(BadInput, match=r"train\.device is 'cuda'; expected cpu or auto"):
-        pick_device(configure(train={"device": "cuda"}))
-
-
 def test_the_default_name_says_preset_and_stage():
     assert stage.default_name(load_config("smoke")) == "smoke-train"
 
