@@ -39,6 +39,26 @@ def check_score(config: Config) -> None:
         )
 
 
+def check_global_counts(config: Config) -> None:
+    """Refuse cuts of a tokenizer without patch tokens that are not a number of its global tokens.
+
+    Raises:
+        BadInput: another rule than count, or a threshold that is not a whole number from 1 to M.
+    """
+    if config.tokenizer.patch_tokens:
+        return
+    section, most = config.filter, config.tokenizer.global_tokens
+    cuts = {"evaluate.thresholds": config.evaluate.thresholds}
+    if (section.rule, section.threshold) != ("relative", 1):
+        cuts["filter.threshold"] = (section.threshold,)
+    for key, thresholds in cuts.items():
+        if thresholds and section.rule != "count":
+            raise BadInput(f"filter.rule is {section.rule!r} without patch tokens; expected count, of global tokens")
+        for threshold in thresholds:
+            if not 1 <= threshold <= most or threshold % 1:
+                raise BadInput(f"{key} has {threshold:g}; expected a whole number from 1 to {most}, the global tokens")
+
+
 def check_files(config: Config, *keys: str) -> None:
     """Refuse files that are named and not there.
 

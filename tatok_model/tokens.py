@@ -176,6 +176,16 @@ class Tokens:
         side = Side(length=not fixes_length(rule, threshold), positions=how)
         return replace(self, kept_mask=kept_mask_of(self.ranking.order, counts), side=side)
 
+    def cut_globals(self, count: int) -> "Tokens":
+        """Keep the first `count` global tokens of each image: a cut of images without patch tokens.
+
+        Raises:
+            ValueError: `count` is outside 0 to M.
+        """
+        if not 0 <= count <= self.global_indices.shape[1]:
+            raise ValueError(f"count is {count}; expected 0 to {self.global_indices.shape[1]}, the global tokens")
+        return replace(self, global_counts=torch.full_like(self.patch_counts, count))
+
     def to(self, device: torch.device | str) -> "Tokens":
         """The same tokens on another device."""
         return replace(

@@ -3,9 +3,8 @@
 Shapes: B images, M global tokens, N patch positions.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.config import FilterConfig
@@ -63,8 +62,7 @@ class Cuts:
         if point.threshold is None:
             return tokens
         if tokens.ranking is None:
-            counts = torch.full_like(tokens.patch_counts, int(point.threshold))
-            return replace(tokens, global_counts=counts)
+            return tokens.cut_globals(int(point.threshold))
         return tokens.cut(self.filter.rule, point.threshold, self.filter.replay)
 
     def bits_coded(self, codec: TaTok, tokens: Tokens) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import read_architecture
-from pipeline.checks import check_files, check_score
+from pipeline.checks import check_files, check_global_counts, check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
@@ -63,26 +63,6 @@ def check_extractors(config: Config) -> None:
     for path in config.evaluate.more_extractors:
         if not Path(path).is_file():
             raise BadInput(f"evaluate.more_extractors has {path!r}, which does not exist; expected a file")
-
-
-def check_global_counts(config: Config) -> None:
-    """Refuse cuts of a tokenizer without patch tokens that are not a number of its global tokens.
-
-    Raises:
-        BadInput: another rule than count, or a threshold that is not from 1 to M.
-    """
-    if config.tokenizer.patch_tokens:
-        return
-    section, most = config.filter, config.tokenizer.global_tokens
-    cuts = {"evaluate.thresholds": config.evaluate.thresholds}
-    if (section.rule, section.threshold) != ("relative", 1):
-        cuts["filter.threshold"] = (section.threshold,)
-    for key, thresholds in cuts.items():
-        if thresholds and section.rule != "count":
-            raise BadInput(f"filter.rule is {section.rule!r} without patch tokens; expected count, of global tokens")
-        for threshold in thresholds:
-            if not 1 <= threshold <= most:
-                raise BadInput(f"{key} has {threshold:g}; expected 1 to {most}, the global tokens")
 
 
 def default_name(config: Config) -> str:

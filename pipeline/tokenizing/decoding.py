@@ -126,5 +126,7 @@ def shard_rows(
 
 
 def cut(tokens: Tokens, config: FilterConfig) -> Tokens:
-    """What the configured rule keeps; tokens that are only global stay as they are."""
-    return tokens if tokens.ranking is None else tokens.cut(config.rule, config.threshold, config.replay)
+    """What the configured rule keeps; of tokens that are only global, `count` keeps that many leading ones."""
+    if tokens.ranking is None:
+        return tokens.cut_globals(int(config.threshold)) if config.rule == "count" else tokens
+    return tokens.cut(config.rule, config.threshold, config.replay)

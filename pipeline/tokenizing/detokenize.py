@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import check_architecture
+from pipeline.checks import check_global_counts
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import SPLITS, Manifest
@@ -33,11 +34,12 @@ def check(config: Config) -> None:
 
     Raises:
         BadInput: as tokenizing's `check` where no stream is named; a stream that is none, of another tokenizer, score
-            or number of rounds than configured, no tokenizer, more workers than CPUs, a tracking address of unknown
-            form.
+            or number of rounds than configured, no tokenizer, a cut that tokens without patch tokens cannot have, more
+            workers than CPUs, a tracking address of unknown form.
     """
     check_cpus("tokens.num_workers", config.tokens.num_workers)
     check_tracking(config)
+    check_global_counts(config)
     if not config.tokens.path:
         tokenizing.check(config)
         return
@@ -88,7 +90,7 @@ def run(run: Run) -> None:
 
 def _facts(config: Config, manifest: TokenManifest) -> dict[str, Any]:
     """Everything that decides bytes."""
-    keys = ["filter.rule", "filter.threshold"] if manifest.stream.score else []
+    keys = ["filter.rule", "filter.threshold"]
     keys += ["tokens.split", "tokens.max_images", "tokens.batch_size", "tokens.encoding", "data.quality"]
     values = config.to_dict()
     return {
@@ -127,4 +129,4 @@ def _report(run: Run, shards: Manifest, lengths: Any, speed: dict[str, float], t
     run.outputs["decoded"] = str(path)
     tracker.picture(path, "decoded", 0)
     draw_lengths(run, lengths.counts, tracker)
-    say(f"detokenize: {run.results['images']} images at {run.results['tokens_mean']:.1f} tokens -> {run.folder}")
+    say(f"detokenize: {run.results['images']} images at {run.results['tokens_per_image']:.1f} tokens -> {run.folder}")

@@ -27,12 +27,12 @@ class Lengths:
         """By their names in summary.json."""
         low, middle, high = np.percentile(self.counts, (5, 50, 95)).tolist()
         return {
-            "tokens_mean": float(self.counts.mean()),
+            "tokens_per_image": float(self.counts.mean()),
             "tokens_std": float(self.counts.std()),
-            "tokens_p5": low,
+            "tokens_p05": low,
             "tokens_p50": middle,
             "tokens_p95": high,
-            "bits_fixed_mean": float(self.bits_fixed.mean()),
+            "bits_fixed": float(self.bits_fixed.mean()),
         }
 
 

@@ -6,7 +6,7 @@ First the plan (`plan.json`), then one token file per range of it, then `tokens.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checks import check_score
+from pipeline.checks import check_global_counts, check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config, TokensConfig
 from pipeline.data.manifest import SPLITS, Manifest, read_manifest
@@ -41,12 +41,13 @@ def check(config: Config) -> None:
 
     Raises:
         BadInput: as training's `check` where there is no tokenizer yet; a score that needs an entropy model without
-            one, shards of another image size, a checkpoint of another architecture, more workers than CPUs, a tracking
-            address of unknown form.
+            one, a cut that tokens without patch tokens cannot have, shards of another image size, a checkpoint of
+            another architecture, more workers than CPUs, a tracking address of unknown form.
     """
     check_cpus("tokens.num_workers", config.tokens.num_workers)
     check_tracking(config)
     check_score(config)
+    check_global_counts(config)
     check_inputs(config)
 
 
@@ -146,4 +147,4 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
 def _told(run: Run) -> str:
     section, found = run.config.filter, run.results
     cut = f"{section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else "global tokens only"
-    return f"{found['tokens_mean']:.1f} tokens and {found['bits_fixed_mean']:.0f} bits an image ({cut})"
+    return f"{found['tokens_per_image']:.1f} tokens and {found['bits_fixed']:.0f} bits an image ({cut})"

@@ -66,6 +66,14 @@ def test_replay_with_a_varying_length_sends_length_and_check():
     assert (cut.bits(0.0) - 32).tolist() == pytest.approx([math.log2(5)] * 2)
 
 
+def test_images_without_patch_tokens_are_cut_to_leading_global_tokens():
+    tokens = Tokens(torch.zeros(2, 3).long(), torch.zeros(2, 0).long(), torch.zeros(2, 0).bool())
+    assert tokens.cut_globals(2).counts().tolist() == [2, 2]
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match=f"count is {count}; expected 0 to 3, the global tokens"):
+            tokens.cut_globals(count)
+
+
 def test_tokens_without_a_ranking_are_not_cut():
     with pytest.raises(ValueError, match="these tokens hold one cut and no ranking"):
         tokens().cut("count", 1)

@@ -68,7 +68,7 @@ def test_the_shards_are_like_those_of_preprocess(finished: Started, tokens: Path
     assert (rows[0]["height"], rows[0]["width"]) == (16, 16)
     assert run.results["images"] == 31
     assert run.results["decode_images_per_second"] > 0
-    assert 2 < run.results["tokens_mean"] < 18
+    assert 2 < run.results["tokens_per_image"] < 18
     with Image.open(run.outputs["decoded"]) as grid:
         assert grid.width > 7 * grid.height, "eight pictures in a row"
     assert Path(run.outputs["token_histogram"]).stat().st_size
@@ -80,7 +80,7 @@ def test_fewer_tokens_are_another_picture(finished: Started, tokens: Path) -> No
         run = finished("detokenize", f"at-{threshold}", f"tokens.path={tokens}", f"filter.threshold={threshold}")
         names.append(read_manifest(run.folder).fingerprint)
     assert len(set(names)) == 3
-    assert run.results["tokens_mean"] == 2
+    assert run.results["tokens_per_image"] == 2
 
 
 def test_some_pictures_in_another_encoding(finished: Started, tokens: Path) -> None:
@@ -93,11 +93,21 @@ def test_some_pictures_in_another_encoding(finished: Started, tokens: Path) -> N
     assert made.manifest.config["encoding"] == "webp"
 
 
-def test_tokens_that_are_only_global_are_decoded_too(finished: Started, new_tokenizer: Callable[..., Path]) -> None:
+def test_tokens_that_are_only_global_are_decoded_and_cut_too(
+    begin: Started, finished: Started, new_tokenizer: Callable[..., Path]
+) -> None:
     kind = "tokenizer.patch_tokens=false", f"tokenizer.checkpoint={new_tokenizer(patch_tokens=False)}"
     stream = finished("tokenize_images", "tokens", *kind).folder
     run = finished("detokenize", "pictures", f"tokens.path={stream}", *kind)
-    assert (run.results["images"], run.results["tokens_mean"]) == (31, 2)
+    assert (run.results["images"], run.results["tokens_per_image"]) == (31, 2)
+    cut = "filter.rule=count", "filter.threshold=1"
+    shorter = finished("detokenize", "cut", f"tokens.path={stream}", *kind, *cut)
+    assert shorter.results["tokens_per_image"] == 1
+    assert read_manifest(shorter.folder).fingerprint != read_manifest(run.folder).fingerprint
+    with pytest.raises(BadInput, match="filter.threshold is 2"):
+        detokenize.run(begin("detokenize", "cut", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=2", resume=True))
+    with pytest.raises(BadInput, match="filter.threshold has 1.5; expected a whole number from 1 to 2"):
+        begin("detokenize", "half", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=1.5")
 
 
 def test_without_a_stream_it_is_made_first(finished: Started) -> None:

@@ -72,7 +72,7 @@ def test_every_picture_is_there_with_its_tokens_and_its_label(
         assert torch.equal(kept, torch.cat([part.cut("residual", 20.0).kept_mask for part in expected]))
     assert run.results["images"] == 31
     assert (run.results["rows_train"], run.results["rows_heldout"]) == (21, 10)
-    assert run.results["tokens_p5"] <= run.results["tokens_p50"] <= run.results["tokens_p95"]
+    assert run.results["tokens_p05"] <= run.results["tokens_p50"] <= run.results["tokens_p95"]
     for name in ("images_per_second", "encode_images_per_second", "rank_images_per_second", "stage_images_per_second"):
         assert run.results[name] > 0
     assert 0 < run.results["encode_share"] + run.results["rank_share"] < 1
@@ -85,10 +85,10 @@ def test_lengths_are_those_of_the_configured_cut(finished: Started) -> None:
     run = finished("tokenize_images", "one", "filter.rule=relative", "filter.threshold=0.5")
     cuts = [part.cut("relative", 0.5) for split in ("train", "heldout") for part in stored_tokens(run, split)[0]]
     counts = np.concatenate([tokens.counts().numpy() for tokens in cuts])
-    assert run.results["tokens_mean"] == counts.mean()
+    assert run.results["tokens_per_image"] == counts.mean()
     assert run.results["tokens_std"] == counts.std()
     assert run.results["tokens_p95"] == np.percentile(counts, 95)
-    assert run.results["bits_fixed_mean"] == pytest.approx(torch.cat([tokens.bits(4) for tokens in cuts]).mean().item())
+    assert run.results["bits_fixed"] == pytest.approx(torch.cat([tokens.bits(4) for tokens in cuts]).mean().item())
 
 
 def test_files_carry_what_they_are_and_the_manifest_where_they_begin(finished: Started) -> None:
@@ -105,7 +105,7 @@ def test_files_carry_what_they_are_and_the_manifest_where_they_begin(finished: S
 @pytest.mark.parametrize("score", ["surprisal", "entropy", "pixel_entropy", "random", "grid"])
 def test_every_score_makes_a_stream(finished: Started, score: str) -> None:
     run = finished("tokenize_images", score, f"filter.score={score}", "filter.rule=count", "filter.threshold=5")
-    assert run.results["tokens_mean"] == 7
+    assert run.results["tokens_per_image"] == 7
     assert read_token_manifest(run.folder).stream.score == score
 
 
@@ -116,7 +116,7 @@ def test_a_tokenizer_without_patch_tokens_makes_a_stream_without_ranking(
     run = finished("tokenize_images", "one", "tokenizer.patch_tokens=false", f"tokenizer.checkpoint={checkpoint}")
     parts, _, _ = stored_tokens(run, "train")
     assert all(tokens.ranking is None and not tokens.kept_mask.any() for tokens in parts)
-    assert (run.results["tokens_mean"], run.results["bits_fixed_mean"]) == (2, 8)
+    assert (run.results["tokens_per_image"], run.results["bits_fixed"]) == (2, 8)
 
 
 def test_some_pictures_are_spread_over_the_split(finished: Started) -> None:
@@ -147,7 +147,7 @@ def test_a_resumed_run_makes_what_is_missing_to_the_same_bytes(finished: Started
     assert kept.stat().st_mtime_ns == made, "a finished file is left alone"
     again = finished("tokenize_images", "killed", "filter.threshold=0.5", resume=True)
     assert "images_per_second" not in again.results, "nothing was made"
-    assert again.results["tokens_mean"] < resumed.results["tokens_mean"], "another cut needs no other stream"
+    assert again.results["tokens_per_image"] < resumed.results["tokens_per_image"], "another cut needs no other stream"
     assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
