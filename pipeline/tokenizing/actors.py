@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from pipeline.cluster import connect
 from pipeline.config import Config
 from pipeline.data.manifest import Shard
-from pipeline.errors import BadInput
 from pipeline.tokenizing.parts import Made, Part, Seconds, make_part, part_from_dict
 from pipeline.tokenizing.plan import Range
 
@@ -88,31 +87,6 @@ class RangeActor:
 def is_alone(workers: Workers, ranges: int) -> bool:
     """Whether one worker does it all: it needs no Ray, unless a cluster was named."""
     return min(workers.number, ranges) == 1 and "RAY_ADDRESS" not in os.environ
-
-
-def pick_device(workers: Workers, alone: bool) -> str:
-    """Where workers compute: as configured, by default on GPUs where there is one for each.
-
-    Raises:
-        BadInput: more workers than the cluster has CPUs, or than there are GPUs when those are asked for.
-    """
-    import torch
-
-    if alone:
-        gpus = torch.cuda.device_count()
-    else:
-        resources = connect().cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        if workers.number > cpus:
-            raise BadInput(
-                f"{workers.section}.num_workers is {workers.number}; expected at most the cluster's {cpus} CPUs"
-            )
-    number = 1 if alone else workers.number
-    if workers.device == "cuda" and number > gpus:
-        raise BadInput(
-            f"{workers.section}.device is 'cuda' for {number} workers; expected at most as many as the {gpus} GPUs"
-        )
-    return "cuda" if workers.device != "cpu" and gpus >= number else "cpu"
 
 
 def make_here(models: Any, work: Work, ranges: list[Range], device: str) -> Iterator[Part]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.devices import pick_device, pick_workers_device
 from pipeline.errors import Stopped
 from pipeline.progress import progress
 from pipeline.run import Run
-from pipeline.tokenizing.actors import Work, Workers, is_alone, make_here, make_on_actors, pick_device
+from pipeline.tokenizing.actors import Work, Workers, is_alone, make_here, make_on_actors
 from pipeline.tokenizing.parts import Part, prepare_folder
 from pipeline.tokenizing.plan import Range
 from pipeline.tracking import Tracker
@@ -28,12 +29,16 @@ def make_all(
         section: of the configuration, that says how many workers there are and where they compute.
 
     Raises:
-        BadInput: as `pick_device`.
+        BadInput: as `pick_device`, or as `pick_workers_device`.
         Stopped: the run was asked to stop; finished ranges are kept.
     """
     workers = Workers.of(run.config, section)
     alone = is_alone(workers, len(ranges))
-    device = pick_device(workers, alone)
+    device = (
+        pick_device(section, workers.device).type
+        if alone
+        else pick_workers_device(section, workers.device, workers.number)
+    )
     prepare_folder(work.folder, "parts", work.files, tidy=work.folder == run.folder)
     made = (
         make_here(models, work, ranges, device)

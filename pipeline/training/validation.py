@@ -23,8 +23,8 @@ ORDER_SEED = 0  # of the order in which pictures are measured
 class Validator:
     """Measures a tokenizer on `count` held-out pictures, evenly spread over the split, shared out over the workers.
 
-    Evenly, because a split in the order of its classes would otherwise show one class only; in an order drawn at random,
-    because what is measured on a batch exchanges global tokens within it.
+    Evenly, because a split in the order of its classes would otherwise show one class only; in an order drawn at
+    random, because what is measured on a batch exchanges global tokens within it.
 
     Args:
         pictures: the held-out split.

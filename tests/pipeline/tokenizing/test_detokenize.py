@@ -105,7 +105,9 @@ def test_tokens_that_are_only_global_are_decoded_and_cut_too(
     assert shorter.results["tokens_per_image"] == 1
     assert read_manifest(shorter.folder).fingerprint != read_manifest(run.folder).fingerprint
     with pytest.raises(BadInput, match="filter.threshold is 2"):
-        detokenize.run(begin("detokenize", "cut", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=2", resume=True))
+        detokenize.run(
+            begin("detokenize", "cut", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=2", resume=True)
+        )
     with pytest.raises(BadInput, match="filter.threshold has 1.5; expected a whole number from 1 to 2"):
         begin("detokenize", "half", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=1.5")
 

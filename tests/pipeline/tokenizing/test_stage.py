@@ -15,7 +15,6 @@ from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput, Stopped
 from pipeline.run import Run
 from pipeline.tokenizing import stage
-from pipeline.tokenizing.actors import pick_device
 from pipeline.tokenizing.arrow import from_table, read_token_file
 from pipeline.tokenizing.manifest import read_token_manifest
 from tatok_model.threads import one_thread
@@ -180,15 +179,6 @@ def test_a_run_is_not_resumed_as_another_one(begin: Started, finished: Started, 
 def test_a_score_needs_its_model(begin: Started) -> None:
     with pytest.raises(BadInput, match="filter.score is 'surprisal' with tokenizer.entropy_layers 0; expected a tok"):
         begin("tokenize_images", "one", "tokenizer.entropy_layers=0")
-
-
-def test_more_workers_than_there_is_room_for_are_refused(ray_session: ModuleType) -> None:
-    assert pick_device(TokensConfig(device="cpu", num_workers=2), alone=False) == "cpu"
-    with pytest.raises(BadInput, match="tokens.num_workers is 3; expected at most the cluster's 2 CPUs"):
-        pick_device(TokensConfig(num_workers=3), alone=False)
-    if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match="tokens.device is 'cuda' for 1 workers; expected at most as many as the 0"):
-            pick_device(TokensConfig(device="cuda"), alone=True)
 
 
 def test_one_worker_computes_as_an_actor_does(finished: Started, tokenizer: TaTok, shards: Path) -> None:
