@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import TokensConfig
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput, Stopped
 from pipeline.run import Run
