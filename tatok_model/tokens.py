@@ -144,6 +144,13 @@ class Tokens:
         """(B,) int64, T of each image."""
         return self.kept_mask.sum(dim=1)
 
+    def kept_globals(self) -> Tensor:
+        """(n,) int64 codebook entries of the global tokens that are part of a sequence, of all images together."""
+        if self.global_counts is None:
+            return self.global_indices.flatten()
+        places = torch.arange(self.global_indices.shape[1], device=self.global_indices.device)
+        return self.global_indices[places < self.global_counts[:, None]]
+
     def counts(self) -> Tensor:
         """(B,) int64, tokens of each image: M + T."""
         global_counts = self.global_indices.shape[1] if self.global_counts is None else self.global_counts

@@ -69,6 +69,8 @@ def test_replay_with_a_varying_length_sends_length_and_check():
 def test_images_without_patch_tokens_are_cut_to_leading_global_tokens():
     tokens = Tokens(torch.zeros(2, 3).long(), torch.zeros(2, 0).long(), torch.zeros(2, 0).bool())
     assert tokens.cut_globals(2).counts().tolist() == [2, 2]
+    assert len(tokens.kept_globals()) == 6
+    assert len(tokens.cut_globals(2).kept_globals()) == 4
     for count in (-1, 4):
         with pytest.raises(ValueError, match=f"count is {count}; expected 0 to 3, the global tokens"):
             tokens.cut_globals(count)
