@@ -33,7 +33,6 @@ from pipeline.grids import save_rows
 from pipeline.paths import sha256_file
 from pipeline.run import Run
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
-from tatok_model.metrics.inception import Inception2015
 from tatok_model.metrics.manifold import nearest, precision_recall
 
 MANIFOLD_IMAGES = 10_000  # of each kind at most, for precision and recall
@@ -95,13 +94,15 @@ class Comparison:
             BadInput: kept or given statistics are of other images or another network, token files that cannot be read.
             Stopped: the run was asked to stop; features that were computed are kept.
         """
-        made = self._features("generated", self.made, len(self.made), str(self.generated.folder), self.run.folder)
-        real = self._features("held-out", self.heldout, self.plan.count, self.run.config.data.shards)
-        results: dict[str, float] = {"images": len(made), "images_real": len(real)}
-        results |= self._distances(made, real)
+        results: dict[str, float] = {"images": len(self.made), "images_real": self.plan.count}
+        pairs = [(extractor, *self._features(extractor)) for extractor in (self.extractor, *self.more)]
+        for pair in pairs:
+            results[distance_name(pair[0])] = self._distance(*pair)
+        _, made, real = pairs[0]
         results |= self._scores(made, real)
         results |= self._manifold(made, real)
-        results |= self._classes(made, real)
+        for pair in pairs:
+            results |= self._classes(*pair)
         results |= self._token_lengths()
         results |= self._memorised(made, real)
         return results | self.generated.speed
@@ -139,7 +140,7 @@ class Comparison:
             found["token_lengths"] = folder / "token_lengths.png"
             title = f"Tokens of {len(self.made)} generated and {len(self._real_lengths[0])} real images"
             length_plot(found["token_lengths"], self._lengths[0], self._real_lengths[0], title)
-        if self.neighbours is not None and len(self.neighbours[0]):
+        if self.neighbours is not None:
             samples, beside = (
                 source.images(places.ravel().tolist())
                 for source, places in zip((self.made, self.train), self.neighbours, strict=True)
@@ -149,22 +150,20 @@ class Comparison:
             save_rows(found["nearest_train"], list(np.concatenate([samples[:, None], rows], axis=1)))
         return found
 
-    def _features(
-        self, label: str, source: ShardDataset, count: int, place: str, folder: Path | None = None
-    ) -> FeatureSet:
-        extractors = [self.extractor, *self.more]
-        return measure_features(self.run, label, source, count, place, extractors, folder)
+    def _features(self, extractor: Extractor) -> tuple[FeatureSet, FeatureSet]:
+        """Of generated and of held-out pictures."""
+        run, place, own = self.run, str(self.generated.folder), self.run.folder / "features" / extractor.name
+        made = measure_features(run, f"generated, {extractor.name}", self.made, len(self.made), place, extractor, own)
+        shards = run.config.data.shards
+        label = f"held-out, {extractor.name}"
+        return made, measure_features(run, label, self.heldout, self.plan.count, shards, extractor)
 
-    def _distances(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        found = {}
-        for extractor in (self.extractor, *self.more):
-            reference = self._reference(extractor, real)
-            if extractor is self.extractor:
-                self.reference = reference
-            ours = statistics(made.features[extractor.name])
-            distance = frechet_distance(ours.mean(), ours.covariance(), reference.mu, reference.sigma)
-            found[distance_name(extractor)] = distance
-        return found
+    def _distance(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> float:
+        reference = self._reference(extractor, real)
+        if extractor is self.extractor:
+            self.reference = reference
+        ours = statistics(made.features)
+        return frechet_distance(ours.mean(), ours.covariance(), reference.mu, reference.sigma)
 
     def _reference(self, extractor: Extractor, real: FeatureSet) -> Reference:
         """Statistics of the originals: given for the main extractor, kept by an earlier run, or new and kept."""
@@ -177,33 +176,28 @@ class Comparison:
         if found is not None:
             self.run.inputs[name] = {"path": str(path), "sha256": sha256_file(path)}
             return found
-        score = inception_score(real.logits[extractor.name]) if main else None
-        found = Reference.of(statistics(real.features[extractor.name]), score, meta)
+        score = inception_score(real.logits) if main else None
+        found = Reference.of(statistics(real.features), score, meta)
         found.save(path)
         self.run.outputs[name] = str(path)
         return found
 
     def _scores(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        name, key = self.extractor.score_name, self.extractor.name
-        return {name: inception_score(made.logits[key]), f"{name}_real": inception_score(real.logits[key])}
+        name = self.extractor.score_name
+        return {name: inception_score(made.logits), f"{name}_real": inception_score(real.logits)}
 
     def _manifold(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        key = self.extractor.name
         count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: balls shrink as a set grows
-        shares = precision_recall(drawn(real.features[key], count), drawn(made.features[key], count), NEIGHBOURS)
+        shares = precision_recall(drawn(real.features, count), drawn(made.features, count), NEIGHBOURS)
         return {**dict(zip(manifold_names(self.extractor), shares, strict=True)), "images_manifold": count}
 
-    def _classes(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """Of every extractor that was trained on as many classes as the data set has."""
-        found: dict[str, float] = {}
-        for extractor in (self.extractor, *self.more):
-            network = extractor.network
-            if isinstance(network, Inception2015) or network.classes != len(self.heldout.manifest.classes):
-                continue
-            ending = "" if extractor is self.extractor else f"_{extractor.name}"
-            for pictures, name in ((made, "class_accuracy"), (real, "class_accuracy_real")):
-                found |= class_accuracies(pictures.logits[extractor.name], pictures.labels, f"{name}{ending}")
-        return found
+    def _classes(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
+        """Of an extractor that was trained on as many classes as the data set has; nothing of another one."""
+        if extractor.comparable or extractor.network.classes != len(self.heldout.manifest.classes):
+            return {}
+        ending = "" if extractor is self.extractor else f"_{extractor.name}"
+        found = class_accuracies(made.logits, made.labels, f"class_accuracy{ending}")
+        return found | class_accuracies(real.logits, real.labels, f"class_accuracy_real{ending}")
 
     def _token_lengths(self) -> dict[str, float]:
         if self.compared_lengths:
@@ -213,15 +207,16 @@ class Comparison:
 
     def _memorised(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
         """How near generated and held-out pictures are to training pictures; keeps the nearest for the picture."""
-        count, key = min(len(self.train), TRAIN_IMAGES), self.extractor.name
-        if count < SHOWN_NEIGHBOURS:
+        count, shown = min(len(self.train), TRAIN_IMAGES), self.run.config.evaluate.nearest
+        if not shown or count < SHOWN_NEIGHBOURS:
             return {}
-        train = self._features("training", self.train, count, self.run.config.data.shards)
-        distances, indices = nearest(made.features[key], train.features[key], SHOWN_NEIGHBOURS)
-        closest = distances[:, 0].argsort(stable=True)[: self.run.config.evaluate.nearest]
+        label, shards = f"training, {self.extractor.name}", self.run.config.data.shards
+        train = measure_features(self.run, label, self.train, count, shards, self.extractor)
+        distances, indices = nearest(made.features, train.features, SHOWN_NEIGHBOURS)
+        closest = distances[:, 0].argsort(stable=True)[:shown]
         self.neighbours = made.places[closest.numpy()], train.places[indices[closest].numpy()]
         ours = float(distances[:, 0].median())
-        theirs = float(nearest(real.features[key], train.features[key])[0].median())
+        theirs = float(nearest(real.features, train.features)[0].median())
         found = {"nearest_train": ours, "nearest_train_real": theirs, "images_train": count}
         return found if theirs == 0 else {**found, "memorisation_ratio": ours / theirs}
 

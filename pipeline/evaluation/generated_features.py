@@ -1,7 +1,7 @@
 """Features and logits of every picture of a split, kept as files: ranges to workers, as tokens are made.
 
 Generated pictures are compared one by one (precision and recall, neighbours, classes), so sums do not do. Those of
-real pictures are kept beside the reference statistics, `{run.output}/reference/features-{key}`, and serve later runs.
+real pictures are kept for later runs, in `{run.output}/reference/features-{extractor}-{key}`.
 
 Shapes: B pictures, F features, C classes.
 """
@@ -9,7 +9,7 @@ Shapes: B pictures, F features, C classes.
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,19 +31,19 @@ RANGE_ROWS = 1024  # pictures per file, in whole batches
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Of B pictures.
+    """What one network says of B pictures.
 
     Attributes:
         places: (B,) where they stand in their split.
         labels: (B,) classes, -1 for none.
-        features: by extractor, (B, F) float32.
-        logits: by extractor, (B, C) float32.
+        features: (B, F) float32.
+        logits: (B, C) float32.
     """
 
     places: np.ndarray
     labels: np.ndarray
-    features: dict[str, torch.Tensor]
-    logits: dict[str, torch.Tensor]
+    features: torch.Tensor
+    logits: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.places)
@@ -60,7 +60,7 @@ class FeatureWork:
     files: ClassVar[str] = "features"  # the folder of what is made
 
     def worker(self, models: Any, device: str) -> "FeatureWorker":
-        """Models are the networks by name."""
+        """The model is the network."""
         return FeatureWorker(models, self, device)
 
 
@@ -68,42 +68,38 @@ class FeatureWorker:
     """Makes files of features.
 
     Args:
-        networks: by name; they are moved to `device`.
+        network: `FeatureExtractor`; it is moved to `device`.
         work: of the set.
         device: where everything computes.
     """
 
-    def __init__(self, networks: dict[str, Any], work: FeatureWork, device: str) -> None:
+    def __init__(self, network: Any, work: FeatureWork, device: str) -> None:
         self._work, self._device = work, torch.device(device)
-        self._networks = {name: network.to(self._device).eval() for name, network in networks.items()}
+        self._network = network.to(self._device).eval()
         self._pictures: dict[str, ShardDataset] = {}
 
     def make(self, task: Range) -> tuple[Shard, Seconds]:
         """Features of the pictures of one range; see `actors.Worker`."""
         watch = Stopwatch(self._device)
         with watch.timed("total"):
-            batches = list(self._batches(task))
+            features, logits = (np.concatenate(found) for found in zip(*self._batches(task), strict=True))
             file = io.BytesIO()
-            whole: dict[str, Any] = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-            np.savez(file, **whole)
+            np.savez(file, features=features, logits=logits)
             path = self._work.folder / self._work.files / f"{task.name}.npz"
             write_atomically(path, file.getvalue())
         checksum = hashlib.sha256(file.getvalue()).hexdigest()
         return Shard(f"{self._work.files}/{path.name}", task.stop - task.start, checksum), watch.seconds
 
     @torch.inference_mode()
-    def _batches(self, task: Range) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self, task: Range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if task.split not in self._pictures:
             self._pictures[task.split] = ShardDataset(self._work.shards, task.split)
         source, rows = self._pictures[task.split], task.rows()
         for first in range(0, len(rows), self._work.batch_size):
             batch = source.images(rows[first : first + self._work.batch_size].tolist())
             images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self._device)
-            found: dict[str, np.ndarray] = {}
-            for name, network in self._networks.items():
-                features, logits = network(images)
-                found |= {f"features@{name}": features.cpu().numpy(), f"logits@{name}": logits.cpu().numpy()}
-            yield found
+            features, logits = self._network(images)
+            yield features.cpu().numpy(), logits.cpu().numpy()
 
 
 def measure_features(
@@ -112,7 +108,7 @@ def measure_features(
     source: ShardDataset,
     count: int,
     place: str,
-    extractors: Sequence[Extractor],
+    extractor: Extractor,
     folder: Path | None = None,
 ) -> FeatureSet:
     """Features of `count` pictures, spread evenly over a split; what was computed before is read.
@@ -123,7 +119,7 @@ def measure_features(
         source: the split.
         count: pictures, at most all.
         place: folder of its shards.
-        extractors: the networks.
+        extractor: the network.
         folder: where the files are kept; None: beside the reference statistics.
 
     Raises:
@@ -135,25 +131,22 @@ def measure_features(
         "split": source.split,
         "images": count,
         "batch_size": batch_size,
-        "extractors": {extractor.name: extractor.weights_sha256 for extractor in extractors},
+        "extractor": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
     }
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-    work = FeatureWork(
-        folder or Path(run.config.run.output) / "reference" / f"features-{key[:16]}", key, place, batch_size
-    )
+    shared = Path(run.config.run.output) / "reference" / f"features-{extractor.name}-{key[:16]}"
+    work = FeatureWork(folder or shared, key, place, batch_size)
     size = -(-RANGE_ROWS // batch_size) * batch_size
     ranges = [
         Range(number, source.split, number, start, min(start + size, count), count, len(source))
         for number, start in enumerate(range(0, count, size))
     ]
-    networks = {extractor.name: extractor.network for extractor in extractors}
-    parts, _ = make_all(run, label, networks, work, ranges, "evaluate")
-    arrays: dict[str, list[np.ndarray]] = {}
+    parts, _ = make_all(run, label, extractor.network, work, ranges, "evaluate")
+    features, logits = [], []
     for part in parts:
         with np.load(work.folder / part.file.file, allow_pickle=False) as file:
-            for name in file.files:
-                arrays.setdefault(name, []).append(file[name])
-    whole = {name: torch.from_numpy(np.concatenate(values)) for name, values in arrays.items()}
+            features.append(torch.from_numpy(file["features"]))
+            logits.append(torch.from_numpy(file["logits"]))
     places = np.concatenate([task.rows() for task in ranges])
-    of_kind = [{name: whole[f"{kind}@{name}"] for name in networks} for kind in ("features", "logits")]
-    return FeatureSet(places, source.labels(places.tolist()), *of_kind)
+    return FeatureSet(places, source.labels(places.tolist()), torch.cat(features), torch.cat(logits))

@@ -93,11 +93,11 @@ def rows(results: dict[str, float], extractor: Extractor, generated: Generated) 
         recall: f"share of real images inside the generated manifold, k = {NEIGHBOURS}",
         "images_manifold": "of each kind at most, for precision and recall",
         "class_accuracy": f"share that {extractor.name} puts into the class asked for",
-        "class_accuracy_worst": "of the worst class, named below",
         "class_accuracy_real": "the same of held-out originals",
+        "tokens_mean": "generated",
+        "tokens_mean_real": "held-out and training pictures",
         "tokens_mean_difference": "of the means, relative to the real one",
         "tokens_ks": "Kolmogorov-Smirnov distance of generated and real lengths",
-        "tokens_ks_worst": "of the worst class, named below",
         "tokens_mean_difference_worst": "of the class where it is largest",
         "nearest_train": "median distance to the nearest training picture, generated",
         "nearest_train_real": "the same of held-out originals",
@@ -106,6 +106,19 @@ def rows(results: dict[str, float], extractor: Extractor, generated: Generated) 
         "images_per_second": rate,
         "sample_images_per_second": f"tokens alone; {rate}",
         "decode_images_per_second": f"tokens to pictures alone; {rate}",
+        "batch_seconds_p50": f"a whole batch; {rate}",
+        "stage_images_per_second": "all workers by the clock, their start included",
     }
     for name, value in results.items():
-        yield Row(name, value, notes.get(name, ""))
+        yield Row(name, value, notes.get(name) or _note_by_form(name))
+
+
+def _note_by_form(name: str) -> str:
+    """Beside names that are made of others."""
+    if name.endswith("_worst"):
+        return "of the worst class, numbered below"
+    if name.startswith("gfd_"):
+        return f"Frechet distance, {name.removeprefix('gfd_')}"
+    if name.startswith("class_accuracy_") and not name.endswith("_worst_class"):
+        return f"the same by {name.removeprefix('class_accuracy_').removeprefix('real_')}"
+    return ""
