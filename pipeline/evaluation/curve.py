@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.measurements import Measurements
+from pipeline.evaluation.measurements import Measurements, PerImage
 from pipeline.evaluation.reference import Reference
+from pipeline.evaluation.replay import charged, fallback_share
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
 from tatok_model.metrics.rate_distortion import spearman, spearman_interval
 
@@ -39,7 +40,19 @@ def cut_results(found: Measurements, prefix: str, distances: list[Distance], pix
     results = dict(found[f"{prefix}quality"].results())
     for distance in distances:
         results[distance.name] = frechet(found[f"{prefix}features{distance.key}"], distance.reference)
-    return results | length_results(lengths["tokens"], lengths["bits_fixed"], lengths["bits_coded"], pixels)
+    results |= length_results(lengths["tokens"], bits_of(lengths, "bits_fixed"), bits_of(lengths, "bits_coded"), pixels)
+    if "replay_state" in lengths.arrays:
+        states = lengths["replay_state"]
+        results["replay_checked_images"] = float((states >= 0).sum())
+        results["replay_fallback_share"] = fallback_share(states)
+    return results
+
+
+def bits_of(lengths: PerImage, name: str) -> np.ndarray:
+    """(B,) bits_fixed or bits_coded of each image; those that a reader cannot replay pay for their positions."""
+    if "replay_state" not in lengths.arrays:
+        return lengths[name]
+    return charged(lengths[name], lengths["replay_state"], lengths["fallback_bits"])
 
 
 def length_results(tokens: np.ndarray, bits_fixed: np.ndarray, bits_coded: np.ndarray, pixels: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.evaluation.curve import bits_of
 from pipeline.evaluation.cuts import Point
 from pipeline.evaluation.measurements import Measurements
 from pipeline.paths import write_atomically
@@ -26,7 +27,7 @@ from pipeline.tracking import Tracker
 if TYPE_CHECKING:
     from pipeline.evaluation.bench import Bench
 
-PER_CUT = ("tokens", "bits_fixed", "bits_coded", "squared_error")
+PER_CUT, BITS_PER_CUT = ("tokens", "squared_error"), ("bits_fixed", "bits_coded")
 Curve = list[tuple[Point, dict[str, float]]]
 
 
@@ -67,6 +68,7 @@ def _images_table(bench: "Bench", found: Measurements, curve: Curve) -> bytes:
     values |= dict(found["images"].arrays)
     for column, state in [("operating", "lengths"), *((point.name, f"{point.name}.lengths") for point, _ in curve)]:
         values |= {f"{column}_{name}": found[state][name] for name in PER_CUT}
+        values |= {f"{column}_{name}": bits_of(found[state], name) for name in BITS_PER_CUT}
         values[f"{column}_psnr"] = _psnr(found[state]["squared_error"], 3 * bench.manifest.image_size**2)
     file = io.BytesIO()
     pq.write_table(pa.table(values), file, compression="ZSTD")

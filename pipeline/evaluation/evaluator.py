@@ -16,6 +16,7 @@ from pipeline.evaluation.cuts import OPERATING, Cuts, Point
 from pipeline.evaluation.measurements import Measurements, PerImage, Pictures, Totals
 from pipeline.evaluation.picture_codecs import png_bytes
 from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.replay import ReplayCheck, fallback_bits
 from tatok_model.config import TokenizerConfig
 from tatok_model.filtering_rules import UNITS
 from tatok_model.lpips import LPIPS
@@ -94,6 +95,8 @@ class Evaluator:
         self._shown = plan.shown()
         self._cuts = cuts if isinstance(codec, TaTok) else None
         self._points = self._cuts.curve(codec) if self._cuts else []
+        replays = self._cuts is not None and self._cuts.filter.replay and codec.config.patch_tokens
+        self._replay = ReplayCheck(codec, plan) if replays else None
 
     def warm_up(self) -> None:
         """One whole batch of noise, so that the first timed batch pays for no set-up."""
@@ -142,11 +145,11 @@ class Evaluator:
         tokens = self._cuts.operating(ranked) if self._cuts else ranked
         decoded, decode_seconds = self._timed(lambda: self.codec.decode(tokens))
         pictures = to_uint8(decoded)
-        self._add_cut(found, "", images, tokens, pictures)
+        replay_seconds = self._add_cut(found, "", images, tokens, pictures, numbers)
         self._add_features(found, "", pictures, numbers)
         if self.originals:
             self._add_features(found, "original_", images, numbers)
-        for kind, indices in (("global", tokens.global_indices), ("patch", tokens.patch_indices[tokens.kept_mask])):
+        for kind, indices in (("global", tokens.kept_globals()), ("patch", tokens.patch_indices[tokens.kept_mask])):
             if f"codes_{kind}" in found:
                 found[f"codes_{kind}"].update(indices)
         totals = Totals()
@@ -154,25 +157,36 @@ class Evaluator:
             totals.values["lpips"] = float(self.lpips(images.float() / 255, pictures.float() / 255).double().sum())
         if len(images) == self.plan.batch_size:  # a rate belongs to a batch size: shorter batches are left out
             totals.values |= {"timed": len(images), "encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-            totals.values["rank_seconds"] = rank_seconds
+            if ranked.ranking is not None:
+                totals.values["rank_seconds"] = rank_seconds
+        if tokens.side.positions == "replayed":
+            totals.values["replay_seconds"] = replay_seconds
         found["totals"].merge(totals)
         wanted = torch.from_numpy(np.isin(numbers, self._shown)).to(self.device)
         found["pictures"].merge(Pictures(_channels_last(pictures[wanted])))
         for point in self._points:
-            self._measure_point(found, point, images, ranked, wanted)
+            self._measure_point(found, point, images, ranked, wanted, numbers)
         if self._points:
             found["images"].merge(_contents(batch, ranked))
 
     def _rank(self, tokens: Tokens, images: Tensor) -> Tokens:
         return self._cuts.rank(self._as_tokenizer(), tokens, images) if self._cuts else tokens
 
-    def _measure_point(self, found: Measurements, point: Point, images: Tensor, ranked: Tokens, wanted: Tensor) -> None:
+    def _measure_point(
+        self,
+        found: Measurements,
+        point: Point,
+        images: Tensor,
+        ranked: Tokens,
+        wanted: Tensor,
+        numbers: np.ndarray,
+    ) -> None:
         """Add one point of the curve; (B,) bool `wanted` are the pictures to show."""
         if self._cuts is None:
             return
         tokens = self._cuts.at(ranked, point)
         pictures = to_uint8(self.codec.decode(tokens))
-        self._add_cut(found, f"{point.name}.", images, tokens, pictures)
+        self._add_cut(found, f"{point.name}.", images, tokens, pictures, numbers)
         self._add_features(found, f"{point.name}.", pictures)
         shown = PerImage(
             pictures=_channels_last(pictures[wanted]),
@@ -181,8 +195,10 @@ class Evaluator:
         )
         found[f"{point.name}.shown"].merge(shown)
 
-    def _add_cut(self, found: Measurements, prefix: str, images: Tensor, tokens: Tokens, pictures: Tensor) -> None:
-        """Quality and lengths at one cut."""
+    def _add_cut(
+        self, found: Measurements, prefix: str, images: Tensor, tokens: Tokens, pictures: Tensor, numbers: np.ndarray
+    ) -> float:
+        """Quality and lengths at one cut; returns how many seconds it took to replay positions."""
         found[f"{prefix}quality"].update(images, pictures)
         fixed = tokens.bits(self.codec.config.bits_per_token)
         coded = self._cuts.bits_coded(self._as_tokenizer(), tokens) if self._cuts else fixed
@@ -193,7 +209,12 @@ class Evaluator:
             "bits_coded": coded,
             "squared_error": squared_error(images, pictures),
         }
+        seconds = 0.0
+        if self._replay is not None and tokens.side.positions == "replayed":
+            states, seconds = self._replay.states(tokens, numbers, operating=not prefix)
+            values |= {"replay_state": torch.from_numpy(states), "fallback_bits": fallback_bits(tokens)}
         found[f"{prefix}lengths"].merge(PerImage(**{name: value.cpu().numpy() for name, value in values.items()}))
+        return seconds
 
     def _add_features(
         self, found: Measurements, prefix: str, images: Tensor, numbers: np.ndarray | None = None

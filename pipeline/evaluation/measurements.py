@@ -86,7 +86,7 @@ KINDS: dict[str, Any] = {
     "codes_patch": CodeUsage,
     "totals": Totals,
     "pictures": Pictures,
-    "lengths": PerImage,  # tokens, patch_tokens, bits_fixed, bits_coded, squared_error
+    "lengths": PerImage,  # tokens, patch_tokens, bits_fixed, bits_coded, squared_error; replay_state, fallback_bits
     "images": PerImage,  # png_bytes, total_bits: what a picture holds, whatever is kept of it
     "shown": PerImage,  # pictures, kept_mask: of the pictures that are shown
 }

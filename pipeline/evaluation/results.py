@@ -40,8 +40,10 @@ def tokenizer_results(
             results[f"codebook_usage_{kind}"] = found[f"codes_{kind}"].usage
             results[f"codebook_perplexity_{kind}"] = found[f"codes_{kind}"].perplexity
     for name in ("encode", "rank", "decode"):
-        if name != "rank" or "images" in found:  # nothing was ranked that is worth a rate
+        if f"{name}_seconds" in totals:  # nothing is ranked where everything is kept
             results[f"{name}_images_per_second"] = totals["timed"] / totals[f"{name}_seconds"]
+    if totals.get("replay_seconds"):
+        results["replay_images_per_second"] = results["replay_checked_images"] / totals["replay_seconds"]
     results["images_per_second"] = n / totals["seconds"]
     return results
 
@@ -116,6 +118,9 @@ def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict
         "spearman_tokens_png": "do lengths follow the size as PNG; 95% interval below",
         "spearman_error_png": "do errors at one length follow the size as PNG; 95% interval below",
         "bits_per_image": "headers and tables not counted",
+        "replay_checked_images": "whose replay was verified, one by one",
+        "replay_fallback_share": "of them, positions sent instead and paid for",
+        "replay_images_per_second": "one image at a time, one thread; a writer's check or a reader",
         "rank_images_per_second": rate,
         "encode_images_per_second": rate,
         "decode_images_per_second": rate,

@@ -109,7 +109,14 @@ def test_counts_of_global_tokens_are_cut_where_there_are_no_patch_tokens(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["filter.rule=count", "filter.threshold=3"], "filter.threshold has 3; expected 1 to 2, the global tokens"),
+        (
+            ["filter.rule=count", "filter.threshold=3"],
+            "filter.threshold has 3; expected a whole number from 1 to 2, the global",
+        ),
+        (
+            ["filter.rule=count", "filter.threshold=2", "evaluate.thresholds=[1.5]"],
+            "evaluate.thresholds has 1.5; expected",
+        ),
         (["evaluate.thresholds=[0.5]"], "filter.rule is 'relative' without patch tokens; expected count"),
     ],
 )

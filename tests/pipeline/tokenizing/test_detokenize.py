@@ -108,8 +108,8 @@ def test_tokens_that_are_only_global_are_decoded_and_cut_too(
         detokenize.run(
             begin("detokenize", "cut", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=2", resume=True)
         )
-    with pytest.raises(BadInput, match="filter.threshold has 1.5; expected a whole number from 1 to 2"):
-        begin("detokenize", "half", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=1.5")
+    with pytest.raises(BadInput, match="filter.threshold has 3; expected a whole number from 1 to 2"):
+        begin("detokenize", "half", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=3")
 
 
 def test_without_a_stream_it_is_made_first(finished: Started) -> None:
