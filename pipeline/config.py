@@ -301,6 +301,55 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Many trials and how they are compared."""
+
+    kind: str = "thresholds"  # thresholds: trained tokenizers at many cuts | architecture: a training for each trial
+    checkpoints: tuple[str, ...] = ()  # thresholds: a trial for each; empty: tokenizer.checkpoint, or what train made
+    space: dict[str, Any] = field(default_factory=dict)  # architecture: `section.key` to a list (grid), or to one of
+    # {choice: [...]}, {uniform: [low, high]}, {log_uniform: [low, high]}, {int: [low, high]}, which are drawn
+    cuts: dict[str, Any] = field(default_factory=dict)  # cut rule to a list of thresholds or {range: [low, high, how
+    # many]}; empty: filter.rule at evaluate.thresholds
+    search: str = "random"  # random | optuna: how what is not a grid is drawn; optuna: trials learn from those before
+    samples: int = 1  # draws, of each grid point (random) or in all (optuna); without a draw the grid is walked once
+    seed: int = 0  # of the draws
+    objective: str = "psnr_at_tokens"  # psnr_at_tokens | distance_at_tokens | bd_rate: what the best trial is best in
+    budget_tokens: float = 0.0  # tokens per image of the objectives at_tokens; 0: half of all that an image has
+    rate: str = "tokens_per_image"  # tokens_per_image | bits_fixed | bits_coded: what bd_rate counts
+    control: str = ""  # bd_rate: run folder of jobs/evaluate.py with a curve, which trials are compared with
+    scheduler: str = "none"  # none | asha: stops trials whose validation PSNR is behind that of others
+    grace_steps: int = 0  # asha: steps that every trial may take; 0: train.validate_every
+    reduction: int = 3  # asha: of so many trials one goes on
+    at_once: int = 0  # most trials at one time; 0: as many as there is room for
+    register: str = "tatok"  # name of the registered model whose alias champion the best trial gets; empty: none
+
+    def __post_init__(self) -> None:
+        objectives, rates = (
+            ("psnr_at_tokens", "distance_at_tokens", "bd_rate"),
+            ("tokens_per_image", "bits_fixed", "bits_coded"),
+        )
+        for name, valid in (
+            ("kind", ("thresholds", "architecture")), ("search", ("random", "optuna")), ("objective", objectives),
+            ("rate", rates), ("scheduler", ("none", "asha")),
+        ):  # fmt: skip
+            _require(getattr(self, name) in valid, name, getattr(self, name), f"one of {', '.join(valid)}")
+        _require(self.samples >= 1, "samples", self.samples, "at least 1")
+        for name in ("budget_tokens", "grace_steps", "at_once"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.reduction >= 2, "reduction", self.reduction, "at least 2")
+        if self.objective == "bd_rate":
+            _require(bool(self.control), "control", "", "the run folder of jobs/evaluate.py that bd_rate compares with")
+        _require(self.kind == "thresholds" or bool(self.space), "space", self.space, "at least one key to vary")
+        _require(self.kind == "architecture" or not self.space, "space", self.space, "none with the kind thresholds")
+        _require(
+            self.kind == "thresholds" or not self.checkpoints,
+            "checkpoints",
+            self.checkpoints,
+            "none with the kind architecture",
+        )
+
+
+@dataclass(frozen=True)
 class ExtractorConfig:
     """Training of a feature network for Frechet distances within this project."""
 
@@ -348,6 +397,7 @@ class Config:
     train_generator: TrainConfig = field(default_factory=TrainConfig)  # as train, of the generator
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -16,6 +16,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,7 +129,13 @@ def _parse(description: str | None) -> argparse.Namespace:
 
 @contextmanager
 def _stop_on_signals(run: Run) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks for an orderly stop, the second one interrupts."""
+    """The first SIGTERM or SIGINT asks for an orderly stop, the second one interrupts.
+
+    Only the main thread may hear signals; a stage in another one, as in trials of a sweep, is told otherwise.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(number: int, frame: Any) -> None:
         if run.should_stop:

@@ -19,7 +19,7 @@ INPUT_KEYS = (
     "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference", "evaluate.lpips_backbone",
     "evaluate.lpips_heads", "evaluate.blind_checkpoint", "evaluate.more_extractors", "tokens.path",
     "extractor.train_source", "extractor.test_source", "generator.checkpoint", "evaluate.generated",
-    "evaluate.extractor",
+    "evaluate.extractor", "sweep.checkpoints", "sweep.control",
 )  # fmt: skip
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
 
