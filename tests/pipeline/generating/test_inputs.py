@@ -1,0 +1,101 @@
+"""Which generator samples: the named one, the one beside the run, or one that is trained first."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import BadInput
+from pipeline.generating import inputs
+from pipeline.paths import sha256_file
+from pipeline.run import Run
+from tatok_model.generator import Generator
+from tatok_model.generator_config import GeneratorConfig
+
+Configure = Callable[..., Config]
+SHAPE = {"size": "nano", "classes": 3, "global_tokens": 2, "grid_size": 4, "codebook_size": 16, "max_patch_tokens": 9}
+
+
+@pytest.fixture(scope="module")
+def save_generator(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Callable[..., Path]:
+    """`save_generator(key=value)`: the checkpoint folder of an untrained one."""
+
+    def save(folder: Path | None = None, **changes: object) -> Path:
+        folder = folder or tmp_path_factory.mktemp("inputs") / "generator"
+        sha256 = sha256_file(tokenizer_folder / "model.safetensors")
+        torch.manual_seed(0)
+        config = GeneratorConfig(**{"tokenizer_sha256": sha256, **SHAPE, **changes})  # type: ignore[arg-type]
+        Generator(config).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def test_the_named_generator_is_loaded_ready_to_sample(configure: Configure, save_generator: Callable) -> None:
+    folder = save_generator()
+    config = inputs.with_generator(configure(f"generator.checkpoint={folder}"))
+    generator, sha256 = inputs.load_generator(config)
+    assert not generator.training
+    assert sha256 == sha256_file(folder / "model.safetensors")
+    assert generator.config.max_patch_tokens == 9
+    inputs.check_generator(config)
+
+
+def test_a_run_folder_stands_for_its_checkpoint(configure: Configure, save_generator: Callable, tmp_path: Path) -> None:
+    save_generator(tmp_path / "run" / "checkpoint")
+    generator, _ = inputs.load_generator(configure(f"generator.checkpoint={tmp_path}/run"))
+    assert generator.config.classes == 3
+
+
+def test_what_training_left_beside_the_run_is_taken(
+    configure: Configure, save_generator: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    config = configure()
+    folder = save_generator(Path(config.run.output) / "smoke-train-generator" / "checkpoint")
+    found = inputs.with_generator(config)
+    assert found.generator.checkpoint == str(folder)
+    assert "generator.checkpoint is empty: taking" in capsys.readouterr().err
+    inputs.check_generator(config)
+
+
+def test_where_there_is_none_it_is_trained_first(
+    configure: Configure, save_generator: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    def made(stage: str, module: str, config: Config) -> Run:
+        asked.append((stage, module))
+        folder = Path(config.run.output) / "made"
+        save_generator(folder / "checkpoint")
+        return Run(stage, config, folder)
+
+    monkeypatch.setattr(inputs, "run_nested", made)
+    config = configure()
+    inputs.check_generator(config)
+    found = inputs.with_generator(config)
+    assert asked == [("train_generator", "pipeline.generating.training_stage")]
+    assert found.generator.checkpoint == str(Path(config.run.output) / "made/checkpoint")
+    assert "generator.checkpoint is empty: training first" in capsys.readouterr().err
+
+
+def test_what_is_no_generator_of_this_tokenizer_is_refused(
+    configure: Configure, save_generator: Callable, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    other = save_generator(tokenizer_sha256="0" * 64)
+    cases = {
+        "generator.checkpoint=/nowhere": "generator.checkpoint.*/nowhere",
+        f"generator.checkpoint={tmp_path}/empty": "generator.checkpoint .* holds no config.json; expected a folder",
+        f"generator.checkpoint={tokenizer_folder}": "generator.checkpoint: .* is not a generator's",
+        f"generator.checkpoint={other}": "writes tokens of a tokenizer with sha256 000000000000",
+    }
+    for override, sentence in cases.items():
+        with pytest.raises(BadInput, match=sentence):
+            inputs.load_generator(configure(override))
+        if "empty" not in override:
+            with pytest.raises(BadInput, match=sentence):
+                inputs.check_generator(configure(override))
+    with pytest.raises(BadInput, match="tokenizer.checkpoint is empty; expected the tokenizer whose tokens"):
+        inputs.load_generator(configure(f"generator.checkpoint={save_generator()}", "tokenizer.checkpoint="))
