@@ -203,7 +203,7 @@ class Comparison:
         if self.compared_lengths:
             return compare_lengths(*self._lengths, *self._real_lengths)
         counts = self._lengths[0]
-        return {"tokens_mean": float(counts.mean()), "tokens_std": float(counts.std())}
+        return {"tokens_per_image": float(counts.mean()), "tokens_std": float(counts.std())}
 
     def _memorised(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
         """How near generated and held-out pictures are to training pictures; keeps the nearest for the picture."""

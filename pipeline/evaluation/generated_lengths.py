@@ -47,8 +47,8 @@ def compare_lengths(
         real_labels: (R,).
     """
     found = {
-        "tokens_mean": float(counts.mean()),
-        "tokens_mean_real": float(real_counts.mean()),
+        "tokens_per_image": float(counts.mean()),
+        "tokens_per_image_real": float(real_counts.mean()),
         "tokens_std": float(counts.std()),
         "tokens_std_real": float(real_counts.std()),
         "tokens_mean_difference": _difference(counts, real_counts),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     from pipeline.tokenizing.parts import Part
 
 DECIDING = ("images", "labels", "unconditional", "seed", "batch_size", "images_per_shard", "encoding")
+LENGTHS = {"mean": "per_image"}  # as results have it
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
@@ -149,7 +150,7 @@ def _write_manifest(
 def _statistics(counts: np.ndarray) -> dict[str, float]:
     """Of (B,) tokens of each picture."""
     low, middle, high = np.percentile(counts, (5, 50, 95)).tolist()
-    return {"mean": float(counts.mean()), "std": float(counts.std()), "p5": low, "p50": middle, "p95": high}
+    return {"mean": float(counts.mean()), "std": float(counts.std()), "p05": low, "p50": middle, "p95": high}
 
 
 def _speed(parts: "list[Part]", seconds: float) -> dict[str, float]:
@@ -183,7 +184,7 @@ def _report(run: Run, generated: Generated, counts: np.ndarray, tracker: Tracker
     """Lengths and rates as numbers, lengths and pictures as pictures."""
     from pipeline.evaluation.plots import token_histogram
 
-    lengths = {f"tokens_{name}": value for name, value in generated.tokens.items()}
+    lengths = {f"tokens_{LENGTHS.get(name, name)}": value for name, value in generated.tokens.items()}
     row_occupancy = occupancy(counts, run.config.generate)
     run.results = {"images": generated.images, **generated.speed, **lengths, "row_occupancy": row_occupancy}
     run.rewind_metrics(-1)  # a resumed run measures anew

@@ -46,7 +46,7 @@ class Generated:
     seed: int
     batch_size: int
     sampling: dict[str, Any]  # as SamplingConfig
-    tokens: dict[str, float]  # mean, std, p5, p50, p95 of the lengths
+    tokens: dict[str, float]  # mean, std, p05, p50, p95 of the lengths
     speed: dict[str, float]  # images_per_second and more, as in summary.json; empty when the run made nothing anew
     files: tuple[Shard, ...]  # of tokens
 
