@@ -152,14 +152,18 @@ def check_architecture(config: Config) -> None:
     check_same_architecture(path, read_architecture(path), config)
 
 
-def read_architecture(path: str) -> TokenizerConfig:
+def read_architecture(path: str, key: str = "tokenizer.checkpoint") -> TokenizerConfig:
     """The architecture of a checkpoint; its weights are not read.
+
+    Args:
+        path: the value of a key.
+        key: of the configuration, for messages.
 
     Raises:
         BadInput: no such checkpoint, or not one of ours.
     """
     try:
-        return read_config(find(path))
+        return read_config(find(path, key))
     except (FileNotFoundError, ValueError) as error:
         raise BadInput(str(error)) from None
 

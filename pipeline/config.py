@@ -411,6 +411,10 @@ class Config:
                 "train.parts is 'entropy'; expected tokenizer.checkpoint to name the tokenizer that stays as it is, "
                 "with patch tokens and tokenizer.entropy_layers above 0"
             )
+        if self.train.parts == "entropy" and self.losses.gan:
+            raise ValueError(
+                f"losses.gan is {self.losses.gan} with train.parts 'entropy'; expected 0: the tokenizer stays as it is"
+            )
         if self.kept_sets.global_tail and self.tokenizer.patch_tokens:
             raise ValueError(
                 f"kept_sets.global_tail is {self.kept_sets.global_tail}; expected 0, or tokenizer.patch_tokens: false"

@@ -161,7 +161,8 @@ class KeptSetConfig:
     filtered: float = 0.25  # a prefix of uniform length of `order`
     order: str = "filter"  # filter (by surprisal or entropy at random) | surprisal | entropy | grid | pixel_entropy
     warmup_steps: int = 500  # steps in which `filtered` sets are random, while the entropy model learns
-    hide_globals: float = 0.10  # share of samples whose entropy model sees no global tokens; taken from `all`
+    hide_globals: float = 0.10  # share of samples whose entropy model sees no global tokens; taken from `all`, so
+    # that none are where `all` is 0
     global_tail: float = 0.0  # share of samples that lose a tail of uniform length of their global tokens
 
     def __post_init__(self) -> None:
@@ -171,6 +172,10 @@ class KeptSetConfig:
         if abs(sum(self.shares()) - 1) > 1e-6:
             raise ValueError(
                 f"all, none, random, blocks and filtered are {list(self.shares())}; expected shares that add up to 1"
+            )
+        if 0 < self.all < self.hide_globals:
+            raise ValueError(
+                f"hide_globals is {self.hide_globals}; expected at most {self.all}, the share `all` that it is taken from"
             )
         if self.order not in ORDERS:
             raise ValueError(f"order is {self.order!r}; expected one of {', '.join(ORDERS)}")

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 UNITS = 1024  # score units in a bit
+CHECK_BITS = 32  # the hash that guards replayed positions
 RULES = ("relative", "residual", "marginal", "count")
 
 

@@ -33,7 +33,7 @@ from tatok_model.orders import grid_order, random_order
 from tatok_model.positions import kept_of, rank_of
 from tatok_model.rangecoder import Coder, bounds_of, quantise
 from tatok_model.stream_header import Header
-from tatok_model.tokens import CHECK_BITS
+from tatok_model.filtering_rules import CHECK_BITS
 
 CODED_CHECK_BITS = 16  # what the 64 bits of slack leave beside the checksum and whole bytes
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from tatok_model.filtering import kept_counts, kept_mask_of
-from tatok_model.filtering_rules import SCORES, check_cut, fixes_length
+from tatok_model.filtering_rules import CHECK_BITS, SCORES, check_cut, fixes_length
 
-CHECK_BITS = 32  # the hash that guards replayed positions
 POSITIONS = ("derived", "sent", "replayed")
 
 

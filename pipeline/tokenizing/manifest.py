@@ -123,6 +123,11 @@ def stream_from_dict(values: Any, what: str) -> Stream:
         raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
     if stream.score and stream.score not in SCORES:
         raise BadInput(f"{what} has score {stream.score!r}; expected one of {', '.join(SCORES)}")
+    if stream.rounds < 0 or bool(stream.rounds) != bool(stream.score):
+        raise BadInput(
+            f"{what} has score {stream.score!r} and {stream.rounds} rounds; expected at least 1 round with a score, "
+            "none without"
+        )
     return stream
 
 

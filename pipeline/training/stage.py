@@ -45,9 +45,18 @@ def run(run: Run) -> None:
     if manifest.splits["train"].rows == 0 or manifest.splits["heldout"].rows == 0:
         rows = {name: split.rows for name, split in manifest.splits.items()}
         raise BadInput(f"shards {run.config.data.shards!r} hold {rows} pictures; expected some in both splits")
+    if hides_nothing(run.config):
+        say("kept_sets.all is 0: kept_sets.hide_globals has no effect, the entropy model always sees the global tokens")
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint}) as tracker:
         train_and_export(run, tracker, "train", "pipeline.training.worker", "validation/reconstructions")
         say(f"tokenizer in {run.outputs['checkpoint']}")
+
+
+def hides_nothing(config: Config) -> bool:
+    """Whether global tokens are to be hidden from the entropy model in a share of samples of which there are none."""
+    tokenizer, kept_sets = config.tokenizer, config.kept_sets
+    sees = tokenizer.has_entropy_model and tokenizer.global_tokens and tokenizer.entropy_globals
+    return bool(sees and kept_sets.hide_globals and not kept_sets.all)
 
 
 def with_shards(config: Config) -> Config:
