@@ -175,7 +175,7 @@ class KeptSetConfig:
             )
         if 0 < self.all < self.hide_globals:
             raise ValueError(
-                f"hide_globals is {self.hide_globals}; expected at most {self.all}, the share `all` that it is taken from"
+                f"hide_globals is {self.hide_globals}; expected at most {self.all}, the share all that it is taken from"
             )
         if self.order not in ORDERS:
             raise ValueError(f"order is {self.order!r}; expected one of {', '.join(ORDERS)}")

@@ -28,12 +28,11 @@ import numpy as np
 import torch
 
 from tatok_model.filtering import round_bounds
-from tatok_model.filtering_rules import SCORES
+from tatok_model.filtering_rules import CHECK_BITS, SCORES
 from tatok_model.orders import grid_order, random_order
 from tatok_model.positions import kept_of, rank_of
 from tatok_model.rangecoder import Coder, bounds_of, quantise
 from tatok_model.stream_header import Header
-from tatok_model.filtering_rules import CHECK_BITS
 
 CODED_CHECK_BITS = 16  # what the 64 bits of slack leave beside the checksum and whole bytes
 
