@@ -227,6 +227,10 @@ def test_nested_values_are_checked_as_a_preset_is():
             ["kept_sets.global_tail=0.5"],
             r"kept_sets\.global_tail is 0\.5; expected 0, or tokenizer\.patch_tokens: false",
         ),
+        (
+            ["train.parts=entropy", "tokenizer.checkpoint=/x", "losses.gan=0.1"],
+            r"losses\.gan is 0\.1 with train\.parts 'entropy'; expected 0",
+        ),
         (["train.parts=entropy"], r"train\.parts is 'entropy'; expected tokenizer\.checkpoint to name the tokenizer"),
         (
             ["tokenizer.entropy_width=50"],

@@ -95,6 +95,7 @@ def test_controls_keep_everything_or_nothing(uniforms):
         ({"all": 0.5}, "expected shares that add up to 1"),
         ({"random": -0.1}, r"random is -0\.1; expected a share from 0 to 1"),
         ({"hide_globals": 2}, "hide_globals is 2; expected a share from 0 to 1"),
+        ({"hide_globals": 0.2}, r"hide_globals is 0\.2; expected at most 0\.15, the share all that it is taken from"),
         ({"order": "best"}, "order is 'best'; expected one of filter, surprisal, entropy, grid, pixel_entropy"),
         ({"warmup_steps": -1}, "warmup_steps is -1; expected 0 or more"),
     ],

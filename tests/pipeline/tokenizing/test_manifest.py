@@ -53,6 +53,7 @@ def test_a_manifest_is_read_as_it_was_written(manifest: TokenManifest, write: Ca
         ({"rounds": None}, r"is damaged \(KeyError: 'rounds'\)"),
         ({"global_tokens": "many"}, r"is damaged \(ValueError"),
         ({"score": "loudness"}, "has score 'loudness'; expected one of surprisal, entropy"),
+        ({"rounds": 0}, "has score 'surprisal' and 0 rounds; expected at least 1 round with a score, none without"),
         ({"splits": {}}, r"is damaged \(KeyError: 'train'\)"),
         ({"splits": {"train": 1}}, r"is damaged \(TypeError"),
         ({"fingerprint": "0"}, "is damaged: its fingerprint does not match its files"),

@@ -240,6 +240,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained, configure):
         stage.check(config)
 
 
+def test_hiding_global_tokens_of_no_sample_is_told(configure):
+    nothing = {"all": 0, "none": 1, "random": 0, "blocks": 0, "filtered": 0}
+    assert stage.hides_nothing(configure(kept_sets=nothing))
+    assert not stage.hides_nothing(configure())
+    assert not stage.hides_nothing(configure(kept_sets={**nothing, "hide_globals": 0}))
+    assert not stage.hides_nothing(configure(kept_sets=nothing, tokenizer={"patch_tokens": False}))
+
+
 def test_the_default_name_says_preset_and_stage():
     assert stage.default_name(load_config("smoke")) == "smoke-train"
 
