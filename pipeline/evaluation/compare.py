@@ -2,12 +2,14 @@
 
     python -m pipeline.evaluation.compare RUN_FOLDER OTHER_RUN_FOLDER
 
-Both need a rate-distortion curve (evaluate.thresholds). Negative numbers: the other run spends less.
+Both need a rate-distortion curve (evaluate.thresholds) measured on the same pictures. Negative numbers: the other run
+spends less.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,17 +23,17 @@ def curve_of(folder: Path) -> dict[str, list[float]]:
     """Every metric of an evaluation's curve as a list over its thresholds.
 
     Raises:
-        BadInput: the folder holds no finished evaluation with a curve.
+        BadInput: the folder holds no whole summary of a finished evaluation with a curve.
     """
-    path = folder / "summary.json"
-    if not path.is_file():
-        raise BadInput(f"{str(folder)!r} holds no summary.json; expected the run folder of jobs/evaluate.py")
-    results: dict[str, float] = json.loads(path.read_text())["results"]
+    results = _summary(folder)["results"]
     count = sum(name.startswith("curve") and name.endswith("_psnr") for name in results)
     if not count:
         raise BadInput(f"{str(folder)!r} has no curve; expected a run of jobs/evaluate.py with evaluate.thresholds")
     names = [name.removeprefix("curve00_") for name in results if name.startswith("curve00_")]
-    return {name: [results[f"curve{i:02d}_{name}"] for i in range(count)] for name in names}
+    try:
+        return {name: [float(results[f"curve{i:02d}_{name}"]) for i in range(count)] for name in names}
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"summary.json in {str(folder)!r} is damaged ({type(error).__name__}: {error})") from None
 
 
 def bd_rates(folder: Path, other: Path) -> dict[str, float | None]:
@@ -40,9 +42,12 @@ def bd_rates(folder: Path, other: Path) -> dict[str, float | None]:
     Undefined are curves with fewer than four points in the PSNR that both reach (`bd_rate`).
 
     Raises:
-        BadInput: as `curve_of`.
+        BadInput: as `curve_of`, or the two measured different pictures.
     """
     one, two = curve_of(folder), curve_of(other)
+    for (name, measured), (_, wanted) in zip(_pictures(other), _pictures(folder), strict=True):
+        if measured != wanted:
+            raise BadInput(f"{str(other)!r} measured {name} {measured}; expected {wanted}, as {str(folder)!r}")
     first, second = ({name: np.array(values) for name, values in curve.items()} for curve in (one, two))
     return {name: bd_rate(first[name], first["psnr"], second[name], second["psnr"]) for name in RATES}
 
@@ -60,6 +65,28 @@ def main(arguments: list[str]) -> int:
     for name, percent in found.items():
         print(f"{name:<16}  {'undefined' if percent is None else f'{percent:+.1f}%'}")
     return 0
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise BadInput(f"{str(folder)!r} holds no summary.json; expected the run folder of jobs/evaluate.py")
+    try:
+        summary = json.loads(path.read_text())
+        stage, status = str(summary["stage"]), str(summary["status"])
+        dict(summary["results"]), dict(summary["inputs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{str(path)!r} is damaged ({type(error).__name__}: {error})") from None
+    if (stage, status) != ("evaluate", "finished"):
+        raise BadInput(f"{str(folder)!r} holds a {status} run of {stage!r}; expected a finished one of 'evaluate'")
+    return summary
+
+
+def _pictures(folder: Path) -> list[tuple[str, str]]:
+    """What decides which pictures were measured: always held-out ones of some shards, evenly spread."""
+    summary = _summary(folder)
+    fingerprint = summary["inputs"].get("shards", {}).get("sha256", "unknown")
+    return [("shards", str(fingerprint)[:12]), ("images", f"{summary['results'].get('images', 0):g}")]
 
 
 if __name__ == "__main__":
