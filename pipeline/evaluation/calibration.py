@@ -80,12 +80,13 @@ def run(run: Run) -> None:
         run.rewind_metrics(-1)  # a resumed run measures anew
         run.log(run.results, step=0)
         found = {"score": section.score, "rounds": section.rounds, "rule": section.rule, "threshold": threshold}
+        found |= {"replay": section.replay}
         path = run.folder / FILE
         write_atomically(path, yaml.safe_dump({"filter": found}, sort_keys=False).encode())
         run.outputs["filter"] = str(path)
         say(
             f"{run.results['tokens_per_image']:.1f} tokens on average over {len(units)} validation images "
-            f"(deviation {run.results['tokens_std']:.1f}): filter.rule={section.rule} filter.threshold={threshold:.6g}"
+            f"(deviation {run.results['tokens_std']:.1f}): filter.rule={section.rule} filter.threshold={threshold!r}"
         )
 
 

@@ -36,7 +36,9 @@ def calibrating(tmp_path: Path, shards: Path, tokenizer: TaTok) -> Iterator[Any]
 
 
 @pytest.mark.parametrize("rule", ["residual", "relative", "count"])
-def test_the_threshold_keeps_the_wanted_mean(calibrating: Any, tokenizer: TaTok, shards: Path, rule: str) -> None:
+def test_the_threshold_keeps_the_wanted_mean(
+    calibrating: Any, tokenizer: TaTok, shards: Path, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = calibrating(f"filter.rule={rule}", "filter.threshold=0", "filter.mean_tokens=10", "evaluate.max_images=0")
     calibration.check(run.config)
     calibration.run(run)
@@ -46,6 +48,9 @@ def test_the_threshold_keeps_the_wanted_mean(calibrating: Any, tokenizer: TaTok,
     ranked = tokenizer.rank(tokenizer.encode(torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())))
     again = ranked.cut(kept["rule"], kept["threshold"]).counts().double().mean()
     assert float(again) == pytest.approx(run.results["tokens_per_image"], abs=0.1)
+    assert kept["replay"] is False
+    told = capsys.readouterr().err.split("filter.threshold=")[-1].strip()
+    assert float(told) == kept["threshold"] == run.results["threshold"]
 
 
 @pytest.mark.parametrize(
