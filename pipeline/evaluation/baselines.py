@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import BadInput
+from pipeline.evaluation.budget import check_kmeans, codewords_for, sampled
 from pipeline.evaluation.evaluator import ImageSource
 from pipeline.progress import say
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokens import Tokens
 from tatok_model.vit import patchify, unpatchify
 
-PATCHES, IMAGES = 400_000, 10_000  # at most, for the fit
 ITERATIONS = 25  # of Lloyd's algorithm; on CIFAR-10 mini-batches are faster and end 0.05 dB lower
 READ = 256  # images read at a time
 SEED = 0
@@ -53,11 +52,6 @@ class PatchVQ(nn.Module):
         return unpatchify(self.codewords[tokens.patch_indices], self.config.patch_size)
 
 
-def codewords_for(bits: float, patches: int) -> int:
-    """K_b, the most codewords with which `patches` patches cost at most `bits` bits."""
-    return int(2 ** (bits / patches) * (1 + 1e-12))  # log2 K times 1 must give K again
-
-
 def fit_kmeans(source: ImageSource, images: int, config: TokenizerConfig, bits: float) -> PatchVQ:
     """Fit codewords to patches of the training split.
 
@@ -68,16 +62,10 @@ def fit_kmeans(source: ImageSource, images: int, config: TokenizerConfig, bits: 
         bits: what an image may cost.
 
     Raises:
-        BadInput: as many codewords as that cannot be fitted to the patches that there are.
+        BadInput: as `check_kmeans`.
     """
-    count = codewords_for(bits, config.patch_positions)
-    used = min(images, IMAGES)
-    each = min(-(-PATCHES // max(used, 1)), config.patch_positions)
-    if not 2 <= count <= used * each:
-        raise BadInput(
-            f"evaluate.baselines has kmeans, which needs {count} codewords for {bits:.1f} bits an image; "
-            f"expected 2 to {used * each}, the patches of data.source that it is fitted to"
-        )
+    check_kmeans(bits, images, config.patch_positions)
+    count, (used, each) = codewords_for(bits, config.patch_positions), sampled(images, config.patch_positions)
     say(f"kmeans baseline: fitting {count} codewords to {used * each} patches of {used} training images")
     codewords = _cluster(sample_patches(source, images, used, each, config.patch_size), count)
     shape = TokenizerConfig(config.image_size, config.patch_size, global_tokens=0, codebook_size=count)

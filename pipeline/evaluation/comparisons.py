@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoints import find
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import Stopped
+from pipeline.devices import pick_device
+from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation.baselines import fit_kmeans
 from pipeline.evaluation.bench import Bench
 from pipeline.evaluation.curve import Distance
 from pipeline.evaluation.information import measure_information
 from pipeline.evaluation.outside import Outside
 from pipeline.evaluation.results import baseline_results
-from pipeline.progress import progress
+from pipeline.progress import progress, say
 from pipeline.run import Run
 from tatok_model.tokenizer import TaTok
 
@@ -28,9 +28,10 @@ def baselines_results(
     """
     wanted = run.config.evaluate.baselines
     results: dict[str, float] = {}
+    training = ShardDataset(run.config.data.shards, "train")
     if "kmeans" in wanted:
-        results |= _kmeans_results(run, bench, distances, cuts[0][1]["bits_fixed"])
-    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances)
+        results |= _kmeans_results(run, bench, distances, training, cuts[0][1]["bits_fixed"])
+    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances, training, len(training))
     for codec in (kind for kind in wanted if kind != "kmeans"):
         with progress(codec, bench.plan.count * len(cuts), "images") as shown:
             for name, cut in cuts:
@@ -42,10 +43,9 @@ def baselines_results(
     return results
 
 
-def information_results(run: Run, bench: Bench, tokenizer: Any) -> dict[str, float]:
+def information_results(run: Run, bench: Bench, tokenizer: Any, blind: TaTok | None) -> dict[str, float]:
     """Redundancy and mutual information, in this process: one position a round is slow however it is shared out."""
-    path = run.config.evaluate.blind_checkpoint
-    blind = TaTok.from_pretrained(find(path)) if path else None
+    device = pick_device("evaluate", run.config.evaluate.device)
     places = bench.plan.indices(np.arange(bench.plan.count))
 
     with progress("information", len(places), "images") as shown:
@@ -56,14 +56,22 @@ def information_results(run: Run, bench: Bench, tokenizer: Any) -> dict[str, flo
                 raise Stopped("evaluation was asked to stop; --resume measures anew")
 
         size = bench.plan.batch_size
-        return measure_information(tokenizer.cpu(), blind, bench.pictures, places, size, advance)
+        return measure_information(tokenizer, blind, bench.pictures, places, size, advance, device)
 
 
-def _kmeans_results(run: Run, bench: Bench, distances: list[Distance], bits: float) -> dict[str, float]:
-    """Fit the baseline to the training split and measure it as the tokenizer was measured."""
-    pictures = ShardDataset(run.config.data.shards, "train")
+def _kmeans_results(
+    run: Run, bench: Bench, distances: list[Distance], pictures: ShardDataset, bits: float
+) -> dict[str, float]:
+    """Fit the baseline to the training split and measure it as the tokenizer was measured.
+
+    Bits that vary between images are known only now: where no codebook can spend them, the row is left out.
+    """
     started = time.monotonic()
-    baseline = fit_kmeans(pictures, len(pictures), run.config.tokenizer.architecture(), bits)
+    try:
+        baseline = fit_kmeans(pictures, len(pictures), run.config.tokenizer.architecture(), bits)
+    except BadInput as reason:
+        say(f"the kmeans baseline is left out: {reason}")
+        return {}
     seconds = time.monotonic() - started
     found = bench.measure("kmeans baseline", baseline, originals=False)
     return {**baseline_results(found, distances), "baseline_kmeans_fit_seconds": seconds}

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import BadInput
+from pipeline.evaluation.blind import check_blind
 from pipeline.evaluation.evaluator import ImageSource
 from tatok_model.metrics.information import chain_orders, limit, mutual_information, partners, redundancy, unigram_bits
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
 SEED = 0
-MODEL = "entropy_model."  # beginning of its weights' names
 
 
 @dataclass
@@ -42,6 +42,7 @@ def measure_information(
     places: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None] = lambda count: None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Every quantity by its name in summary.json; see `tatok_model.metrics.information` for what they mean.
 
@@ -52,6 +53,7 @@ def measure_information(
         places: (B,) which of them.
         batch_size: images at a time.
         advance: told how many images were measured.
+        device: where both compute; they are moved there.
 
     Raises:
         BadInput: no entropy model that sees the global tokens, or `blind` does not belong to the tokenizer.
@@ -62,8 +64,11 @@ def measure_information(
         raise BadInput("tokenizer.checkpoint has entropy_globals false; expected true: H(c | g) is asked for")
     if blind is not None:
         check_blind(tokenizer, blind)
-    orders = torch.from_numpy(chain_orders(tokenizer.config.patch_positions, SEED))
-    batches = [_encode(tokenizer, source, places[at : at + batch_size]) for at in range(0, len(places), batch_size)]
+        blind = blind.to(device).eval()
+    tokenizer = tokenizer.to(device).eval()
+    orders = torch.from_numpy(chain_orders(tokenizer.config.patch_positions, SEED)).to(device)
+    starts = range(0, len(places), batch_size)
+    batches = [_encode(tokenizer, source, places[at : at + batch_size], device) for at in starts]
     exchanged = batches if blind is None else _exchanged(batches)
     found = Lengths()
     for tokens, others in zip(batches, exchanged, strict=True):
@@ -74,34 +79,12 @@ def measure_information(
             found.blind_one_pass.append(_one_pass(blind, tokens))
             found.null.append(_chain(tokenizer, others, orders))
         advance(len(tokens))
-    return _results(tokenizer, found, np.concatenate([tokens.patch_indices.numpy() for tokens in batches]))
+    return _results(tokenizer, found, np.concatenate([tokens.patch_indices.cpu().numpy() for tokens in batches]))
 
 
-def check_blind(tokenizer: TaTok, blind: TaTok) -> None:
-    """Refuse a second model that does not belong to the tokenizer.
-
-    Raises:
-        BadInput: it sees the global tokens, its entropy model has another size, or other weights than that model's
-            differ.
-    """
-    if blind.entropy_model is None or blind.config.entropy_globals:
-        raise BadInput("evaluate.blind_checkpoint sees the global tokens; expected tokenizer.entropy_globals: false")
-    for name in ("entropy_layers", "entropy_width"):
-        wanted, given = getattr(tokenizer.config, name), getattr(blind.config, name)
-        if given != wanted:
-            raise BadInput(f"evaluate.blind_checkpoint has {name} {given}; expected {wanted}, as tokenizer.checkpoint")
-    ours, theirs = (
-        {name: value for name, value in model.state_dict().items() if not name.startswith(MODEL)}
-        for model in (tokenizer, blind)
-    )
-    same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    if not same:
-        raise BadInput("evaluate.blind_checkpoint is another tokenizer; expected tokenizer.checkpoint, frozen")
-
-
-def _encode(tokenizer: TaTok, source: ImageSource, places: np.ndarray) -> Tokens:
+def _encode(tokenizer: TaTok, source: ImageSource, places: np.ndarray, device: torch.device | str) -> Tokens:
     pictures = source.images(places.tolist()).transpose(0, 3, 1, 2)
-    return tokenizer.encode(torch.from_numpy(np.ascontiguousarray(pictures)))
+    return tokenizer.encode(torch.from_numpy(np.ascontiguousarray(pictures)).to(device))
 
 
 def _exchanged(batches: list[Tokens]) -> list[Tokens]:
@@ -115,12 +98,12 @@ def _exchanged(batches: list[Tokens]) -> list[Tokens]:
 def _chain(model: TaTok, tokens: Tokens, orders: Tensor) -> np.ndarray:
     """(B, O) code lengths, one position a round."""
     lengths = [model.code_lengths(tokens, order.argsort().expand_as(tokens.patch_indices)) for order in orders]
-    return torch.stack(lengths, dim=1).numpy()
+    return torch.stack(lengths, dim=1).cpu().numpy()
 
 
 def _one_pass(model: TaTok, tokens: Tokens) -> np.ndarray:
     """(B,) code lengths, no code given."""
-    return model.code_lengths(tokens, torch.zeros_like(tokens.patch_indices)).numpy()
+    return model.code_lengths(tokens, torch.zeros_like(tokens.patch_indices)).cpu().numpy()
 
 
 def _results(tokenizer: TaTok, found: Lengths, indices: np.ndarray) -> dict[str, float]:

@@ -13,20 +13,22 @@ from pipeline.evaluation.plan import Plan
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import ImageQuality
 
-CHOOSING = 512  # pictures, evenly spread, by which a quality is chosen
+CHOOSING = 512  # training pictures, evenly spread, by which a quality is chosen
 
 
 @dataclass(frozen=True)
 class Outside:
     """What a picture codec is measured on and by."""
 
-    source: ImageSource
+    source: ImageSource  # held-out pictures, measured as `plan` says
     plan: Plan
     instruments: Instruments
     distances: list[Distance]
+    training: ImageSource  # the quality is chosen on these, as k-means is fitted to them
+    training_images: int  # how many there are, at least one
 
     def measure(self, codec: str, bits: float, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
-        """The codec at the quality whose mean bits are nearest below `bits`, or at its lowest.
+        """The codec at the quality whose mean bits on training pictures are nearest below `bits`, or at its lowest.
 
         Args:
             codec: jpeg or webp.
@@ -34,10 +36,11 @@ class Outside:
             advance: told how many pictures were measured.
 
         Returns:
-            `bits_per_image`, `quality`, PSNR, SSIM and every Frechet distance.
+            `bits_per_image`, as they came out on the measured pictures; `quality`, PSNR, SSIM and every Frechet
+            distance.
         """
-        few = np.arange(min(CHOOSING, self.plan.count)) * self.plan.count // min(CHOOSING, self.plan.count)
-        chosen = quality_for(codec, self.source.images(self.plan.indices(few)), bits)
+        used = min(CHOOSING, self.training_images)
+        chosen = quality_for(codec, self.training.images(np.arange(used) * self.training_images // used), bits)
         quality, spent = ImageQuality(), 0
         networks = self.instruments.extractors()
         features = {key: FeatureStatistics(network.feature_dim) for key, network in networks.items()}

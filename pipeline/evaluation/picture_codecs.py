@@ -70,7 +70,7 @@ def quality_for(codec: str, pictures: np.ndarray, bits: float) -> int:
 
     Args:
         codec: a key of `CODECS`.
-        pictures: (B, H, W, 3) uint8 RGB, of the validation split; at least one.
+        pictures: (B, H, W, 3) uint8 RGB, none of those that will be measured; at least one.
         bits: wanted mean of a picture.
 
     Raises:

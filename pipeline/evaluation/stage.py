@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import read_architecture
 from pipeline.checks import check_files, check_global_counts, check_score
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
 from pipeline.evaluation import generated_stage
+from pipeline.evaluation.blind import check_information, load_blind
+from pipeline.evaluation.budget import check_baselines
 from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_atomically
 from pipeline.pretrained import load_tokenizer
@@ -32,8 +33,8 @@ def check(config: Config) -> None:
 
     Raises:
         BadInput: as training's `check` where there is no tokenizer yet; shards of another image size, a checkpoint of
-            another architecture, files that do not exist, pictures too small for SSIM, more workers than CPUs, a
-            tracking address of unknown form.
+            another architecture, files that do not exist, pictures too small for SSIM, cuts, baselines or measures of
+            information that cannot be, more workers than CPUs, a tracking address of unknown form.
     """
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_tracking(config)
@@ -45,11 +46,10 @@ def check(config: Config) -> None:
     check_global_counts(config)
     if config.evaluate.thresholds or (config.filter.rule, config.filter.threshold) != ("relative", 1):
         check_score(config)
-    if config.evaluate.information and not config.tokenizer.has_entropy_model:
-        raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
-    if config.evaluate.blind_checkpoint:
-        read_architecture(config.evaluate.blind_checkpoint)
+    check_information(config)
     check_inputs(config)
+    if config.data.shards:
+        check_baselines(config, read_manifest(config.data.shards).splits["train"].rows)
 
 
 def check_extractors(config: Config) -> None:
@@ -82,16 +82,18 @@ def run(run: Run) -> None:
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
     tokenizer, sha256 = load_tokenizer(run.config)
     run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}
+    check_baselines(run.config, manifest.splits["train"].rows)
+    blind = load_blind(run, tokenizer)
 
     from pipeline.evaluation.bench import Bench
 
     bench = Bench.set_up(run)
     facts = _facts(bench)
     with Tracker.start(run, facts) as tracker:
-        _evaluate(run, bench, tokenizer, facts, tracker)
+        _evaluate(run, bench, tokenizer, blind, facts, tracker)
 
 
-def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], tracker: Tracker) -> None:
+def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[str, str], tracker: Tracker) -> None:
     from pipeline.evaluation.comparisons import baselines_results, information_results
     from pipeline.evaluation.cuts import OPERATING
     from pipeline.evaluation.distances import measured_with_distances
@@ -105,7 +107,7 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, facts: dict[str, str], t
     named = zip((point.name for point in points), curve, strict=True)
     results |= baselines_results(run, bench, distances, [(OPERATING, results), *named])
     if run.config.evaluate.information:
-        results |= information_results(run, bench, tokenizer)
+        results |= information_results(run, bench, tokenizer, blind)
     run.results = results | {
         f"{point.name}_{name}": value
         for point, values in zip(points, curve, strict=True)
