@@ -69,7 +69,10 @@ class Comparison:
         heldout, train = (ShardDataset(config.data.shards, split) for split in ("heldout", "train"))
         extractor = load_extractor(config.evaluate)
         plan = make_plan(len(heldout), extractor.network.feature_dim, config.evaluate)
-        for key, count in ((f"evaluate.generated {str(generated.folder)!r}", len(made)), ("the held-out", plan.count)):
+        for key, count in (
+            (f"evaluate.generated {str(generated.folder)!r}", len(made)),
+            ("the held-out split", plan.count),
+        ):
             if count <= NEIGHBOURS:
                 raise BadInput(f"{key} has {count} pictures; expected at least {NEIGHBOURS + 1}")
         return cls(run, generated, made, heldout, train, plan, extractor, load_more(config.evaluate))

@@ -126,18 +126,19 @@ def measure_features(
         Stopped: the run was asked to stop; finished files are kept.
     """
     batch_size = run.config.evaluate.batch_size
+    size = -(-RANGE_ROWS // batch_size) * batch_size
     meta = {
         "data": source.manifest.fingerprint,
         "split": source.split,
         "images": count,
         "batch_size": batch_size,
+        "images_per_file": size,
         "extractor": extractor.name,
         "weights_sha256": extractor.weights_sha256,
     }
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     shared = Path(run.config.run.output) / "reference" / f"features-{extractor.name}-{key[:16]}"
     work = FeatureWork(folder or shared, key, place, batch_size)
-    size = -(-RANGE_ROWS // batch_size) * batch_size
     ranges = [
         Range(number, source.split, number, start, min(start + size, count), count, len(source))
         for number, start in enumerate(range(0, count, size))
