@@ -6,14 +6,25 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.evaluation import stage as evaluation
+from pipeline.generating import generate_stage as generating
 from pipeline.job import run_nested
 from pipeline.progress import say
 from pipeline.run import Run
 
+STAGES = (  # each takes what those before it left in the same folder
+    ("train", "pipeline.training.stage"),
+    ("evaluate", "pipeline.evaluation.stage"),
+    ("tokenize_images", "pipeline.tokenizing.stage"),
+    ("train_generator", "pipeline.generating.training_stage"),
+    ("generate", "pipeline.generating.generate_stage"),
+)
+
 
 def check(config: Config) -> None:
-    """Refuse what cannot work before anything is made; see the check of evaluation, the last stage."""
-    evaluation.check(_inside(config, default_name(config)))
+    """Refuse what cannot work before anything is made; see the checks of evaluating and generating, the last stages."""
+    inside = _inside(config, default_name(config))
+    evaluation.check(inside)
+    generating.check(inside)
 
 
 def default_name(config: Config) -> str:
@@ -26,10 +37,10 @@ def default_name(config: Config) -> str:
 
 
 def run(run: Run) -> None:
-    """Preprocess and train, then evaluate; the runs of the stages lie inside this run's folder."""
+    """A tokenizer, its numbers, its tokens, a generator of them; the stages' runs lie inside this run's folder."""
     started = time.monotonic()
     config = _inside(run.config, run.folder.name)
-    for stage, module in (("train", "pipeline.training.stage"), ("evaluate", "pipeline.evaluation.stage")):
+    for stage, module in STAGES:
         say(f"\n== {stage} ==")
         done = run_nested(stage, module, config)
         run.results |= {f"{stage}_{name}": value for name, value in done.results.items()}
@@ -38,6 +49,7 @@ def run(run: Run) -> None:
     say(
         f"\nThe demo took {run.results['seconds']:.0f} s.\n"
         f"Originals over reconstructions:  {run.outputs.get('evaluate_reconstructions', 'none drawn')}\n"
+        f"Pictures that nobody took:  {run.outputs.get('generate_samples', 'none drawn')}\n"
         "Curves, parameters and pictures:  make ui\n"
         "Your own pictures:  .venv/bin/python jobs/train.py demo data.source=FOLDER run.name=mine"
     )

@@ -11,7 +11,8 @@ from pipeline.config import load_config
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_the_demo_walks_every_stage_and_says_where_to_look(run_job, tmp_path):
-    finished = run_job("demo", "smoke", "train.max_steps=2", "evaluate.max_images=32", timeout=280)
+    finished = run_job("demo", "smoke", "train.max_steps=2", "evaluate.max_images=32",
+                       "train_generator.max_steps=2", "generate.images=16", timeout=280)  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     folder = Path(finished.stdout.split("RUN_FOLDER=")[1].strip())
     assert folder == tmp_path / "runs" / "smoke-1"
@@ -19,12 +20,15 @@ def test_the_demo_walks_every_stage_and_says_where_to_look(run_job, tmp_path):
     assert summary["status"] == "finished"
     assert summary["results"]["evaluate_psnr"] > 5
     assert Path(summary["outputs"]["evaluate_reconstructions"]).is_file()
-    for shown in ("rfd_compact_cifar10", "make ui", summary["outputs"]["evaluate_reconstructions"]):
+    pictures = summary["outputs"]["evaluate_reconstructions"], summary["outputs"]["generate_samples"]
+    for shown in ("rfd_compact_cifar10", "make ui", *pictures):
         assert shown in finished.stderr
+    assert Path(pictures[1]).is_file()
     assert "Traceback" not in finished.stderr
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         runs = database.execute("select name, status from runs order by name").fetchall()
-    assert runs == [("smoke-evaluate", "FINISHED"), ("smoke-train", "FINISHED")]
+    stages = ("evaluate", "generate", "tokens", "train", "train-generator")
+    assert runs == [(f"smoke-{stage}", "FINISHED") for stage in stages]
 
 
 def test_each_demo_gets_the_next_free_number(tmp_path):
