@@ -14,8 +14,9 @@ from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, 
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.replay import ReplayCheck, charged, fallback_bits, fallback_share
+from tatok_model.filtering_rules import CHECK_BITS
 from tatok_model.tokenizer import TaTok
-from tatok_model.tokens import CHECK_BITS, Tokens, log2_binomial
+from tatok_model.tokens import Tokens, log2_binomial
 
 PLAN = Plan(count=30, total=30, batch_size=8, range_size=16, grid=0)
 FILTER = FilterConfig(score="entropy", rule="count", threshold=6, replay=True)
