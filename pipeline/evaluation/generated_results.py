@@ -11,7 +11,8 @@ import torch
 from pipeline.evaluation.extractors import Extractor
 from pipeline.evaluation.plan import SHUFFLE_SEED, SPLIT_IMAGES
 from pipeline.evaluation.reference import Reference
-from pipeline.evaluation.report import SMALL, Row
+from pipeline.evaluation.report import Row
+from pipeline.evaluation.results import distance_warnings
 from pipeline.generating.generated import Generated
 from tatok_model.metrics.scores import InceptionScore
 
@@ -64,15 +65,8 @@ def warnings(
     results: dict[str, float], reference: Reference, extractor: Extractor, compared_lengths: bool
 ) -> list[str]:
     """What a reader must know before comparing the numbers with others."""
-    n, name, found = int(results["images"]), distance_name(extractor), []
-    if n < SMALL:
-        found.append(f"{name} over {n} images: below {SMALL} it is biased upwards by about 1/N and says little")
-    if reference.meta is None:
-        found.append(f"{name} is against a reference that does not say how its images were cropped and resized")
-    if reference.n is not None and reference.n != n:
-        found.append(f"{name} compares {n} images with statistics of {reference.n}: its bias depends on both")
-    if not extractor.comparable:
-        found.append(f"{name} compares generators of this project and is no FID: do not set it beside published ones")
+    n, told = int(results["images"]), (reference, extractor.comparable, "generators")
+    found = distance_warnings(distance_name(extractor), n, *told)
     if not compared_lengths:
         found.append("token lengths were not compared with real ones: tokens.path is empty")
     return found

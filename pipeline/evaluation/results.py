@@ -69,15 +69,29 @@ def baseline_results(found: Measurements, distances: list[Distance]) -> dict[str
 
 def warnings(results: dict[str, float], reference: Reference, extractor: Extractor) -> list[str]:
     """What a reader must know before comparing the numbers with others."""
-    n, name, found = int(results["images"]), extractor.distance_name, []
-    if n < SMALL:
-        found.append(f"{name} over {n} images: below {SMALL} it is biased upwards by about 1/N and says little")
+    n, told = int(results["images"]), (reference, extractor.comparable, "tokenizers")
+    return distance_warnings(extractor.distance_name, n, *told)
+
+
+def distance_warnings(name: str, images: int, reference: Reference, comparable: bool, compared: str) -> list[str]:
+    """What a reader must know of a Frechet distance.
+
+    Args:
+        name: of the metric.
+        images: how many were measured.
+        reference: what they are compared with.
+        comparable: whether its numbers may stand beside published ones.
+        compared: what the distance tells apart, in the plural.
+    """
+    found = []
+    if images < SMALL:
+        found.append(f"{name} over {images} images: below {SMALL} it is biased upwards by about 1/N and says little")
     if reference.meta is None:
         found.append(f"{name} is against a reference that does not say how its images were cropped and resized")
-    if reference.n is not None and reference.n != n:
-        found.append(f"{name} compares {n} images with statistics of {reference.n}: its bias depends on both")
-    if not extractor.comparable:
-        found.append(f"{name} compares tokenizers of this project and is no FID: do not set it beside published ones")
+    if reference.n is not None and reference.n != images:
+        found.append(f"{name} compares {images} images with statistics of {reference.n}: its bias depends on both")
+    if not comparable:
+        found.append(f"{name} compares {compared} of this project and is no FID: do not set it beside published ones")
     return found
 
 
