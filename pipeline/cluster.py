@@ -11,10 +11,13 @@ from typing import Any
 from pipeline.errors import BadInput
 
 
-def connect() -> Any:
+def connect(dashboard: bool = False) -> Any:
     """Connect to Ray once and return the module; a second call does nothing.
 
     Ray takes SIGTERM for itself; a job's orderly stop needs it, so it is given back.
+
+    Args:
+        dashboard: start one, a gigabyte of memory, where no cluster is named: a cluster has its own.
     """
     # Ray announces a changed default of this variable at every start; saying what we rely on keeps it quiet.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -22,7 +25,7 @@ def connect() -> Any:
 
     if not ray.is_initialized():
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(log_to_driver=True, include_dashboard=False if "RAY_ADDRESS" not in os.environ else None)
+        ray.init(log_to_driver=True, include_dashboard=dashboard if "RAY_ADDRESS" not in os.environ else None)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
     return ray

@@ -1,8 +1,11 @@
 """Where tracking goes: which addresses make sense, where pictures of a SQLite store lie, what may be shown of them."""
 
 import re
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
 
 from pipeline.config import Config
 from pipeline.errors import BadInput
@@ -40,6 +43,28 @@ def _check_uri(uri: str) -> None:
             raise BadInput(f"{shown}; expected http(s)://host:port, e.g. http://127.0.0.1:5000")
     elif uri != "databricks" and not uri.startswith("databricks://"):
         raise BadInput(f"{shown}; {EXPECTED}")
+
+
+def check_answers(config: Config, seconds: float = 10.0) -> None:
+    """Refuse a tracking server that does not answer: for stages that are of no use without it.
+
+    Raises:
+        BadInput: nothing answers at an http(s) address of `tracking.uri` within `seconds`.
+    """
+    uri = config.tracking.uri
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urlopen(f"{uri.rstrip('/')}/health", timeout=seconds):
+            return
+    except HTTPError:  # it answers, if only to ask for a password
+        return
+    except (OSError, ValueError, HTTPException) as error:
+        reason = masked(" ".join(str(getattr(error, "reason", error)).split()))
+        raise BadInput(
+            f"tracking.uri is {masked(uri)!r}, where no server answers ({reason}); expected a running MLflow server, "
+            "sqlite:///file.db, or '' for no tracking"
+        ) from None
 
 
 def _names_a_host(uri: str) -> bool:

@@ -8,11 +8,15 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.progress import say
+from pipeline.run import versions
 from pipeline.tracking.address import artifact_folder, sqlite_path
 from pipeline.tracking.feed import BATCH, Point
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ENVIRONMENT = {  # only where the user has not decided otherwise
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # with the two below a dead server is noticed after seconds, not minutes
@@ -25,6 +29,38 @@ ENVIRONMENT = {  # only where the user has not decided otherwise
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on charts, not on chat traces
 PARAMETERS = 100  # parameters and tags MLflow takes in one call
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
+
+
+def save_pyfunc(folder: Path, loader: str, data: Path, example: "np.ndarray", answer: "dict[str, np.ndarray]") -> None:
+    """Write a model that `mlflow.pyfunc.load_model` loads where this project is installed.
+
+    Args:
+        folder: does not exist yet.
+        loader: module whose `_load_pyfunc(path)` makes an object with `predict` of a copy of `data`.
+        data: file or folder that the loader reads.
+        example: (B, ...) input.
+        answer: what `predict` makes of it, (B, ...) arrays by name.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def shape(array: "np.ndarray") -> tuple[int, ...]:
+        return (-1, *array.shape[1:])
+
+    mlflow.pyfunc.save_model(
+        str(folder),
+        loader_module=loader,
+        data_path=str(data),
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(example.dtype, shape(example))]),
+            outputs=Schema([TensorSpec(array.dtype, shape(array), name) for name, array in answer.items()]),
+        ),
+        input_example=example,
+        pip_requirements=[f"{name}=={number}" for name, number in versions().items() if name in ("tatok", "torch")],
+    )
 
 
 class Refused(Exception):
@@ -156,6 +192,31 @@ class MlflowStore:
                 self._client.log_image(self.run_id, picture.copy(), key=name, step=step, synchronous=True)
         except (FileNotFoundError, UnidentifiedImageError) as error:
             raise Refused(str(error)) from error
+
+    def register(self, model: str, name: str, alias: str) -> None:
+        """Keep a folder that `save_pyfunc` wrote as `alias` and make it the registered model that the alias names.
+
+        Once for each run: called again, after a doubt or a resume, it replaces the files and moves the alias back.
+
+        Raises:
+            Refused: there is no model, or MLflow does not take the name.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if not (Path(model) / "MLmodel").exists():
+            raise Refused(f"{model} holds no model")
+        self._client.log_artifacts(self.run_id, model, alias)
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise Refused(str(error)) from error
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = [v for v in self._client.search_model_versions(f"run_id='{self.run_id}'") if v.name == name]
+        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{alias}"
+        made = known[0] if known else self._client.create_model_version(name, source, self.run_id)
+        self._client.set_registered_model_alias(name, alias, made.version)
 
     def sample(self) -> dict[str, float]:
         """CPU, memory, disk, network and, where MLflow can read it, GPU use, averaged since the last call."""

@@ -1,5 +1,6 @@
 """A run's tracker: what the stages use. Nothing here waits for a server, except `close`, for a bounded time."""
 
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,6 +67,18 @@ class Tracker:
     def picture(self, path: Path, name: str, step: int) -> None:
         """Show a picture beside the run's charts, under `name` with a slider over steps."""
         self._put("picture", str(path), name, step)
+
+    def register(self, model: Path, name: str, alias: str) -> None:
+        """Make a folder that `mlflow_store.save_pyfunc` wrote the registered model that `alias` names."""
+        self._put("register", str(model), name, alias)
+
+    def run_id(self, seconds: float = CLOSE_SECONDS) -> str | None:
+        """The MLflow run, waiting at most `seconds` for the server to make one; None where there is none."""
+        limit = time.monotonic() + seconds
+        while self._sender is not None and not self._sender.opened and time.monotonic() < limit:
+            time.sleep(0.05)
+        self._announce()
+        return self._run.mlflow_run_id
 
     def model(self, checkpoint: Path) -> None:
         """Keep the final checkpoint folder as `model/`."""

@@ -1,0 +1,14 @@
+"""Compare many settings: thresholds of a trained tokenizer, or tokenizers that differ.
+
+    python jobs/sweep.py cifar10 tokenizer.checkpoint=runs/cifar10-train 'sweep.cuts={residual: [100, 200, 300]}'
+    python jobs/sweep.py sweep_demo
+    ray job submit --working-dir . -- python jobs/sweep.py ...
+
+Writes table.csv, table.md, pictures/rate_distortion.png and best.yaml (a preset for every job) into the run folder and
+logs a parent run with a child for each trial to MLflow. A stopped or killed sweep goes on with --resume.
+"""
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main("sweep", "pipeline.tuning.stage", __doc__)

@@ -1,0 +1,162 @@
+"""The driver's side of a sweep: hands out trials, keeps their child runs, hears of their ends, passes on a stop."""
+
+import queue
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from pipeline.errors import Stopped
+from pipeline.progress import say
+from pipeline.run import Run
+from pipeline.tuning.child import Child
+from pipeline.tuning.launch import run_tune
+from pipeline.tuning.ledger import FAILED, FINISHED, RUNNING, STOPPED, Ledger
+from pipeline.tuning.objective import LESS_IS_BETTER, objective, points_of
+from pipeline.tuning.plan import Plan, Trial
+from pipeline.tuning.search import Queue
+from pipeline.tuning.work import outcome_of, task_of, work
+
+LOOK_SECONDS = 1.0  # between looks at what trials have logged
+
+
+class Driver:
+    """Runs the trials of a sweep that are missing.
+
+    Args:
+        run: of the sweep.
+        plan: its trials.
+        ledger: how they stand.
+        parent: the sweep's MLflow run; None where nothing is tracked.
+        tags: of the children.
+    """
+
+    def __init__(self, run: Run, plan: Plan, ledger: Ledger, parent: str | None, tags: dict[str, str]) -> None:
+        self.run, self.plan, self.ledger = run, plan, ledger
+        self._parent, self._tags = parent, tags
+        losses = {entry.trial.number: self._loss(entry.trial) for entry in ledger.of(FINISHED)}
+        self._queue = Queue(plan, ledger, losses)
+        self._events: queue.Queue[tuple[Trial, str, str]] = queue.Queue()  # what Tune's thread has seen
+        self._taken: dict[int, Trial] = {}
+        self._children: dict[int, Child] = {}
+        self._seconds: list[float] = []  # of trials that ended in this session
+        self._began: dict[int, float] = {}
+
+    def work(self, at_once: int) -> None:
+        """Run trials until none is missing.
+
+        Args:
+            at_once: how many side by side.
+
+        Raises:
+            Stopped: the sweep was asked to stop; what was running goes on with --resume.
+            RuntimeError: trials were left behind, because Ray Tune failed.
+        """
+        ended = self.ledger.of(FINISHED, FAILED, STOPPED)
+        missing = self.plan.total - len(ended)
+        if ended:
+            say(f"{len(ended)} of {self.plan.total} trials have ended before and are not run again")
+        try:
+            if missing and self.plan.total == 1 and not self.plan.trains:
+                self._work_here()
+            elif missing:
+                config, folder = self.run.config, self.run.folder
+                self._follow(run_tune(config, folder, missing, min(at_once, missing), self.take, self.ended), at_once)
+        finally:
+            for child in self._children.values():
+                child.leave()
+        if self.run.should_stop or (missing and self.plan.total == 1 and self.ledger.of(RUNNING)):
+            raise Stopped("the sweep was asked to stop; --resume runs the trials that are missing")
+        if self.ledger.of(RUNNING):
+            raise RuntimeError("Ray Tune ended before its trials; --resume runs those that are missing")
+
+    def take(self) -> tuple[int, dict[str, Any]] | None:
+        """The next trial's number and task, for Tune's thread."""
+        trial = self._queue.take()
+        if trial is None:
+            return None
+        self._taken[trial.number] = trial
+        self._events.put((trial, "begun", ""))
+        return trial.number, self._task(trial)
+
+    def ended(self, number: int, outcome: str, reason: str) -> None:
+        """How a trial ended, from Tune's thread, before it asks for the next one."""
+        trial = self._taken[number]
+        self._queue.learn(trial, self._loss(trial) if outcome == "finished" else None)
+        self._events.put((trial, outcome, reason))
+
+    def _work_here(self) -> None:
+        """One trained tokenizer at many cuts: there is nothing for Tune to place."""
+        given = self.take()
+        self._look(1)
+        if given is None:
+            return
+        number, task = given
+        try:
+            work(task)
+            self.ended(number, "finished", "")
+        except (Exception, KeyboardInterrupt) as problem:  # noqa: BLE001 - recorded as the trial's
+            self.ended(number, *outcome_of(problem).values())
+        self._look(1)
+
+    def _follow(self, thread: threading.Thread, at_once: int) -> None:
+        while thread.is_alive():
+            thread.join(LOOK_SECONDS)
+            self._look(at_once)
+            if self.run.should_stop:
+                self._queue.close()
+                self._ask_to_stop()
+        self._look(at_once)
+
+    def _look(self, at_once: int) -> None:
+        """Open children of trials that began, copy what trials logged, close those of trials that ended."""
+        while not self._events.empty():
+            trial, outcome, reason = self._events.get()
+            if outcome == "begun":
+                self._began[trial.number] = time.monotonic()
+                self._children[trial.number] = Child(self.plan, trial, self.run, self._parent, self._tags)
+                self._say(f"{trial.name} begins", at_once)
+            else:
+                self._close(trial, outcome, reason)
+                self._say(f"{trial.name}: {outcome}{f': {reason}' if reason else ''}", at_once)
+        for child in self._children.values():
+            with suppress(OSError):
+                child.look()
+
+    def _close(self, trial: Trial, outcome: str, reason: str) -> None:
+        child = self._children.pop(trial.number)
+        self._seconds.append(time.monotonic() - self._began[trial.number])
+        if outcome == "interrupted":
+            child.leave()  # the ledger still says that it runs: a resumed sweep goes on with it
+            return
+        if outcome == FINISHED:
+            child.measured()
+        child.close(outcome, reason)
+        self.ledger.end(trial.number, outcome, reason)
+
+    def _say(self, what: str, at_once: int) -> None:
+        done, running = len(self.ledger.of(FINISHED, FAILED, STOPPED)), len(self._children)
+        left = ""
+        if self._seconds and done < self.plan.total:
+            mean = sum(self._seconds) / len(self._seconds)
+            left = f", about {mean * (self.plan.total - done) / at_once:.0f} s left"
+        say(f"{what} ({done} of {self.plan.total} trials done, {running} running{left})")
+
+    def _ask_to_stop(self) -> None:
+        """As the driver of a training does; a trial that is being evaluated ends by itself."""
+        from pipeline.training.recorder import STOP_FILE
+
+        for child in self._children.values():
+            folder = self.plan.training_folder(child.trial)
+            if folder.is_dir():
+                (folder / STOP_FILE).touch()
+
+    def _task(self, trial: Trial) -> dict[str, Any]:
+        checkpoint = "" if self.plan.trains else trial.values["tokenizer.checkpoint"]
+        training = None if checkpoint else self.plan.training_of(trial)
+        return task_of(training, [self.plan.evaluation_of(trial, rule, checkpoint) for rule in self.plan.cuts])
+
+    def _loss(self, trial: Trial) -> float | None:
+        """The objective, less being better."""
+        value = objective(points_of(self.plan, trial), self.plan.config)
+        return value if value is None or LESS_IS_BETTER[self.plan.config.sweep.objective] else -value

@@ -1,0 +1,171 @@
+"""The trials of a sweep and how each of their stages is configured. No torch, no Ray.
+
+A sweep's folder holds, for the trial `trial-00-global_tokens-2`:
+
+    trial-00-global_tokens-2/                    the trial: its metrics, summary.json, the child run in MLflow
+    trial-00-global_tokens-2-train/              what `jobs/train.py` leaves
+    trial-00-global_tokens-2-relative-evaluate/  what `jobs/evaluate.py` leaves, for each cut rule
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import is_hub_id, read_architecture
+from pipeline.config import Config, config_from_dict
+from pipeline.errors import BadInput
+from pipeline.evaluation.inputs import with_trained
+from pipeline.tuning.space import as_numbers, corner_points, points, read_cuts, read_space
+
+CHECKPOINT = "tokenizer.checkpoint"
+LONGEST = 80  # characters of a trial's name
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model that is measured at every cut.
+
+    Attributes:
+        number: from 0, in the order in which trials were planned.
+        values: of the space, by `section.key`; of kind thresholds the checkpoint.
+    """
+
+    number: int
+    values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its run folder and its child run."""
+        parts = [f"trial-{self.number:02d}"]
+        for key, value in self.values.items():
+            text = _checkpoint_name(str(value)) if key == CHECKPOINT else f"{key.partition('.')[2]}-{_short(value)}"
+            parts += [re.sub(r"[^\w.=-]+", "_", text)] if text else []
+        return "-".join(parts)[:LONGEST].rstrip("-_.")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _checkpoint_name(path: str) -> str:
+    """`cifar10-train` of `runs/cifar10-train/checkpoint`."""
+    folder = Path(path)
+    return folder.parent.name if folder.name == "checkpoint" else folder.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How trials are configured.
+
+    Attributes:
+        config: of the sweep, with `data.shards` once they exist.
+        folder: of the sweep.
+        cuts: rule to thresholds.
+    """
+
+    config: Config
+    folder: Path
+    cuts: dict[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, config: Config, folder: Path) -> "Plan":
+        """Raises BadInput as `read_cuts`."""
+        return cls(config, folder, read_cuts(config))
+
+    @property
+    def trains(self) -> bool:
+        """Whether a trial begins with a training."""
+        return self.config.sweep.kind == "architecture"
+
+    @property
+    def searches(self) -> bool:
+        """Whether trials learn from those before, so that they cannot be listed."""
+        return self.trains and self.config.sweep.search == "optuna"
+
+    @property
+    def total(self) -> int:
+        """How many trials there will be."""
+        return self.config.sweep.samples if self.searches else len(self.trials())
+
+    def trials(self) -> list[Trial]:
+        """All of them; empty where they cannot be listed."""
+        if self.searches:
+            return []
+        if not self.trains:
+            found = with_trained(self.config).tokenizer.checkpoint
+            return [Trial(i, {CHECKPOINT: path}) for i, path in enumerate(self.config.sweep.checkpoints or (found,))]
+        domains = [as_numbers(domain) for domain in read_space(self.config.sweep.space)]
+        sweep = self.config.sweep
+        return [Trial(i, values) for i, values in enumerate(points(domains, sweep.samples, sweep.seed))]
+
+    def samples(self) -> list[Trial]:
+        """Trials whose configurations show whether all can be configured: all, or those at the ends of the ranges."""
+        if not self.searches:
+            return self.trials()
+        domains = [as_numbers(domain) for domain in read_space(self.config.sweep.space)]
+        return [Trial(i, values) for i, values in enumerate(corner_points(domains))]
+
+    def config_of(self, trial: Trial) -> Config:
+        """The configuration of a trial, as the child run shows it and best.yaml is made of.
+
+        Raises:
+            BadInput: an unknown key, or a value that cannot be.
+        """
+        values = self.config.to_dict()
+        for key, value in trial.values.items():
+            section, name = key.split(".")
+            if not isinstance(values.setdefault(section, {}), dict):
+                raise BadInput(f"sweep.space has {key!r}; expected section.key, e.g. tokenizer.global_tokens")
+            values[section] = {**values[section], name: value}
+        path = trial.values.get(CHECKPOINT, "")
+        if not self.trains and path and not is_hub_id(path):  # models may differ: each has its own architecture
+            values["tokenizer"] |= dataclasses.asdict(read_architecture(path))
+        values["evaluate"]["thresholds"] = []  # of the rule that filters; what is evaluated is set beside its rule
+        return config_from_dict(values)
+
+    def training_of(self, trial: Trial) -> Config:
+        """The configuration of the trial's training; stages name their folders after the preset: it is the trial's."""
+        return self._inside(self.config_of(trial), trial.name)
+
+    def evaluation_of(self, trial: Trial, rule: str, checkpoint: str) -> Config:
+        """The configuration of the trial's evaluation at every threshold of a rule.
+
+        Args:
+            trial: whose.
+            rule: of `cuts`.
+            checkpoint: what is evaluated; '' while there is none.
+
+        Raises:
+            BadInput: a threshold outside the rule's range.
+        """
+        values = self._inside(self.config_of(trial), f"{trial.name}-{rule}").to_dict()
+        values["tokenizer"]["checkpoint"] = checkpoint
+        values["evaluate"]["thresholds"] = list(self.cuts[rule])
+        if rule != self.config.filter.rule:
+            values["filter"] |= {"rule": rule, "threshold": self.cuts[rule][0]}
+        try:
+            return config_from_dict(values)
+        except BadInput as error:
+            raise BadInput(f"sweep.cuts of the rule {rule}: {error}") from None
+
+    def evaluation_folder(self, trial: Trial, rule: str) -> Path:
+        """Where the evaluation's run folder is."""
+        return self.folder / f"{trial.name}-{rule}-evaluate"
+
+    def training_folder(self, trial: Trial) -> Path:
+        """Where the training's run folder is."""
+        return self.folder / f"{trial.name}-train"
+
+    def _inside(self, config: Config, preset: str) -> Config:
+        """A stage of a trial: inside the sweep's folder, and not tracked, because the child run shows it."""
+        run = dataclasses.replace(config.run, output=str(self.folder), name="")
+        tracking = dataclasses.replace(config.tracking, uri="")
+        sweep = type(config.sweep)()
+        return dataclasses.replace(config, preset=preset, run=run, tracking=tracking, sweep=sweep)
+
+
+def cuts_in_words(plan: Plan) -> str:
+    """`relative 0.5, 1; residual 40` for instance."""
+    return "; ".join(f"{rule} {', '.join(f'{value:g}' for value in values)}" for rule, values in plan.cuts.items())

@@ -1,0 +1,95 @@
+"""The stage behind `jobs/sweep.py`: many trials in, a table, a plot and the best one out."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from pipeline.cluster import connect
+from pipeline.config import Config
+from pipeline.data.manifest import read_manifest
+from pipeline.errors import BadInput
+from pipeline.evaluation import stage as evaluation
+from pipeline.evaluation.compare import curve_of
+from pipeline.progress import say
+from pipeline.run import Run
+from pipeline.tracking import Tracker, check_answers, check_tracking
+from pipeline.training import stage as training
+from pipeline.tuning.plan import CHECKPOINT, Plan, cuts_in_words
+from pipeline.tuning.room import find_room
+from pipeline.tuning.search import check_search
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made; reads no pictures.
+
+    Raises:
+        BadInput: a space over an unknown key or an empty range, a threshold outside its rule's range, a checkpoint
+            that is none or has no entropy model, a control without a curve, a tracking server that does not answer,
+            trials that do not fit into this machine, or as the checks of training and evaluation.
+    """
+    check_tracking(config)
+    plan = Plan.of(config, Path(config.run.output) / (config.run.name or default_name(config)))
+    check_search(plan)
+    for trial in plan.samples():
+        for rule in plan.cuts:
+            evaluation.check(plan.evaluation_of(trial, rule, "" if plan.trains else trial.values[CHECKPOINT]))
+        if plan.trains or not trial.values[CHECKPOINT]:
+            training.check(plan.training_of(trial))
+    if config.sweep.objective == "bd_rate":
+        curve_of(Path(config.sweep.control))
+    if config.sweep.scheduler == "asha":
+        _check_asha(config)
+    if "RAY_ADDRESS" not in os.environ:
+        configs = [plan.config_of(trial) for trial in plan.samples()]
+        find_room(configs, plan.total, os.cpu_count() or 1, 0)
+    check_answers(config)
+
+
+def _check_asha(config: Config) -> None:
+    if config.sweep.kind != "architecture":
+        raise BadInput("sweep.scheduler is 'asha'; expected none with the kind thresholds, which trains nothing")
+    every = config.train.validate_every
+    if not 0 < every <= (config.sweep.grace_steps or every) < config.train.max_steps:
+        raise BadInput(
+            f"sweep.scheduler is 'asha' with sweep.grace_steps {config.sweep.grace_steps} and train.validate_every "
+            f"{every}; expected validations before train.max_steps, {config.train.max_steps}"
+        )
+
+
+def default_name(config: Config) -> str:
+    """The run folder's name when `run.name` is empty."""
+    return f"{config.preset}-sweep"
+
+
+def run(run: Run) -> None:
+    """Run the trials that are missing, then compare all."""
+    from pipeline.tuning.driver import Driver
+    from pipeline.tuning.ledger import Ledger
+    from pipeline.tuning.outcome import conclude
+
+    plan = Plan.of(run.config, run.folder)
+    ledger = Ledger.open(plan)
+    run.config = _with_shards(plan)
+    plan = dataclasses.replace(plan, config=run.config)
+    manifest = read_manifest(run.config.data.shards)
+    run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
+    room = find_room([plan.config_of(trial) for trial in plan.samples()], plan.total, *_resources(plan))
+    say(room.sentence)
+    tags = {"data_fingerprint": manifest.fingerprint, "threshold": cuts_in_words(plan)}
+    with Tracker.start(run, tags) as tracker:
+        Driver(run, plan, ledger, tracker.run_id(), tags).work(room.at_once)
+        conclude(run, plan, ledger, tracker)
+
+
+def _with_shards(plan: Plan) -> Config:
+    """With shards that all trials share, made inside the sweep's folder where there are none."""
+    inside = dataclasses.replace(plan.config.run, output=str(plan.folder))
+    made = training.with_shards(dataclasses.replace(plan.config, run=inside))
+    return dataclasses.replace(plan.config, data=made.data)
+
+
+def _resources(plan: Plan) -> tuple[float, float]:
+    """CPUs and GPUs of the cluster. Without Ray's dashboard, workers of trials that ASHA stops keep what they hold."""
+    needs_dashboard = plan.config.sweep.scheduler == "asha" and plan.config.train.num_workers > 0
+    found = connect(dashboard=needs_dashboard).cluster_resources()
+    return float(found.get("CPU", 0)), float(found.get("GPU", 0))
