@@ -82,7 +82,8 @@ STABLE_KEYS = {
     "run.output", "run.name", "data.source", "data.heldout_source", "data.shards", "data.image_size",
     "train.num_workers", "train.max_steps", "train.max_minutes", "train.seed", "train.global_batch_size",
     "tokenizer.checkpoint", "filter.score", "filter.rounds", "filter.rule", "filter.threshold", "tokens.path",
-    "evaluate.max_images", "tracking.uri", "tracking.experiment",
+    "evaluate.max_images", "evaluate.thresholds", "generator.checkpoint", "benchmark.kind", "tracking.uri",
+    "tracking.experiment",
 }  # fmt: skip
 
 
