@@ -154,7 +154,8 @@ class Driver:
     def _task(self, trial: Trial) -> dict[str, Any]:
         checkpoint = "" if self.plan.trains else trial.values["tokenizer.checkpoint"]
         training = None if checkpoint else self.plan.training_of(trial)
-        return task_of(training, [self.plan.evaluation_of(trial, rule, checkpoint) for rule in self.plan.cuts])
+        evaluations = [self.plan.evaluation_of(trial, rule, checkpoint) for rule in self.plan.cuts]
+        return task_of(self.plan.folder / trial.name, training, evaluations)
 
     def _loss(self, trial: Trial) -> float | None:
         """The objective, less being better."""

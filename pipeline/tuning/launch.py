@@ -3,6 +3,7 @@
 Tune's own state is not used to resume: see `ledger.py`.
 """
 
+import logging
 import os
 import threading
 import time
@@ -34,6 +35,10 @@ class QueueSearcher(Searcher):
         super().__init__(metric=METRIC, mode="max")
         self._take, self._ended = take, ended
         self._numbers: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles what it is given, to be able to resume: it finds nothing here that it could use."""
+        return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
         """Nothing to set."""
@@ -78,6 +83,7 @@ def run_tune(config: Config, folder: Path, total: int, at_once: int, take: Take,
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our run folders hold all of it
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its state is not used
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would miss the files that are switched off above
     tuner = tune.Tuner(
         tune.with_resources(in_tune, tune.PlacementGroupFactory([SHARE])),
         tune_config=tune.TuneConfig(
@@ -85,6 +91,7 @@ def run_tune(config: Config, folder: Path, total: int, at_once: int, take: Take,
             scheduler=_scheduler(config),
             num_samples=total,
             max_concurrent_trials=at_once,
+            trial_dirname_creator=lambda trial: trial.trial_id,  # else made of the whole configuration
         ),
         run_config=tune.RunConfig(
             name=f"{folder.name}-{int(time.time())}",

@@ -47,7 +47,7 @@ def conclude(run: Run, plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
         else in_words(values[best.number] or 0, run.config)
     )
     run.results = {
-        "trials": float(plan.total),
+        "trials_planned": float(plan.total),
         "trials_finished": float(len(finished)),
         "trials_failed": float(len(ledger.of(FAILED))),
         "trials_stopped": float(len(ledger.of(STOPPED))),

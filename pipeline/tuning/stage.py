@@ -1,12 +1,13 @@
 """The stage behind `jobs/sweep.py`: many trials in, a table, a plot and the best one out."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
 from pipeline.cluster import connect
 from pipeline.config import Config
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import BadInput
 from pipeline.evaluation import stage as evaluation
 from pipeline.evaluation.compare import curve_of
@@ -73,12 +74,33 @@ def run(run: Run) -> None:
     plan = dataclasses.replace(plan, config=run.config)
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
+    if run.config.sweep.objective == "bd_rate":
+        check_control(run.config, manifest)
     room = find_room([plan.config_of(trial) for trial in plan.samples()], plan.total, *_resources(plan))
     say(room.sentence)
     tags = {"data_fingerprint": manifest.fingerprint, "threshold": cuts_in_words(plan)}
     with Tracker.start(run, tags) as tracker:
         Driver(run, plan, ledger, tracker.run_id(), tags).work(room.at_once)
         conclude(run, plan, ledger, tracker)
+
+
+def check_control(config: Config, manifest: Manifest) -> None:
+    """Refuse a control that was measured on other pictures than the trials will be.
+
+    Raises:
+        BadInput: other shards, or another number of pictures.
+    """
+    path = config.sweep.control
+    summary = json.loads((Path(path) / "summary.json").read_text())
+    rows = manifest.splits["heldout"].rows
+    wanted = {"shards": manifest.fingerprint, "images": min(config.evaluate.max_images or rows, rows)}
+    found = {
+        "shards": summary["inputs"].get("shards", {}).get("sha256", "unknown"),
+        "images": int(summary["results"].get("images", 0)),
+    }
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise BadInput(f"sweep.control {path!r} measured {name} {found[name]}; expected {value}, as the trials")
 
 
 def _with_shards(plan: Plan) -> Config:

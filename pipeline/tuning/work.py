@@ -7,7 +7,9 @@ import fcntl
 import json
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,16 @@ LOOK_SECONDS = 0.5  # between looks at the metrics of a training
 LOCK_SECONDS = 60.0  # how long a run folder may still be held by a worker of a sweep that was killed
 
 
-def task_of(training: Config | None, evaluations: list[Config]) -> dict[str, Any]:
-    """A trial as plain values, to be sent to a worker."""
+def task_of(folder: Path, training: Config | None, evaluations: list[Config]) -> dict[str, Any]:
+    """A trial as plain values, to be sent to a worker.
+
+    Args:
+        folder: of the trial: a worker of Tune keeps there what the stages print.
+        training: None where a checkpoint is given.
+        evaluations: one for each cut rule.
+    """
     return {
+        "folder": str(folder),
         "training": training.to_dict() if training else None,
         "evaluations": [config.to_dict() for config in evaluations],
     }
@@ -53,8 +62,10 @@ def in_tune(task: dict[str, Any]) -> None:
 
     def do() -> None:
         try:
-            work(task)
+            with _output_to(Path(task["folder"]) / "output.txt"):
+                work(task)
         except BaseException as problem:  # noqa: BLE001 - whatever it was, it is told and ends this trial only
+            traceback.print_exc()
             outcome.update(outcome_of(problem))
 
     thread = threading.Thread(target=do, daemon=True, name="trial")
@@ -67,6 +78,14 @@ def in_tune(task: dict[str, Any]) -> None:
             last = {STEP: step, METRIC: value}
             tune.report(last)
     tune.report({**last, **outcome})
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """What is printed goes into a file: of several trials side by side, people could not tell whose it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        yield
 
 
 def outcome_of(problem: BaseException) -> dict[str, str]:
@@ -97,10 +116,10 @@ def _folder(stage: str, config: Config) -> Path:
     return Path(config.run.output) / f"{config.preset}-{stage}"
 
 
-def _wait_for(folder: Path, free: Callable[[Path], bool] | None = None) -> None:
+def _wait_for(folder: Path) -> None:
     """A killed sweep's workers live on for some seconds and hold what they work in."""
     limit = time.monotonic() + LOCK_SECONDS
-    while not (free or _is_free)(folder) and time.monotonic() < limit:
+    while not _is_free(folder) and time.monotonic() < limit:
         time.sleep(0.2)
 
 
