@@ -91,7 +91,8 @@ class Sequences:
     def to(self, device: torch.device | str) -> "Sequences":
         """The same sequences on another device."""
         parts = (self.global_indices, self.codes, self.places, self.counts)
-        return Sequences(*(part.to(device, non_blocking=True) for part in parts))
+        ahead = torch.device(device).type != "cpu"  # a copy to the CPU could be read before it has arrived
+        return Sequences(*(part.to(device, non_blocking=ahead) for part in parts))
 
 
 def _global_indices(tokens: Tokens) -> Tensor:

@@ -64,6 +64,21 @@ def test_tails_of_different_length_are_refused() -> None:
         Sequences.from_tokens(uneven)
 
 
+def test_copies_to_the_cpu_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from a GPU that is not could be read before it has arrived."""
+    asked = []
+
+    def recorded(part: torch.Tensor, device: object, non_blocking: bool = False) -> torch.Tensor:
+        asked.append((torch.device(device).type, non_blocking))  # type: ignore[arg-type]
+        return part
+
+    sequences = Sequences.from_tokens(tokens_of(0, 2, 3, 4, 0.5))
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    sequences.to("cpu")
+    sequences.to(torch.device("cuda"))
+    assert asked == [("cpu", False)] * 4 + [("cuda", True)] * 4
+
+
 def test_parts_that_do_not_fit_together_are_refused() -> None:
     zeros = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="codes"):
