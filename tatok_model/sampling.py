@@ -80,8 +80,8 @@ def _draw_patches(
                 return
         at = place.where(~ended, 0)
         code = draw(rows.code_logits(at), code_draws[active, step], config.temperature, config.top_k, config.top_p)
-        going = active[~ended]
-        codes[going, step], places[going, step] = code[~ended], place[~ended]
+        # Not by a mask: how many go on is known on the device only, and the host would wait for it.
+        codes[active, step], places[active, step] = code.where(~ended, 0), place.where(~ended, -1)
         rows.take_patch(code, at)
         last = place.where(~ended, rows.end - 1)  # nothing lies after it: who ended ends again
 
