@@ -150,7 +150,7 @@ def _range(rule: str, value: Any) -> tuple[float, ...]:
     match numbers:
         case [float() as low, float() as high, float() as count] if low < high and count >= 2 and count.is_integer():
             step = (high - low) / (count - 1)
-            made = [high if i == count - 1 else low + i * step for i in range(int(count))]
+            made = [high if i == count - 1 else round(low + i * step, 9) for i in range(int(count))]
             return tuple(float(round(number)) for number in made) if rule == "count" else tuple(made)
     raise BadInput(
         f"sweep.cuts has {rule}: {{range: {value!r}}}; expected [low, high, count] with low below high and count from 2"

@@ -19,6 +19,8 @@ from pipeline.tuning.plan import CHECKPOINT, Plan, cuts_in_words
 from pipeline.tuning.room import find_room
 from pipeline.tuning.search import check_search
 
+PARENT_SECONDS = 120.0  # how long a new database may take on a busy machine: children name their parent
+
 
 def check(config: Config) -> None:
     """Refuse what cannot work before anything is made; reads no pictures.
@@ -80,7 +82,7 @@ def run(run: Run) -> None:
     say(room.sentence)
     tags = {"data_fingerprint": manifest.fingerprint, "threshold": cuts_in_words(plan)}
     with Tracker.start(run, tags) as tracker:
-        Driver(run, plan, ledger, tracker.run_id(), tags).work(room.at_once)
+        Driver(run, plan, ledger, tracker.run_id(PARENT_SECONDS), tags).work(room.at_once)
         conclude(run, plan, ledger, tracker)
 
 

@@ -4,12 +4,9 @@ from pipeline.errors import BadInput
 from pipeline.tuning.ledger import FINISHED, Ledger
 from pipeline.tuning.search import Queue, check_search
 
-OPTUNA = (
-    "sweep.search=optuna",
-    "sweep.samples=20",
-    "sweep.space={train.learning_rate: {log_uniform: [1e-4, 1e-2]}, tokenizer.global_tokens: [2, 4], tokenizer."
-    + "entropy_layers: {int: [1, 2]}, losses.l1: {uniform: [0, 1]}}",
-)
+RATES = "train.learning_rate: {log_uniform: [1e-4, 1e-2]}, losses.l1: {uniform: [0, 1]}"
+COUNTS = "tokenizer.global_tokens: [2, 4], tokenizer.entropy_layers: {int: [1, 2]}"
+OPTUNA = ("sweep.search=optuna", "sweep.samples=20", f"sweep.space={{{RATES}, {COUNTS}}}")
 
 
 @pytest.fixture
