@@ -105,12 +105,17 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # how many are kept
     max_failures: int = 3  # restarts of failed workers (num_workers > 0)
+    min_workers: int = 0  # go on with so many where the cluster has no room for num_workers; 0: wait for all
+    not_finite: str = "stop"  # stop | skip: a step whose gradient is no number ends the run, or is left out and counted
     cpus_per_worker: float = 1.0  # CPUs that each worker reserves (num_workers > 0)
     fused: bool = True  # fused AdamW
 
     def __post_init__(self) -> None:
         _require(self.parts in ("all", "entropy"), "parts", self.parts, "all or entropy")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        most = self.num_workers
+        _require(0 <= self.min_workers <= most, "min_workers", self.min_workers, f"0 to num_workers, {most}")
+        _require(self.not_finite in ("stop", "skip"), "not_finite", self.not_finite, "stop or skip")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16")
         for name in (
@@ -245,6 +250,7 @@ class GeneratorSection:
     dropout: float = 0.1  # of attention and MLP outputs, in training
     class_dropout: float = 0.1  # share of training samples without their label, for guidance
     positions: str = "auto"  # auto | generated | derived; auto: derived where every patch token is kept
+    from_codebook: bool = True  # codes that are alike in the tokenizer start alike; needs tokenizer.checkpoint
     length_groups: int = 8  # a worker's batch is cut into that many parts of similar length, to pad less
 
     def __post_init__(self) -> None:

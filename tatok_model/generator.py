@@ -113,6 +113,22 @@ class Generator(
                 positions = self._position_bits(hidden[:, m:], sequences.places, counts)
         return Bits(globals_, positions, codes)
 
+    @torch.no_grad()
+    def start_from_codes(self, global_codes: Tensor | None, patch_codes: Tensor | None) -> None:
+        """Begin with the tokenizer's geometry: entries whose code vectors are alike are read and scored alike.
+
+        Embeddings and scores of a code start as a random projection of its vector, at the scale of the usual random
+        start. Training moves them freely afterwards. A short training gains much by it: docs/experiments.md.
+
+        Args:
+            global_codes: (K, d) code vectors of the global tokens' codebook; None where there are no global tokens.
+            patch_codes: (K, d) of the patch tokens'; None where there are none.
+        """
+        if global_codes is not None and self.config.global_tokens:
+            _project(global_codes, self.global_codes.weight, self.to_global_codes.weight)
+        if patch_codes is not None and self.config.patch_tokens:
+            _project(patch_codes, self.patch_codes.weight, self.to_patch_codes.weight)
+
     # What sampling.py does one step at a time, `forward` does for all steps at once with the same functions.
 
     def read(self, inputs: Tensor, turns: Tensor, cache: Cache | None = None) -> Tensor:
@@ -251,6 +267,15 @@ class Generator(
         path = Path(pretrained_model_name_or_path)
         read_generator_config(path)
         return super().from_pretrained(str(path), **kwargs)
+
+
+def _project(codes: Tensor, *weights: Tensor) -> None:
+    """Fill (K, D) weights with random projections of (K, d) code vectors, deviation 0.02."""
+    if codes.shape[0] != weights[0].shape[0]:
+        raise ValueError(f"codes are {codes.shape[0]}; expected {weights[0].shape[0]}, the codebook size")
+    spread = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6) / codes.shape[1] ** 0.5
+    for weight in weights:
+        weight.copy_(spread.to(weight) @ torch.randn(codes.shape[1], weight.shape[1]).to(weight) * 0.02)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -247,6 +247,11 @@ class TaTok(
         fill = None if bool(tokens.kept_mask.all()) else self._fill_of(tokens)
         return self._decode_embeddings(global_embeddings, patch_embeddings, tokens, fill).float().clamp(0, 1)
 
+    def code_vectors(self) -> tuple[Tensor | None, Tensor | None]:
+        """(K, d) code vectors of the global and of the patch tokens' codebook; None for a kind that there is not."""
+        global_codes = self._global_quantizer.codes() if self.config.global_tokens else None
+        return global_codes, None if self.patch_quantizer is None else self.patch_quantizer.codes()
+
     def reconstruct(self, images: Tensor, kept_mask: Tensor | None = None) -> Tensor:
         """`decode(encode(images))`: (B, 3, H, W) floats in [0, 1]."""
         return self.decode(self.encode(images, kept_mask))

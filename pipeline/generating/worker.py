@@ -18,6 +18,7 @@ from pipeline.generating.objective import GeneratorObjective
 from pipeline.generating.token_data import TokenDataset
 from pipeline.generating.validation import GeneratorValidator
 from pipeline.pretrained import load_tokenizer
+from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tokenizing.manifest import check_tokenizer
 from pipeline.training import distributed
@@ -42,10 +43,12 @@ def work(
     config, section, train_config = run.config, run.config.generator, run.config.train_generator
     training, heldout = (TokenDataset.load(config.tokens.path, name, config.filter) for name in ("train", "heldout"))
     decides = deciding(config, training)
-    state = starting_state(run, training, heldout, decides, device)
-    tokenizer = _tokenizer(config, training) if train_config.grid_images and distributed.rank() == 0 else None
+    wanted = config.generator.from_codebook or train_config.grid_images
+    tokenizer = _tokenizer(config, training) if wanted and config.tokenizer.checkpoint else None
+    state = starting_state(run, training, heldout, decides, device, tokenizer)
+    draws = train_config.grid_images and distributed.rank() == 0
     sizes = train_config.validation_images, config.generate, train_config.grid_images
-    validator = GeneratorValidator(heldout, *sizes, tokenizer, device)
+    validator = GeneratorValidator(heldout, *sizes, tokenizer if draws else None, device)
     order = SampleOrder(len(training), train_config.seed, train_config.global_batch_size)
     shape = state.model.config
     batches = TokenBatches(
@@ -72,9 +75,14 @@ def work(
 
 
 def starting_state(
-    run: Run, training: TokenDataset, heldout: TokenDataset, decides: dict[str, Any], device: torch.device
+    run: Run,
+    training: TokenDataset,
+    heldout: TokenDataset,
+    decides: dict[str, Any],
+    device: torch.device,
+    tokenizer: TaTok | None,
 ) -> TrainState[Generator]:
-    """From the run's newest checkpoint, else from `generator.checkpoint`, else new.
+    """From the run's newest checkpoint, else from `generator.checkpoint`, else new, with the tokenizer's code vectors.
 
     Raises:
         BadInput: the run was begun with other values, or `generator.checkpoint` writes other sequences.
@@ -89,7 +97,12 @@ def starting_state(
         check_length(config, found, shape)
         shape = dataclasses.replace(shape, max_patch_tokens=found.max_patch_tokens)
     torch.manual_seed(derive_seed(config.train_generator.seed, "weights"))
-    state = TrainState(Generator(shape).to(device), config.train_generator, Generator.from_pretrained)
+    generator = Generator(shape)
+    if config.generator.from_codebook and tokenizer is not None:
+        generator.start_from_codes(*tokenizer.code_vectors())
+    elif config.generator.from_codebook and distributed.rank() == 0:
+        say("tokenizer.checkpoint is empty: codes start at random instead of from its codebook")
+    state = TrainState(generator.to(device), config.train_generator, Generator.from_pretrained)
     if not go_on(state, run.folder / "checkpoints", decides) and path:
         state.start_from(Generator.from_pretrained(find(path, "generator.checkpoint")))
     return state

@@ -167,6 +167,22 @@ def empty(config: GeneratorConfig) -> Sequences:
     return Sequences(globals_, none, none, torch.zeros(6, dtype=torch.int64))
 
 
+def test_codes_that_are_alike_start_alike() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(8, 6).repeat(2, 1)  # entry i + 8 is entry i again
+    generator = Generator(CONFIG)
+    before = generator.global_codes.weight.clone()
+    generator.start_from_codes(None, vectors)
+    assert torch.equal(generator.global_codes.weight, before)
+    for weight in (generator.patch_codes.weight, generator.to_patch_codes.weight):
+        assert torch.allclose(weight[:8], weight[8:])
+        assert 0.01 < float(weight.detach().std()) < 0.04
+    assert not torch.allclose(generator.patch_codes.weight, generator.to_patch_codes.weight)
+    Generator(KINDS["global_only"]).start_from_codes(vectors, None)
+    with pytest.raises(ValueError, match="codes are 5; expected 16"):
+        generator.start_from_codes(vectors[:5], None)
+
+
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     generator = Generator(CONFIG).eval()
     generator.save_pretrained(tmp_path / "checkpoint")
