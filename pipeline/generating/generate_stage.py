@@ -39,14 +39,16 @@ def check(config: Config) -> None:
 
     Raises:
         BadInput: as training's `check` where there is no generator yet; a checkpoint that is none, a generator of
-            another tokenizer, a class that does not exist, more workers than CPUs, a tracking address of unknown form.
+            another tokenizer, a class that does not exist, guidance towards none, names for another number of classes,
+            more workers than CPUs, a tracking address of unknown form.
     """
     check_cpus("generate.num_workers", config.generate.num_workers)
     check_tracking(config)
-    check_generator(config)
-    if config.generator.checkpoint:
-        generator = read_generator(config.generator.checkpoint)
+    found = check_generator(config)
+    if found.generator.checkpoint:
+        generator = read_generator(found.generator.checkpoint)
         check_guidance(config.generate, asked_labels(config.generate, generator.classes))
+        _class_names(found, generator)
 
 
 def default_name(config: Config) -> str:
@@ -114,7 +116,11 @@ def ranges_of_samples(config: GenerateConfig) -> list[Range]:
 
 
 def _class_names(config: Config, generator: GeneratorConfig) -> tuple[str, ...]:
-    """Of the tokens that the generator learned from or of the pictures, where they are named; else numbers."""
+    """Of the tokens that the generator learned from or of the pictures, where they are named; else numbers.
+
+    Raises:
+        BadInput: names for another number of classes than the generator has.
+    """
     if config.tokens.path:
         key, names = "tokens.path", read_token_manifest(config.tokens.path).classes
     elif config.data.shards:

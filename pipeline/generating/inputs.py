@@ -1,6 +1,7 @@
 """Which generator samples: the one that is named, found beside the run, or trained first."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from pipeline.job import run_nested
 from pipeline.paths import sha256_file
 from pipeline.pretrained import tokenizer_sha256
 from pipeline.progress import say
+from pipeline.tokenizing.manifest import NAME, with_path
 
 if TYPE_CHECKING:  # torch is imported inside functions: a stage's `check` answers without it
     from tatok_model.generator import Generator
@@ -36,8 +38,11 @@ def with_generator(config: Config) -> Config:
     return with_trained(_with_checkpoint(made.config, made.folder / "checkpoint"))
 
 
-def check_generator(config: Config) -> None:
+def check_generator(config: Config) -> Config:
     """Refuse a generator that cannot be used; one that would be trained first is checked as training does.
+
+    Returns:
+        The configuration with what is there already; `generator.checkpoint` is empty where it would be trained.
 
     Raises:
         BadInput: a checkpoint that is none or of another tokenizer, no tokenizer, or one of another architecture.
@@ -45,19 +50,22 @@ def check_generator(config: Config) -> None:
     found = with_trained(_with_made(config))
     if not found.generator.checkpoint:
         training_stage.check(config)
-        return
+        return found
     _check_tokenizer(found)
     check_architecture(found)
     check_fit(found, read_generator(found.generator.checkpoint))
+    return found
 
 
 def load_generator(config: Config) -> "tuple[Generator, str]":
     """The generator of `generator.checkpoint`, in evaluation mode, and the sha256 of its weights.
 
     Raises:
-        BadInput: no such folder, one that holds no generator, or a generator of another tokenizer than the one of
-            `tokenizer.checkpoint`.
+        BadInput: no such folder, one that holds no generator or damaged weights, or a generator of another tokenizer
+            than the one of `tokenizer.checkpoint`.
     """
+    from safetensors import SafetensorError
+
     from tatok_model.generator import Generator
 
     path = config.generator.checkpoint
@@ -65,15 +73,29 @@ def load_generator(config: Config) -> "tuple[Generator, str]":
     found = read_generator(path)
     _check_tokenizer(config)
     check_fit(config, found, tokenizer_sha256(config))
-    return Generator.from_pretrained(folder).eval(), sha256_file(folder / "model.safetensors")
+    try:
+        generator = Generator.from_pretrained(folder)
+    except (SafetensorError, RuntimeError) as error:  # no such file, or weights of another shape
+        reason = " ".join(str(error).split())
+        raise BadInput(f"generator.checkpoint {path!r} has damaged weights ({reason}); expected those saved") from None
+    return generator.eval(), sha256_file(folder / "model.safetensors")
 
 
 def _with_made(config: Config) -> Config:
     """With what `jobs/train_generator.py` left in the run of the same preset and output, where nothing is named."""
-    folder = Path(config.run.output) / training_stage.default_name(config) / "checkpoint"
-    if config.generator.checkpoint or not (folder / "config.json").is_file():
+    folder = Path(config.run.output) / training_stage.default_name(config)
+    if config.generator.checkpoint or not (folder / "checkpoint" / "config.json").is_file():
         return config
-    return _with_checkpoint(config, folder)
+    return _with_checkpoint(_with_tokens_of(config, folder), folder / "checkpoint")
+
+
+def _with_tokens_of(config: Config, folder: Path) -> Config:
+    """With the stream that a training read, as if it had just ended: classes are called as they are there."""
+    summary = folder / "summary.json"
+    if config.tokens.path or not summary.is_file():
+        return config
+    path = json.loads(summary.read_text())["inputs"].get("tokens", {}).get("path")
+    return with_path(config, Path(path)) if path and (Path(path) / NAME).is_file() else config
 
 
 def _with_checkpoint(config: Config, folder: Path) -> Config:

@@ -4,8 +4,10 @@ A stage as `pipeline/job.py` describes it: `check`, `default_name`, `run`.
 """
 
 from pipeline.checkpoints import check_architecture, find
+from pipeline.checks import check_global_counts
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_trained
 from pipeline.generating.architecture import check_global_cut, check_start
@@ -26,7 +28,7 @@ def check(config: Config) -> None:
         BadInput: as tokenizing's `check` where no stream is named; a stream that is none, of another tokenizer, score
             or number of rounds than configured, or without rows in a split; a cut that it does not allow; no tokenizer
             to draw pictures with; a checkpoint to start from that does not fit; classes or guidance for the pictures
-            that cannot be; more workers than CPUs; a tracking address of unknown form.
+            that cannot be, where the classes are known; more workers than CPUs; a tracking address of unknown form.
     """
     section = config.train_generator
     check_cpus("train_generator.num_workers", section.num_workers, section.cpus_per_worker)
@@ -35,10 +37,13 @@ def check(config: Config) -> None:
         read_generator(config.generator.checkpoint)
     if not config.tokens.path:
         tokenizing.check(config)
+        if config.data.shards:
+            _check_pictures(config, len(read_manifest(config.data.shards).classes))
         return
     found = with_trained(config)
     check_architecture(found)
     _check_tokens(found, read_token_manifest(found.tokens.path))
+    check_global_counts(found)
 
 
 def default_name(config: Config) -> str:
@@ -63,7 +68,7 @@ def run(run: Run) -> None:
 
 def _check_tokens(config: Config, manifest: TokenManifest) -> None:
     """Refuse a stream that does not fit the rest of the configuration."""
-    path, classes = config.tokens.path, len(manifest.classes)
+    path = config.tokens.path
     check_stream(config, manifest.stream)
     check_global_cut(manifest, config.filter)
     rows = {name: split.rows for name, split in manifest.splits.items()}
@@ -71,10 +76,15 @@ def _check_tokens(config: Config, manifest: TokenManifest) -> None:
         raise BadInput(f"tokens.path {path!r} holds {rows} rows; expected some in both splits")
     if config.generator.checkpoint:
         check_start(config, manifest, read_generator(config.generator.checkpoint))
+    if config.train_generator.grid_images and not config.tokenizer.checkpoint:
+        raise BadInput(
+            f"tokenizer.checkpoint is empty; expected the tokenizer that made {path!r}, "
+            "or train_generator.grid_images=0"
+        )
+    _check_pictures(config, len(manifest.classes))
+
+
+def _check_pictures(config: Config, classes: int) -> None:
+    """Refuse classes or guidance of the pictures to draw that cannot be."""
     if config.train_generator.grid_images:
-        if not config.tokenizer.checkpoint:
-            raise BadInput(
-                f"tokenizer.checkpoint is empty; expected the tokenizer that made {path!r}, "
-                "or train_generator.grid_images=0"
-            )
         check_guidance(config.generate, asked_labels(config.generate, classes))

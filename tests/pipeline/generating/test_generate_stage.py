@@ -1,6 +1,7 @@
 """From a generator to pictures: what is asked for, the same bytes whoever does the work, whole after a stop."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -206,9 +207,17 @@ def test_a_generator_of_another_tokenizer_is_refused(begin: Started, new_generat
 
 
 def test_a_stream_of_other_classes_is_refused(begin: Started, new_generator: Callable[..., Path]) -> None:
-    run = begin("refused", f"generator.checkpoint={new_generator(classes=4)}")
     with pytest.raises(BadInput, match="tokens.path has 3 classes; expected 4, the generator's"):
-        generate_stage.run(run)
+        begin("refused", f"generator.checkpoint={new_generator(classes=4)}")
+
+
+def test_a_class_is_looked_for_in_the_generator_that_training_left_too(
+    configure: Callable[..., Config], generator_folder: Path
+) -> None:
+    config = configure("generate.labels=[12]")
+    shutil.copytree(generator_folder, Path(config.run.output) / "smoke-train-generator" / "checkpoint")
+    with pytest.raises(BadInput, match="generate.labels has 12; expected 0 to 2, the generator's classes"):
+        generate_stage.check(config)
 
 
 def test_a_generator_without_classes_writes_pictures_without(

@@ -1,5 +1,6 @@
 """Which generator samples: the named one, the one beside the run, or one that is trained first."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,32 @@ def test_what_training_left_beside_the_run_is_taken(
     assert found.generator.checkpoint == str(folder)
     assert "generator.checkpoint is empty: taking" in capsys.readouterr().err
     inputs.check_generator(config)
+
+
+def test_damaged_weights_are_refused(configure: Configure, save_generator: Callable) -> None:
+    folder = save_generator()
+    weights = (folder / "model.safetensors").read_bytes()
+    config = configure(f"generator.checkpoint={folder}")
+    (folder / "model.safetensors").write_bytes(weights[:-4])
+    with pytest.raises(BadInput, match="has damaged weights .*; expected those saved"):
+        inputs.load_generator(config)
+    (folder / "model.safetensors").write_bytes((save_generator(size="tiny") / "model.safetensors").read_bytes())
+    with pytest.raises(BadInput, match="has damaged weights .*size mismatch.*; expected those saved"):
+        inputs.load_generator(config)
+
+
+def test_what_training_left_brings_its_tokens_as_if_it_had_just_been_made(
+    configure: Configure, save_generator: Callable, stream_folder: Path
+) -> None:
+    """Else classes would be called otherwise on resuming, which decides bytes."""
+    config = configure("tokens.path=")
+    folder = Path(config.run.output) / "smoke-train-generator"
+    save_generator(folder / "checkpoint")
+    for path, expected in ((stream_folder, str(stream_folder)), ("/gone", "")):
+        (folder / "summary.json").write_text(json.dumps({"inputs": {"tokens": {"path": str(path), "sha256": ""}}}))
+        assert inputs.with_generator(config).tokens.path == expected
+        assert inputs.check_generator(config).tokens.path == expected
+    assert inputs.with_generator(configure("tokens.path=/other")).tokens.path == "/other"
 
 
 def test_where_there_is_none_it_is_trained_first(

@@ -146,6 +146,8 @@ def test_global_tokens_alone_train_at_a_count_of_them(
     assert run.results["tokens_mean"] == 1
     with pytest.raises(BadInput, match="filter.threshold is 9; expected 1 to 2, the global tokens of an image"):
         training_stage.check(configure(*alone, "filter.threshold=9"))
+    with pytest.raises(BadInput, match="filter.rule is 'relative' without patch tokens; expected count, of global"):
+        training_stage.check(configure(*alone, "filter.rule=relative", "filter.threshold=0.5"))
 
 
 def test_training_starts_from_the_weights_that_are_named(configure: Configure, train_generator: Train) -> None:
