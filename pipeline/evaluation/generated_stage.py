@@ -5,7 +5,7 @@ A stage as `pipeline/job.py` describes it: `check`, `default_name`, `run`; `stag
 
 from typing import TYPE_CHECKING
 
-from pipeline.checks import check_pictures
+from pipeline.checks import check_global_counts, check_pictures
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
@@ -26,10 +26,11 @@ def check(config: Config) -> None:
 
     Raises:
         BadInput: a folder that `jobs/generate.py` did not write or did not finish, pictures of another size than the
-            real ones or of other classes, tokens that another tokenizer made.
+            real ones or of other classes, tokens that another tokenizer made, a cut that they cannot have.
     """
     generated = read_generated(config.evaluate.generated)
     check_pictures(config)
+    check_global_counts(config)
     size = generated.manifest.image_size
     if size != config.data.image_size:
         raise BadInput(

@@ -255,6 +255,12 @@ def test_lengths_of_another_tokenizer_are_refused(
         begin("evaluate", "refused", f"evaluate.generated={tmp_path}", f"tokens.path={tokens}")
 
 
+def test_a_cut_that_global_tokens_cannot_have_is_refused(begin: Started, generated: Path) -> None:
+    more = "tokenizer.patch_tokens=false", "filter.rule=relative", "filter.threshold=0.5"
+    with pytest.raises(BadInput, match="filter.rule is 'relative' without patch tokens; expected count, of global"):
+        begin("evaluate", "refused", f"evaluate.generated={generated}", *more)
+
+
 def test_too_few_pictures_are_refused(finished: Started, generated: Path) -> None:
     few = finished("generate", "few", "generate.images=3").folder
     with pytest.raises(BadInput, match="evaluate.generated .* has 3 pictures; expected at least 4"):
