@@ -7,6 +7,7 @@ and may take as long as the network does: `tracker.py` calls them from a thread 
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,9 @@ def save_pyfunc(folder: Path, loader: str, data: Path, example: "np.ndarray", an
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import mlflow.pyfunc
+    with warnings.catch_warnings():  # at its own type hints
+        warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)
+        import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 

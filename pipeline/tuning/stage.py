@@ -19,7 +19,7 @@ from pipeline.tuning.plan import CHECKPOINT, Plan, cuts_in_words
 from pipeline.tuning.room import find_room
 from pipeline.tuning.search import check_search
 
-PARENT_SECONDS = 120.0  # how long a new database may take on a busy machine: children name their parent
+PARENT_SECONDS = 600.0  # how long a new database may take on a busy machine: children name their parent
 
 
 def check(config: Config) -> None:

@@ -61,12 +61,12 @@ def in_tune(task: dict[str, Any]) -> None:
     outcome = {"outcome": "finished", "reason": ""}
 
     def do() -> None:
-        try:
-            with _output_to(Path(task["folder"]) / "output.txt"):
+        with _output_to(Path(task["folder"]) / "output.txt"):
+            try:
                 work(task)
-        except BaseException as problem:  # noqa: BLE001 - whatever it was, it is told and ends this trial only
-            traceback.print_exc()
-            outcome.update(outcome_of(problem))
+            except BaseException as problem:  # noqa: BLE001 - whatever it was, it is told and ends this trial only
+                traceback.print_exc()
+                outcome.update(outcome_of(problem))
 
     thread = threading.Thread(target=do, daemon=True, name="trial")
     thread.start()

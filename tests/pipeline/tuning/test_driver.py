@@ -160,7 +160,14 @@ def test_a_control_measured_on_other_pictures_is_refused_before_anything_runs(
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    """Made beforehand: a new one takes MLflow seconds."""
+    from pipeline.tracking.mlflow_store import MlflowStore
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    store = MlflowStore(uri, "other", None, system_metrics=False)
+    store.open("first", 0.0, {}, {})
+    store.end("FINISHED")
+    return uri
 
 
 def test_mlflow_has_a_parent_with_closed_children_and_what_the_compare_page_needs(sweep, fake_tune, database):
@@ -171,11 +178,11 @@ def test_mlflow_has_a_parent_with_closed_children_and_what_the_compare_page_need
     with pytest.raises(RuntimeError, match="Ray Tune ended"):
         sweep(*keys)
     client = MlflowClient(database)
-    before = {run.info.run_name: run for run in client.search_runs(["1"])}
+    before = {run.info.run_name: run for run in client.search_runs(["2"])}
     assert {run.info.status for run in before.values()} == {"KILLED", "FAILED"}  # nothing is left running
     fake_tune.acts.pop(1)
     run = sweep(*keys, resume=True)
-    after = {run.info.run_name: run for run in client.search_runs(["1"])}
+    after = {run.info.run_name: run for run in client.search_runs(["2"])}
     assert {name: run.info.run_id for name, run in after.items() if name in before} == {
         name: run.info.run_id for name, run in before.items()
     }
