@@ -304,6 +304,8 @@ class BenchmarkConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         good = bool(self.batch_sizes) and all(size >= 1 for size in self.batch_sizes)
         _require(good, "batch_sizes", self.batch_sizes, "numbers of at least 1")
+        largest = max(self.batch_size, *self.batch_sizes)
+        _require(self.images >= largest, "images", self.images, f"at least the largest batch, {largest}")
 
 
 @dataclass(frozen=True)

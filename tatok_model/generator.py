@@ -93,9 +93,11 @@ class Generator(
             labels: (B,) int64 classes, -1 for no class.
 
         Raises:
-            ValueError: labels, codes, positions or lengths that this generator was not made for.
+            ValueError: on the CPU, labels, codes, positions or lengths that this generator was not made for. On a GPU
+                values are not looked at, because the host would wait for them at every step: `check` them before.
         """
-        self._check(sequences, labels)
+        if labels.device.type == "cpu":
+            self.check(sequences, labels)
         m, counts = self.config.global_tokens, sequences.counts
         inputs, turns = self._inputs(sequences, labels)  # (B, L, D), (B, L)
         hidden = self.read(inputs, turns)  # (B, L, D)
@@ -233,7 +235,8 @@ class Generator(
         target = F.pad(places, (0, 1)).where(steps < counts[:, None], self.config.patch_positions)
         return _bits(self.place_logits(hidden, last), target) * (steps <= counts[:, None])
 
-    def _check(self, sequences: Sequences, labels: Tensor) -> None:
+    def check(self, sequences: Sequences, labels: Tensor) -> None:
+        """Raises ValueError for labels, codes, positions or lengths that this generator was not made for."""
         config = self.config
         m, t = sequences.global_indices.shape[1], sequences.codes.shape[1]
         if m != config.global_tokens:
@@ -255,6 +258,11 @@ class Generator(
                 raise ValueError(
                     f"{name} hold {int(values.min())} to {int(values.max())}; expected 0 to {config.codebook_size - 1}"
                 )
+        places, real = sequences.places, sequences.real
+        ascending = (places[:, 1:] > places[:, :-1]) | ~real[:, 1:]
+        within = (places >= 0) & (places < config.patch_positions)
+        if not bool(ascending.all() and within.all()):
+            raise ValueError(f"places do not ascend within 0 to {config.patch_positions - 1}; expected raster order")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -266,7 +274,7 @@ class Generator(
         """
         path = Path(pretrained_model_name_or_path)
         read_generator_config(path)
-        return super().from_pretrained(str(path), **kwargs)
+        return super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
 
 
 def _project(codes: Tensor, *weights: Tensor) -> None:

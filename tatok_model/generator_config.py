@@ -37,6 +37,7 @@ class GeneratorConfig:
     positions: str = "generated"  # generated: by the position head | derived: all N, in raster order
     max_patch_tokens: int = 64  # T of the longest sequence that it can read or write
     tokenizer_sha256: str = ""  # of the tokenizer's weights; a generator writes the tokens of one tokenizer only
+    cut: str = ""  # where the rankings were cut whose sequences it learned: score, rounds, rule, threshold
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

@@ -99,9 +99,10 @@ class Stepper:
 
     def _guided(self, logits: Tensor, scale: float) -> Tensor:
         """(R, C) -> (A, C): away from what is likely without the class, by the schedule's scale."""
+        wide = logits if logits.dtype == torch.float64 else logits.float()  # autocast may have left bfloat16
         if not self._config.guided:
-            return logits
-        told, untold = logits.chunk(2)
+            return wide
+        told, untold = wide.chunk(2)
         scale = self._config.scale_at(scale, self._steps / self._generator.config.max_length)
         if scale == 1:
             return told

@@ -402,4 +402,4 @@ class TaTok(
             raise FileNotFoundError(
                 f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name"
             )
-        return super().from_pretrained(str(path), **kwargs)
+        return super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarking.timing import Spread, take_turns
 from pipeline.config import Config
+from pipeline.devices import pick_device, uses_bf16
 from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation.report import columns, markdown
 from pipeline.paths import write_atomically
@@ -39,11 +40,15 @@ def check(config: Config) -> None:
         BadInput: a tokenizer without patch tokens, which has no such control, or as the check of training a generator
             where there is none yet.
     """
+    from pipeline.generating.fit import asked_labels, check_guidance, read_generator
     from pipeline.generating.inputs import check_generator
 
     if not config.tokenizer.patch_tokens:
         raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
-    check_generator(config)
+    found = check_generator(config)
+    if found.generator.checkpoint:
+        generator = read_generator(found.generator.checkpoint)
+        check_guidance(config.generate, asked_labels(config.generate, generator.classes))
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def run(run: Run) -> None:
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
     run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
-    device = _device(config)
+    device = pick_device("generate", config.generate.device)
     ours = Contender(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
     facts = {
         "device": _told(device),
@@ -170,15 +175,16 @@ def make_pictures(contender: Contender, batch_size: int, images: int, config: Co
     """Sample and decode that many pictures, and add to `work` what it took."""
     import torch
 
+    from pipeline.generating.fit import asked_labels
     from tatok_model.sampling import sample
 
     generator, tokenizer = contender.generator, contender.tokenizer
-    classes = generator.config.classes
+    asked = torch.tensor(asked_labels(config.generate, generator.config.classes), device=device)
     for first in range(0, images, batch_size):
         numbers = torch.arange(first, min(first + batch_size, images), device=device)
-        labels = numbers % classes if classes else torch.full_like(numbers, -1)
+        labels = asked[numbers % len(asked)]
         started = _now(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=_uses_bf16(device)):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16("auto", device)):
             sequences = sample(generator, labels, numbers, config.generate.seed, config.generate)
             sampled = _now(device)
             tokenizer.decode(sequences.to_tokens(tokenizer.config.patch_positions, tokenizer.config.global_tokens))
@@ -231,7 +237,7 @@ def _cache_bytes(contender: Contender, batch: int, config: Config) -> int:
     from tatok_model.sampling import kv_cache_bytes
 
     weight = next(contender.generator.parameters())
-    dtype = torch.bfloat16 if _uses_bf16(weight.device) else weight.dtype
+    dtype = torch.bfloat16 if uses_bf16("auto", weight.device) else weight.dtype
     return kv_cache_bytes(contender.generator.config, batch, dtype, config.generate.guided)
 
 
@@ -239,18 +245,12 @@ def _conclusion(results: dict[str, float]) -> str:
     equal, best, steps = (results[name] for name in ("speedup_equal_batch", "speedup_best_batch", "ratio_of_steps"))
     return (
         f"{equal:.2f} times {CONTROL}'s images/s at an equal batch, {best:.2f} times at each one's best batch; "
-        f"{steps:.2f} times fewer steps, of which {min(equal, best) / steps:.0%} arrive (floor: {FLOOR:.0%})"
+        f"its steps are {steps:.2f} times as many, of which {min(equal, best) / steps:.0%} arrive (floor: {FLOOR:.0%})"
     )
 
 
 def _ratio(ours: Spread, control: Spread) -> float:
     return ours.median / control.median
-
-
-def _uses_bf16(device: Any) -> bool:
-    import torch
-
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _now(device: Any) -> float:
@@ -260,15 +260,6 @@ def _now(device: Any) -> float:
 
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _device(config: Config) -> Any:
-    import torch
-
-    wanted, there = config.generate.device, torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise BadInput("generate.device is 'cuda'; expected cpu or auto on a machine without a CUDA GPU")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
 def _told(device: Any) -> str:

@@ -9,6 +9,7 @@ from pipeline.checks import check_global_counts, check_pictures
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
+from pipeline.generating.architecture import cut_of
 from pipeline.generating.generated import Generated, read_generated
 from pipeline.paths import write_atomically
 from pipeline.progress import say
@@ -100,6 +101,12 @@ def _check_tokens(config: Config, generated: Generated) -> None:
         raise BadInput(
             f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
             f"expected that of evaluate.generated {config.evaluate.generated!r}, {generated.tokenizer_sha256[:12]}..."
+        )
+    cut = cut_of(config.filter, bool(stream.score))
+    if generated.cut not in ("", cut):
+        raise BadInput(
+            f"filter cuts tokens.path by {cut}; expected {generated.cut}, whose lengths the generator of "
+            f"evaluate.generated {config.evaluate.generated!r} learned"
         )
 
 

@@ -31,6 +31,12 @@ def check_global_cut(manifest: TokenManifest, filter: FilterConfig) -> None:  # 
         )
 
 
+def cut_of(filter: FilterConfig, patch_tokens: bool) -> str:  # noqa: A002
+    """What decides which tokens a sequence keeps, in words that are equal where the cut is."""
+    ranked = f"{filter.score}, {filter.rounds} rounds, " if patch_tokens else ""
+    return f"{ranked}{filter.rule} {filter.threshold!r}"
+
+
 def generator_config(config: Config, manifest: TokenManifest, shortest: int, longest: int) -> GeneratorConfig:
     """The generator of a stream at the configured cut.
 
@@ -58,6 +64,7 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
         dropout=section.dropout,
         positions=positions,
         max_patch_tokens=longest,
+        cut=cut_of(config.filter, patches),
         **_given(config, manifest),
     )
 

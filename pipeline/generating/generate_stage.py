@@ -97,6 +97,7 @@ def run(run: Run) -> None:
             classes=generator.config.classes,
             generator_sha256=generator_sha256,
             tokenizer_sha256=tokenizer_sha256,
+            cut=generator.config.cut,
             seed=section.seed,
             batch_size=section.batch_size,
             sampling=dataclasses.asdict(sampling),

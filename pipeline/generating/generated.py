@@ -43,6 +43,7 @@ class Generated:
     classes: int  # that the generator knows
     generator_sha256: str
     tokenizer_sha256: str
+    cut: str  # of the sequences that the generator learned
     seed: int
     batch_size: int
     sampling: dict[str, Any]  # as SamplingConfig
@@ -119,6 +120,7 @@ def _from_dict(folder: Path, manifest: Manifest, values: dict[str, Any]) -> Gene
         manifest=manifest,
         generator_sha256=str(values["generator_sha256"]),
         tokenizer_sha256=str(values["tokenizer_sha256"]),
+        cut=str(values["cut"]),
         sampling=dict(values["sampling"]),
         tokens={name: float(value) for name, value in values["tokens"].items()},
         speed={name: float(value) for name, value in values["speed"].items()},

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.data.manifest import Shard
 from pipeline.data.writer import ShardWriter
+from pipeline.devices import uses_bf16
 from pipeline.generating.generated import INTEGERS, SCHEMA
 from pipeline.paths import write_atomically
 from pipeline.tokenizing.arrow import to_parquet
@@ -106,11 +107,12 @@ class Sampler:
         """Sequences, on the CPU, and (B, H, W, 3) uint8 pictures of (B,) samples."""
         labels, keys = (torch.from_numpy(values).to(self._device) for values in (self._labels(numbers), numbers))
         config = self._tokenizer.config
-        with watch.timed("sample"):
-            sequences = sample(self._generator, labels, keys, self._work.seed, self._work.sampling)
-        with watch.timed("decode"):
-            tokens = sequences.to_tokens(config.patch_positions, config.global_tokens)
-            pictures = decoded_pictures(self._tokenizer, tokens)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=uses_bf16("auto", self._device)):
+            with watch.timed("sample"):
+                sequences = sample(self._generator, labels, keys, self._work.seed, self._work.sampling)
+            with watch.timed("decode"):
+                tokens = sequences.to_tokens(config.patch_positions, config.global_tokens)
+                pictures = decoded_pictures(self._tokenizer, tokens)
         return sequences.to("cpu"), pictures
 
     def _rows(self, numbers: np.ndarray, pictures: np.ndarray) -> Iterator[dict[str, Any]]:

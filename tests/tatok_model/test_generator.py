@@ -192,6 +192,17 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     assert torch.equal(loaded(sequences, labels).total(), generator(sequences, labels).total())
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    Generator(CONFIG).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="norm.weight"):
+        Generator.from_pretrained(tmp_path)
+
+
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no config.json"):
         Generator.from_pretrained(tmp_path)
@@ -209,6 +220,10 @@ def test_what_the_generator_was_not_made_for_is_refused() -> None:
         Generator(KINDS["unlabelled"])(sequences, torch.zeros(6, dtype=torch.int64))
     with pytest.raises(ValueError, match="codes hold"):
         generator(replace(sequences, codes=sequences.codes + 16), labels)
+    falling, beyond = sequences.places.flip(1), sequences.places + 16
+    for places in (falling, beyond):
+        with pytest.raises(ValueError, match="places do not ascend within 0 to 15"):
+            generator(replace(sequences, places=places), labels)
     with pytest.raises(ValueError, match="2 global tokens; expected 3"):
         generator(replace(sequences, global_indices=sequences.global_indices[:, :2]), labels)
     with pytest.raises(ValueError, match="expected at most 2, as trained"):

@@ -64,7 +64,7 @@ def test_readers_are_warned(extractor: Extractor, inception: Extractor) -> None:
 
 def test_every_number_stands_in_the_table(extractor: Extractor) -> None:
     manifest = Manifest(16, {}, "made", (), {}, 0, "made")
-    generated = Generated(Path("made"), manifest, 3, 2, "g", "t", 0, 7, {}, {}, {}, ())
+    generated = Generated(Path("made"), manifest, 3, 2, "g", "t", "", 0, 7, {}, {}, {}, ())
     name = extractor.name
     names = ["images", "images_real", f"gfd_{name}", "gfd_other", "class_accuracy_worst", "class_accuracy_real_other"]
     names += ["class_accuracy_worst_class", "images_per_second", "unknown"]
