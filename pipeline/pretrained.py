@@ -17,14 +17,23 @@ def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
     """The tokenizer of `tokenizer.checkpoint` and the sha256 of its weights.
 
     Raises:
-        BadInput: it cannot be had from the hub, or has another architecture than configured.
+        BadInput: it cannot be had from the hub, is damaged, or has another architecture than configured.
     """
+    from safetensors import SafetensorError
+
     from tatok_model.config import read_config
     from tatok_model.tokenizer import TaTok
 
     folder = _tokenizer_folder(config)
-    check_same_architecture(config.tokenizer.checkpoint, read_config(folder), config)
-    return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
+    try:
+        check_same_architecture(config.tokenizer.checkpoint, read_config(folder), config)
+        return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(
+            f"tokenizer.checkpoint {config.tokenizer.checkpoint!r} cannot be loaded ({reason}); "
+            "expected config.json and model.safetensors as training wrote them"
+        ) from None
 
 
 def tokenizer_sha256(config: Config) -> str:

@@ -1,6 +1,7 @@
 """Parquet files with pictures in a column of bytes or {bytes, path}. Unit: [file, first row, end row]."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -62,7 +63,7 @@ def scan(folder: Location, names: Sequence[str], data: DataConfig) -> Scan:
 def read(folder: Location, units: list[Unit], data: DataConfig) -> Iterator[Picture]:
     """Read rows by row groups, a few at a time. The id is `file.parquet#row`."""
     for name, start, stop in units:
-        with _open(folder / name) as file:
+        with _open(folder / name) as file, _whole(folder / name):
             for row, values in _rows(file, start, stop, data):
                 picture = values[data.image_column]
                 if isinstance(picture, dict):
@@ -87,7 +88,7 @@ def _rows(file: pq.ParquetFile, start: int, stop: int, data: DataConfig) -> Iter
 
 
 def _scan_labels(place: Location, data: DataConfig, found: Scan) -> None:
-    with _open(place) as file:
+    with _open(place) as file, _whole(place):
         columns = _label_columns(file, data)
         if not columns:
             return
@@ -121,9 +122,16 @@ def _label(values: dict[str, Any], data: DataConfig) -> RawLabel:
 
 
 def _open(place: Location) -> pq.ParquetFile:
-    try:
+    with _whole(place):
         return pq.ParquetFile(place.open())
-    except (OSError, pa.ArrowException) as error:
+
+
+@contextmanager
+def _whole(place: Location) -> Iterator[None]:
+    """Damage shows where it is met: in the footer, in a page, in a text that is not UTF-8."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(
             f"{place.path!r} cannot be read as Parquet ({' '.join(str(error).split())}); expected a whole Parquet file"
         ) from None

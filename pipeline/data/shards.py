@@ -6,7 +6,8 @@ much faster than access all over the place. One `ShardDataset` serves one thread
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,13 @@ class ShardDataset:
         size = self.manifest.image_size
         pictures = np.empty((len(indices), size, size, 3), dtype=np.uint8)
         for position, data in enumerate(self.encoded(indices)):
-            pictures[position] = decode(data)
+            try:
+                pictures[position] = decode(data)
+            except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever broken bytes lead them to
+                raise BadInput(
+                    f"picture {int(indices[position])} of split {self.split!r} in {self._folder.path!r} cannot be "
+                    f"decoded ({' '.join(str(error).split())}); expected {size}x{size} pixels, as preprocess wrote them"
+                ) from None
         return pictures
 
     def labels(self, indices: Sequence[int]) -> np.ndarray:
@@ -105,18 +112,19 @@ class ShardDataset:
 
     def _column(self, name: str) -> pa.Array:
         """One column of the whole split as one array."""
-        parts = [
-            self._file(shard).read(columns=[name]).column(name).combine_chunks() for shard in range(len(self._shards))
-        ]
+        parts = []
+        for number, shard in enumerate(self._shards):
+            with self._whole(shard):
+                parts.append(self._file(number).read(columns=[name]).column(name).combine_chunks())
         return pa.concat_arrays(parts) if parts else pa.array([], SCHEMA.field(name).type)
 
     def _group(self, shard: int, group: int) -> pa.Array:
         """The pictures of one row group, from the cache of the most recently used."""
         key = (shard, group)
         if key not in self._groups:
-            self._groups[key] = (
-                self._file(shard).read_row_group(group, columns=["image"]).column("image").combine_chunks()
-            )
+            with self._whole(self._shards[shard]):
+                found = self._file(shard).read_row_group(group, columns=["image"]).column("image")
+                self._groups[key] = found.combine_chunks()
         return _recent(self._groups, key, CACHED_GROUPS)
 
     def _file(self, shard: int) -> pq.ParquetFile:
@@ -126,13 +134,20 @@ class ShardDataset:
 
     def _open(self, shard: Shard) -> pq.ParquetFile:
         place = self._folder / shard.file
-        try:
+        with self._whole(shard):
             file = pq.ParquetFile(place.open())
-        except (OSError, pa.ArrowException) as error:
-            raise BadInput(f"shard {place.path!r} cannot be read ({' '.join(str(error).split())})") from None
         if file.metadata.num_rows != shard.rows:
             raise BadInput(f"shard {place.path!r} has {file.metadata.num_rows} rows; expected {shard.rows}")
         return file
+
+    @contextmanager
+    def _whole(self, shard: Shard) -> Iterator[None]:
+        """Damage shows where it is met: in the footer or in a page, or as a column that is not there."""
+        try:
+            yield
+        except (OSError, KeyError, pa.ArrowException) as error:
+            place = (self._folder / shard.file).path
+            raise BadInput(f"shard {place!r} cannot be read ({' '.join(str(error).split())})") from None
 
     def _total_bytes(self) -> int:
         infos = self._folder.filesystem.get_file_info([(self._folder / shard.file).path for shard in self._shards])

@@ -48,14 +48,15 @@ class ShardWriter:
             self._write_group()
         if self._writer is None:
             return
-        self._writer.close()
-        if kind is not None:
-            self._temporary.unlink()
-            return
-        with open(self._temporary, "rb") as file:
-            os.fsync(file.fileno())
-        self.shard = Shard(self._file, self._written, sha256_file(self._temporary))
-        os.replace(self._temporary, self._path)
+        try:
+            self._writer.close()
+            if kind is None:
+                with open(self._temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                self.shard = Shard(self._file, self._written, sha256_file(self._temporary))
+                os.replace(self._temporary, self._path)
+        finally:  # also where closing fails: on full storage, what is half written would keep others from their room
+            self._temporary.unlink(missing_ok=True)
 
     def _write_group(self) -> None:
         if self._writer is None:

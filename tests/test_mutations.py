@@ -1,0 +1,261 @@
+"""A thousand damaged inputs: each is used, or answered with one sentence; nothing crashes, hangs or writes elsewhere.
+
+Seeded: what fails is found again by its number. `tests/pipeline/` has the cases that a person thought of.
+"""
+
+import dataclasses
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import checkpoints
+from pipeline.config import load_config
+from pipeline.data import sources
+from pipeline.data.manifest import Manifest, Split, fingerprint
+from pipeline.data.pictures import BadPicture, prepare
+from pipeline.data.shards import ShardDataset
+from pipeline.data.writer import ShardWriter
+from pipeline.errors import BadInput
+from pipeline.pretrained import load_tokenizer
+from pipeline.tokenizing.arrow import from_table, to_parquet, to_table
+from pipeline.tokenizing.manifest import Stream
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+SHAPE = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.global_tokens=2", "tokenizer.size=nano",
+         "tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[4,4]", "tokenizer.codebook_size=16",
+         "tokenizer.entropy_layers=1", "tokenizer.entropy_width=64"]  # fmt: skip
+DATA = load_config("smoke", SHAPE).data
+
+
+def mutated(data: bytes, number: int) -> bytes:
+    """The same bytes with one to eight changes: flipped, cut, doubled, zeroed, filled, or a number made large."""
+    draw, found = random.Random(number), bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
+        if not found:
+            break
+        # Headers and footers decide more than what is between.
+        edge = draw.choice((len(found), min(len(found), 64), min(len(found), 512)))
+        start = draw.randrange(edge) if draw.random() < 0.7 else len(found) - 1 - draw.randrange(edge)
+        stop = min(len(found), start + draw.choice((1, 1, 2, 4, 8, 64)))
+        change = draw.randrange(7)
+        if change == 0:
+            found[start] ^= 1 << draw.randrange(8)
+        elif change == 1:
+            del found[start:]
+        elif change == 2:
+            found[start:start] = found[start:stop] * draw.choice((1, 2, 50))
+        elif change == 3:
+            found[start:stop] = bytes(stop - start)
+        elif change == 4:
+            found[start:stop] = draw.randbytes(stop - start)
+        elif change == 5:
+            del found[start:stop]
+        else:
+            found[start:stop] = b"\xff" * (stop - start)
+    return bytes(found)
+
+
+def picture(number: int, encoding: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, encoding)
+    return file.getvalue()
+
+
+def each(data: bytes, numbers: range, use: Callable[[bytes], None], *answers: type[Exception]) -> int:
+    """Use every mutation; returns how many were refused. Only `answers` may be raised, each one line that tells why."""
+    refused = []
+    for number in numbers:
+        changed = mutated(data, number)
+        try:
+            use(changed)
+        except answers as error:
+            refused.append((number, str(error)))
+        except Exception as error:
+            raise AssertionError(f"mutation {number} raised {type(error).__name__}: {error}") from error
+    unclear = [(number, said) for number, said in refused if not 5 < len(said) < 2000 or "\n" in said]
+    assert not unclear
+    return len(refused)
+
+
+@pytest.fixture
+def place(tmp_path: Path):
+    """A folder to work in; what lies beside it must stay as it is."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    yield inside
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "numbers"),
+    [("PNG", range(120)), ("JPEG", range(120, 240)), ("WEBP", range(240, 320)), ("GIF", range(320, 360)),
+     ("TIFF", range(360, 420)), ("BMP", range(420, 450))],
+)  # fmt: skip
+def test_damaged_pictures(encoding: str, numbers: range) -> None:
+    def use(data: bytes) -> None:
+        with Image.open(io.BytesIO(prepare(data, DATA))) as made:
+            assert made.size == (16, 16)
+
+    assert each(picture(1, encoding), numbers, use, BadPicture) > len(numbers) / 10
+
+
+def read_source(path: Path) -> None:
+    data = dataclasses.replace(DATA, source=str(path))
+    source = sources.open_source("data.source", str(path), data)
+    found = sources.scan("data.source", source, data)
+    for units in found.ranges:
+        for one in sources.read(source, units, data):
+            assert not Path(one.id).is_absolute() or "#" in one.id
+            try:
+                prepare(one.data, data)
+            except BadPicture:
+                continue
+
+
+def test_damaged_tars(place: Path) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in (("a.png", picture(1)), ("a.cls", b"1"), ("../../b.png", picture(2)), ("b.json", b"{}")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    path = place / "source.tar"
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        read_source(path)
+
+    assert each(file.getvalue(), range(1000, 1120), use, BadInput) > 10
+
+
+def test_damaged_parquet_sources(place: Path) -> None:
+    file = io.BytesIO()
+    rows = {"image": [picture(1), picture(2)], "label": [0, 1], "class_name": ["ant", "bee"]}
+    pq.write_table(pa.table(rows), file)
+    path = place / "source.parquet"
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        read_source(path)
+
+    assert each(file.getvalue(), range(2000, 2120), use, BadInput) > 20
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("manifest.json", range(3000, 3060)), ("shard", range(3060, 3120))])
+def test_damaged_shards(place: Path, name: str, numbers: range) -> None:
+    (place / "shards").mkdir()
+    with ShardWriter(place, "shards/train-00000.parquet") as writer:
+        for number in range(4):
+            row = {"id": str(number), "image": picture(number), "height": 16, "width": 16, "label": 0}
+            writer.add({**row, "label_name": "ant"})
+    splits = {"train": Split(4, (writer.shard,)), "heldout": Split(0, ())}
+    manifest = Manifest(16, {}, "made", ("ant",), splits, 0, fingerprint(splits))
+    (place / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    path = place / ("manifest.json" if name == "manifest.json" else "shards/train-00000.parquet")
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        found = ShardDataset(place, "train")
+        assert found.images(range(len(found))).shape[1:] == (16, 16, 3)
+        found.ids(range(len(found)))
+        found.labels(range(len(found)))
+
+    assert each(path.read_bytes(), numbers, use, BadInput) > 10
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    import torch
+
+    from tatok_model import TaTok
+
+    torch.manual_seed(0)
+    return TaTok(load_config("smoke", SHAPE).tokenizer.architecture()).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("config.json", range(4000, 4040)), ("model.safetensors", range(4040, 4070))]
+)
+def test_damaged_tokenizers(place: Path, tokenizer, name: str, numbers: range) -> None:
+    tokenizer.save_pretrained(place)
+    config = load_config("smoke", [*SHAPE, f"tokenizer.checkpoint={place}"])
+
+    def use(data: bytes) -> None:
+        (place / name).write_bytes(data)
+        load_tokenizer(config)
+
+    assert each((place / name).read_bytes(), numbers, use, BadInput) > 10
+
+
+def test_damaged_training_states(place: Path, tokenizer) -> None:
+    import torch
+
+    folder = checkpoints.save(place, 5, tokenizer, {"x": torch.zeros(4)}, keep=2, decides={})
+    for name in ("training_state.json", "training_state.safetensors", "config.json"):
+        whole = (folder / name).read_bytes()
+        numbers = range(5000, 5040)
+
+        def use(data: bytes, name: str = name, whole: bytes = whole) -> None:
+            (folder / name).write_bytes(data)
+            found = checkpoints.latest(place)
+            assert found is None or data == whole or (name == "training_state.json" and found.step >= 0)
+
+        assert each(whole, numbers, use) == 0
+        (folder / name).write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer):
+    import torch
+
+    return tokenizer.rank(tokenizer.encode(torch.rand(3, 3, 16, 16)))
+
+
+def test_damaged_token_files(tokens) -> None:
+    ranking = tokens.ranking
+    stream = Stream(ranking.score, ranking.rounds, "0" * 64, 2, 16, 16, 16, 4)
+    data = to_parquet(to_table(tokens, ["a", "b", "c"], np.zeros(3), stream))
+
+    def use(changed: bytes) -> None:  # as `read_token_file` does once the checksum was forged
+        try:
+            table = pq.read_table(pa.BufferReader(changed))
+        except (pa.ArrowException, OSError) as error:
+            raise BadInput(" ".join(str(error).split())) from None
+        from_table(table)
+
+    assert each(data, range(6000, 6080), use, BadInput) > 10
+
+
+@pytest.mark.parametrize("entropy_coded", [False, True])
+def test_damaged_streams(tokenizer, tokens, entropy_coded: bool) -> None:
+    from tatok_model import Codec
+
+    codec = Codec(tokenizer)
+    data = codec.to_bytes(tokens.cut("count", 5), entropy_coded)[0]
+
+    def use(changed: bytes) -> None:
+        found = codec.from_bytes([changed])
+        assert int(found.patch_indices.max()) < 16
+
+    assert each(data, range(7000, 7050), use, ValueError) > 10
+
+
+def test_damaged_presets(place: Path, repository: Path) -> None:
+    data = (repository / "pipeline" / "configs" / "cifar10.yaml").read_bytes()
+    path = place / "preset.yaml"
+
+    def use(changed: bytes) -> None:
+        path.write_bytes(changed)
+        load_config(str(path))
+
+    assert each(data, range(8000, 8150), use, BadInput) > 30
