@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "tatok-training-state", 1
 TENSORS, RECORD = "training_state.safetensors", "training_state.json"
+WEIGHED = ("config.json", "model.safetensors", TENSORS)  # what a whole checkpoint has checksums of
 SHAPING = (
     "image_size",
     "patch_size",
@@ -85,12 +86,16 @@ def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]
     aside = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
-    checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
-    write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
-    for path in aside.iterdir():
-        _flush(path)
+    try:
+        model.save_pretrained(aside)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+        checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
+        write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
+        for path in aside.iterdir():
+            _flush(path)
+    except BaseException:  # on full storage, what is half written would keep others from their room
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     for old in _steps(folder)[:-keep]:
@@ -105,6 +110,8 @@ def latest(folder: Path) -> Checkpoint | None:
             return _verified(path)
         except (OSError, ValueError, KeyError) as error:
             say(f"checkpoint {path} is not used, the one before it is: {error}")
+    if _steps(folder):
+        say(f"no checkpoint in {folder} can be used: beginning anew")
     return None
 
 
@@ -188,10 +195,13 @@ def _verified(path: Path) -> Checkpoint:
     record = json.loads((path / RECORD).read_text())
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise ValueError(f"its {RECORD} is not of format {FORMAT} version {VERSION}")
-    for name, checksum in record["sha256"].items():
-        if sha256_file(path / name) != checksum:
+    checksums, step = record.get("sha256"), record.get("step")
+    if not isinstance(checksums, dict) or not checksums.keys() >= set(WEIGHED) or not isinstance(step, int):
+        raise ValueError(f"its {RECORD} lacks the step or checksums of {', '.join(WEIGHED)}")
+    for name, checksum in checksums.items():
+        if Path(name).name != name or sha256_file(path / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
-    return Checkpoint(path, int(record["step"]), record)
+    return Checkpoint(path, step, record)
 
 
 def _flush(path: Path) -> None:

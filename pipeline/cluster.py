@@ -31,6 +31,19 @@ def connect(dashboard: bool = False) -> Any:
     return ray
 
 
+def most_resources(ray: Any) -> dict[str, float]:
+    """What the cluster has, or what its autoscaler may grow it to: workers may ask for nodes that are not there yet.
+
+    Args:
+        ray: the connected module.
+    """
+    from ray._private.state import state  # Ray Data and Tune ask it too; no public call answers
+
+    found = dict(ray.cluster_resources())
+    planned = state.get_max_resources_from_cluster_config() or {}
+    return {kind: max(found.get(kind, 0.0), float(planned.get(kind, 0))) for kind in found | planned}
+
+
 def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
     """Refuse more workers than this machine has CPUs for; a cluster's size is only known once connected.
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.cluster import connect
+from pipeline.cluster import connect, most_resources
 from pipeline.errors import BadInput
 
 if TYPE_CHECKING:  # torch is imported inside functions: a stage's `check` answers without it
@@ -38,7 +38,7 @@ def pick_workers_device(section: str, wanted: str, number: int) -> str:
     Raises:
         BadInput: more workers than the cluster has CPUs, or than GPUs when those are asked for.
     """
-    resources = connect().cluster_resources()
+    resources = most_resources(connect())
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if number > cpus:
         raise BadInput(f"{section}.num_workers is {number}; expected at most the cluster's {cpus} CPUs")

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from pipeline.config import Config, load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.paths import resolve_paths
+from pipeline.room import OutOfRoom, storage_sentence
 from pipeline.run import Run, check_folder
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
@@ -54,6 +55,27 @@ def main(stage: str, module: str, description: str | None) -> NoReturn:
     code = execute(run, steps)
     print(f"RUN_FOLDER={run.folder.absolute()}", file=stdout, flush=True)
     sys.exit(code)
+
+
+def diagnose(description: str | None) -> NoReturn:
+    """Tell what is wrong for a preset before anything is run, a line on stdout for each thing; makes no run folder."""
+    arguments = _parse(description)
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    problems = 0
+    try:
+        config = resolve_paths(load_config(arguments.preset, arguments.overrides))
+        for finding in import_module("pipeline.doctor").examine(config, ray=not arguments.dry_run):
+            problems += bool(finding.problem)
+            said = finding.problem or finding.note
+            line = f"{'wrong' if finding.problem else 'well '}  {finding.name:<10} {said}"
+            print(line.rstrip(), file=stdout, flush=True)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    if problems:
+        print(f"error: {problems} thing{'s' if problems > 1 else ''} would fail", file=sys.stderr)
+    sys.exit((BAD_INPUT if arguments.dry_run else FAILED) if problems else DONE)
 
 
 def execute(run: Run, steps: Any) -> int:
@@ -91,7 +113,10 @@ def _work(run: Run, steps: Any) -> None:
         with _stop_on_signals(run):
             steps.run(run)
     except BaseException as problem:
-        run.write_summary(*_outcome(problem))
+        try:
+            run.write_summary(*_outcome(problem))
+        except OSError as error:  # on storage that is full: what ended the run is what is told
+            print(f"summary.json still says 'running': {error}", file=sys.stderr)
         raise
     else:
         run.write_summary("finished", exit_code=DONE)
@@ -107,6 +132,9 @@ def _outcome(problem: BaseException) -> tuple[str, str, int]:
         return "stopped", str(problem), STOPPED
     if isinstance(problem, KeyboardInterrupt):
         return "stopped", "interrupted", STOPPED
+    full = str(problem) if isinstance(problem, OutOfRoom) else storage_sentence(problem)
+    if full:
+        return "failed", full, FAILED
     return "failed", " ".join(f"{type(problem).__name__}: {problem}".split()), FAILED
 
 

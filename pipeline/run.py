@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -149,7 +150,8 @@ class Run:
         """Close the files and let others use the folder."""
         for file in (self._metrics, self._lock):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # of a line that storage had no room for: `log` has raised it before
+                    file.close()
         self._metrics = self._lock = None
 
 

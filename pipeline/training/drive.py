@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.checkpoints import latest
 from pipeline.devices import pick_device
 from pipeline.errors import Stopped
+from pipeline.room import OutOfRoom, memory_sentence
 from pipeline.run import Run
 from pipeline.tracking import Tracker
 
@@ -28,6 +29,8 @@ def train_and_export(run: Run, tracker: Tracker, section: str, worker: str, pict
 
     Raises:
         Stopped: it ended early; a checkpoint was saved.
+        OutOfRoom: storage or memory is full.
+        FloatingPointError: the loss is no number.
     """
     from pipeline.training.follow import followed
 
@@ -49,7 +52,12 @@ def _run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
     from pipeline.training.worker import compiled
 
     device = pick_device(section, getattr(run.config, section).device)
-    return import_module(worker).work(run, device, compiled(run.config, section))
+    try:
+        return import_module(worker).work(run, device, compiled(run.config, section))
+    except RuntimeError as problem:
+        if sentence := memory_sentence(problem, run.config, section):
+            raise OutOfRoom(sentence) from problem
+        raise
 
 
 def export(folder: Path) -> Path:

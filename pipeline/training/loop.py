@@ -3,7 +3,6 @@
 It knows neither Ray nor MLflow, nor what is trained.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.errors import Stopped
+from pipeline.progress import say
 from pipeline.training import distributed
+from pipeline.training.finite import MOST_SKIPPED, FiniteWatch, NotFinite
 from pipeline.training.state import TrainState
 
 STOP_EVERY = 10  # steps between questions whether another worker wants to stop
@@ -71,32 +72,37 @@ class Hooks:
     save: Callable[[TrainState[Any]], None]  # write a checkpoint
     advance: Callable[[int, float], None]  # images seen since the last call, current loss
     stop_reason: Callable[[], str]  # '' to go on
+    not_finite: Callable[[int], str] = lambda step: ""  # keep what that step saw, counted from 1; says where, or ''
 
 
 def train(objective: Objective[Batch], batches: Batches[Batch], config: TrainConfig, hooks: Hooks) -> None:
     """Train until `config.max_steps`, from wherever the state is.
 
+    A term that is no number is found when metrics are logged and before a checkpoint is written, and ends the run; with
+    `not_finite: skip`, steps with such a gradient change nothing and are counted.
+
     Raises:
         Stopped: somebody asked for it or `max_minutes` are over; a checkpoint was saved.
-        FloatingPointError: the loss is not finite.
+        NotFinite: a term is no number, or ten steps in a row were left out; no checkpoint has it.
     """
     state = objective.state
-    meter = Meter(config)
+    meter, guard = Meter(config), Guard(hooks)
     deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else float("inf")
     if state.step >= config.max_steps:  # ended before, but not yet exported
         hooks.validate(state)
     for batch in batches.between(state.step, config.max_steps):
-        terms = objective.step(batch)
+        guard.add(state, objective.step(batch))
         meter.add()
         done = state.step == config.max_steps
         if state.step % config.log_every == 0 or done:
-            metrics = meter.read(terms, state.optimizer.param_groups[0]["lr"]) | objective.metrics()
-            hooks.log(metrics, state.step)
-            hooks.advance(meter.images, metrics["train/loss"])
+            guard.check()
+            metrics = meter.read(guard.terms, state.optimizer.param_groups[0]["lr"]) | objective.metrics()
+            hooks.log(metrics | guard.count(), state.step)
+            hooks.advance(meter.images, metrics.get("train/loss", float("nan")))
             meter.reset()
         reason = "" if done else _stop_reason(hooks, state.step, batches.world, deadline, objective.device)
         if _due(state.step, config.checkpoint_every) or done or reason:
-            check_finite(float(distributed.total(terms["loss"])))
+            guard.check()
             hooks.save(state)
             meter.restart_clock()
         if _due(state.step, config.validate_every) or done:
@@ -104,6 +110,56 @@ def train(objective: Objective[Batch], batches: Batches[Batch], config: TrainCon
             meter.restart_clock()
         if reason:
             raise Stopped(f"{reason} after step {state.step}; go on with --resume")
+
+
+class Guard:
+    """Looks after terms that are no numbers.
+
+    Args:
+        hooks: keep what a bad step saw.
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.terms: dict[str, Tensor] = {}  # of the latest step that counted; {} before there is one
+        self._hooks, self._watch = hooks, FiniteWatch()
+        self._skipped = self._in_a_row = 0
+
+    def add(self, state: TrainState[Any], terms: dict[str, Tensor]) -> None:
+        """Take in a step that was done, or left out.
+
+        Raises:
+            NotFinite: so many in a row were left out that the weights must be past help.
+        """
+        if not state.skipped:
+            self.terms, self._in_a_row = terms, 0
+            self._watch.add(state.step, terms)
+            return
+        self._skipped += 1
+        self._in_a_row += 1
+        place = self._hooks.not_finite(state.step)
+        if distributed.rank() == 0:
+            say(
+                f"step {state.step} is left out, its gradient is no number" + (f"; its batch: {place}" if place else "")
+            )
+        if self._in_a_row == MOST_SKIPPED:
+            raise NotFinite(state.step, "the gradient", float("nan"), f", and so were {MOST_SKIPPED} in a row")
+
+    def check(self) -> None:
+        """Look at the steps since the last time; every worker has to ask.
+
+        Raises:
+            NotFinite: a term of one of them is no number.
+        """
+        try:
+            self._watch.check()
+        except NotFinite as problem:
+            place = self._hooks.not_finite(problem.step)
+            notes = ": try a lower learning rate" + (f"; the ids of its batch are in {place}" if place else "")
+            raise NotFinite(problem.step, problem.name, problem.value, notes) from None
+
+    def count(self) -> dict[str, float]:
+        """How many steps were left out in this attempt, where there are any, by its logged name."""
+        return {"train/skipped_steps": float(self._skipped)} if self._skipped else {}
 
 
 class Meter:
@@ -133,28 +189,17 @@ class Meter:
         """Metrics of this stretch by their logged names, over all workers; every worker has to ask.
 
         Args:
-            terms: of the last step, scalars.
+            terms: of the last step, scalars; {} where there was none.
             rate: learning rate.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
         """
-        values = distributed.total(torch.stack([value.float() for value in terms.values()])) / distributed.world_size()
-        metrics = {f"train/{name}": float(value) for name, value in zip(terms, values, strict=True)}
-        check_finite(metrics["train/loss"])
+        metrics = {}
+        if terms:
+            stacked = torch.stack([value.float() for value in terms.values()])
+            values = distributed.total(stacked) / distributed.world_size()
+            metrics = {f"train/{name}": float(value) for name, value in zip(terms, values, strict=True)}
         metrics["train/learning_rate"] = rate
         metrics["train/images_per_second"] = self.images / max(self._seconds, 1e-9)
         return metrics
-
-
-def check_finite(loss: float) -> None:
-    """A loss that is no number would spoil the weights and then every checkpoint.
-
-    Raises:
-        FloatingPointError: it is not finite.
-    """
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}; expected a number: try a lower learning rate")
 
 
 def _due(step: int, every: int) -> bool:

@@ -47,13 +47,14 @@ class Objective:
         train, state = self.config.train, self.state
         state.begin_step()
         state.model.train(not state.frozen)  # a codebook in training moves
+        everything = train.global_batch_size / distributed.world_size()  # pictures of a mean worker
         parts = batch.images.to(self.device, non_blocking=True).chunk(train.accumulation)
         draws = batch.uniforms.to(self.device, non_blocking=True).chunk(train.accumulation)
         for number, part in enumerate(zip(parts, draws, strict=True)):
             with distributed.synchronised(self.model, last=number == len(parts) - 1):
-                terms, tokens, pixels, pictures = self._backward(*part, len(parts))
+                terms, tokens, pixels, pictures = self._backward(*part, len(part[0]) / everything)
         terms |= state.descend()
-        if state.adversary is not None and state.adversary.active(state.step):
+        if state.adversary is not None and state.adversary.active(state.step) and not state.skipped:
             terms |= state.adversary.step(pixels, pictures, self._autocast)
         state.end_step()
         self._usage.add(tokens)
@@ -68,7 +69,7 @@ class Objective:
         return found
 
     def _backward(
-        self, images: Tensor, uniforms: Tensor, parts: int
+        self, images: Tensor, uniforms: Tensor, share: float
     ) -> tuple[dict[str, Tensor], Tokens, Tensor, Tensor]:
         pixels = images.float() / 255  # (B, 3, H, W) in [0, 1]
         frozen, step = self.state.frozen, self.state.step
@@ -93,7 +94,7 @@ class Objective:
             terms["code_bits"] = output.code_bits.mean()
             terms["loss"] = entropy if frozen else total
             total = total + entropy
-        (total / parts).backward()
+        (total * share).backward()  # every picture counts alike, however workers and micro-batches divide them
         return terms, output.tokens, pixels, pictures.detach()
 
     def _autocast(self) -> Any:

@@ -53,9 +53,8 @@ class SampleOrder:
         return samples, epochs
 
     def part(self, step: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
-        """One worker's contiguous part of `global_batch`."""
-        share = self.global_batch_size // world
-        mine = slice(rank * share, (rank + 1) * share)
+        """One worker's contiguous part of `global_batch`; parts differ by one where workers do not divide it."""
+        mine = slice(rank * self.global_batch_size // world, (rank + 1) * self.global_batch_size // world)
         samples, epochs = self.global_batch(step)
         return samples[mine], epochs[mine]
 

@@ -5,14 +5,19 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import connect
+from pipeline.cluster import connect, most_resources
 from pipeline.config import Config, TrainConfig, config_from_dict
 from pipeline.errors import BadInput
+from pipeline.paths import write_atomically
+from pipeline.room import OutOfRoom, memory_sentence, storage_sentence
 from pipeline.run import Run
+
+GAVE_UP = "gave_up"  # file in the run folder: why a worker saw no sense in starting again
 
 
 def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
@@ -24,11 +29,19 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
         worker: the module whose function `work` a worker runs.
 
     A worker that dies takes the others down; Ray starts all again, at most `max_failures` times, and they go on
-    from the newest checkpoint in the run folder, which every node has to see.
+    from the newest checkpoint in the run folder, which every node has to see. Where a node is gone for good they go on
+    with fewer, at least `min_workers`.
+
+    Raises:
+        BadInput: as the workers found, or the cluster is too small.
+        OutOfRoom: storage or memory is full.
+        FloatingPointError: the loss is no number.
     """
     ray = connect()
+    (run.folder / GAVE_UP).unlink(missing_ok=True)
     train = getattr(run.config, section)
-    check_resources(ray.cluster_resources(), run.config, section)
+    resources = most_resources(ray)
+    check_resources(resources, run.config, section)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -42,8 +55,8 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
             "worker": worker,
         },
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=_use_gpu(train),
+            num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
+            use_gpu=_use_gpu(train, resources),
             resources_per_worker={"CPU": train.cpus_per_worker},
         ),
         run_config=RunConfig(
@@ -53,7 +66,14 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
             failure_config=FailureConfig(max_failures=train.max_failures),
         ),
     )
-    outcome: dict[str, Any] = _fit(trainer).return_value
+    try:
+        outcome: dict[str, Any] = _fit(trainer).return_value
+    except Exception:
+        if sentence := _gave_up(run.folder):
+            raise OutOfRoom(sentence) from None
+        raise
+    if outcome.get("out_of_room"):
+        raise OutOfRoom(outcome["out_of_room"])
     if outcome.get("bad_input"):
         raise BadInput(outcome["bad_input"])
     if outcome.get("not_finite"):
@@ -82,23 +102,23 @@ def check_resources(resources: dict[str, float], config: Config, section: str = 
         BadInput: more CPUs or GPUs are asked for than the cluster has.
     """
     train = getattr(config, section)
-    wanted = {"CPU": train.num_workers * train.cpus_per_worker}
+    least = train.min_workers or train.num_workers
+    wanted = {"CPU": least * train.cpus_per_worker}
     if train.device == "cuda":
-        wanted["GPU"] = train.num_workers
+        wanted["GPU"] = least
     for kind, count in wanted.items():
         if count > resources.get(kind, 0):
+            key = "min_workers" if train.min_workers else "num_workers"
             raise BadInput(
-                f"{section}.num_workers is {train.num_workers}, which needs {count:g} {kind}s; "
+                f"{section}.{key} is {least}, which needs {count:g} {kind}s; "
                 f"expected at most what the cluster has, {resources.get(kind, 0):g}"
             )
 
 
-def _use_gpu(config: TrainConfig) -> bool:
-    """Whether workers get a GPU each: as configured, by default where the cluster has one."""
-    import ray
-
+def _use_gpu(config: TrainConfig, resources: dict[str, float]) -> bool:
+    """Whether workers get a GPU each: as configured, by default where the cluster has one for each."""
     if config.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= config.num_workers
+        return resources.get("GPU", 0) >= (config.min_workers or config.num_workers)
     return config.device == "cuda"
 
 
@@ -111,6 +131,8 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
 
     config = config_from_dict(values["config"])
     run = Run(values["stage"], config, Path(values["folder"]), command=["ray-train-worker"])
+    if sentence := _gave_up(run.folder):
+        return {"out_of_room": sentence}
     device = ray.train.torch.get_device()
     try:
         wrap = _for_workers(compiled(config, values["section"]))
@@ -120,6 +142,20 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
         return {"bad_input": str(error)}
     except FloatingPointError as error:
         return {"not_finite": str(error)}
+    # This may come to one worker alone, while the others wait for it: they end only when it dies. Ray then starts all
+    # again, in vain, so they look for what it said.
+    except Exception as error:
+        sentence = memory_sentence(error, config, values["section"]) or storage_sentence(error)
+        if sentence:
+            with suppress(OSError):
+                write_atomically(run.folder / GAVE_UP, sentence.encode())
+        raise
+
+
+def _gave_up(folder: Path) -> str:
+    """Why a worker saw no sense in starting again; '' where none did."""
+    path = folder / GAVE_UP
+    return path.read_text() if path.exists() else ""
 
 
 def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:

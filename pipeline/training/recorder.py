@@ -10,12 +10,15 @@ import numpy as np
 from pipeline import checkpoints
 from pipeline.config import TrainConfig
 from pipeline.grids import save_rows
+from pipeline.paths import write_json
 from pipeline.progress import Progress, say
 from pipeline.run import Run
 from pipeline.training import distributed
 from pipeline.training.loop import Hooks
+from pipeline.training.saving import CheckpointThread
 from pipeline.training.state import TrainState
 
+NOT_FINITE = "not_finite"  # folder in the run folder: ids of batches whose loss or gradient was no number
 STOP_FILE = "stop"  # in the run folder: the driver was told to end
 
 
@@ -45,6 +48,7 @@ class Recorder:
         validator: measures the averaged model.
         report: told the latest validation metrics at every checkpoint, on every worker.
         state: where the run starts from.
+        ids: the samples of a step, counted from 0, by where they came from; None: nobody can say.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Recorder:
         validator: Validator,
         report: Callable[[dict[str, float]], None],
         state: TrainState[Any],
+        ids: Callable[[int], list[str]] | None = None,
     ) -> None:
+        self.ids = ids
         self.run, self.config, self.decides = run, config, decides
         self.validator, self.report = validator, report
         self.validated: dict[str, float] = {}
@@ -64,7 +70,9 @@ class Recorder:
         self._seconds, self._started = state.seconds, time.monotonic()
         self._first_step = state.step
         self._progress: Progress | None = None
+        self._checkpoints: CheckpointThread | None = None
         if self.first:
+            self._checkpoints = CheckpointThread(run.folder / "checkpoints", config.keep_checkpoints)
             run.rewind_metrics(state.step)
             checkpoints.remove_leftovers(run.folder / "checkpoints")
             batch, steps = config.global_batch_size, config.max_steps
@@ -72,7 +80,7 @@ class Recorder:
 
     def hooks(self) -> Hooks:
         """As the loop wants them."""
-        return Hooks(self.log, self.validate, self.save, self.advance, self.stop_reason)
+        return Hooks(self.log, self.validate, self.save, self.advance, self.stop_reason, self.not_finite)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Append the loop's metrics to metrics.jsonl."""
@@ -97,17 +105,21 @@ class Recorder:
             say(f"warning: {text}")
 
     def save(self, state: TrainState[Any]) -> None:
-        """Write a checkpoint; no worker goes on before it is safe."""
+        """Have a checkpoint written; raises what went wrong with the one before."""
+        if self._checkpoints is not None:
+            samples = state.step * self.config.global_batch_size
+            self._checkpoints.save(state, samples_seen=samples, seconds=self.seconds(), decides=self.decides)
+        self.report({**self.validated, "step": state.step})  # all workers meet here
+
+    def not_finite(self, step: int) -> str:
+        """Keep which samples a step saw whose loss or gradient was no number; says where."""
+        if self.ids is None:
+            return ""
+        place = f"{NOT_FINITE}/step-{step:08d}.json"
         if self.first:
-            record = {
-                "samples_seen": state.step * self.config.global_batch_size,
-                "seconds": self.seconds(),
-                "decides": self.decides,
-            }
-            folder, keep = self.run.folder / "checkpoints", self.config.keep_checkpoints
-            checkpoints.save(folder, state.step, state.average, state.tensors(), keep, **record)
-        distributed.wait_for_all()
-        self.report({**self.validated, "step": state.step})
+            (self.run.folder / NOT_FINITE).mkdir(exist_ok=True)
+            write_json(self.run.folder / place, {"step": step, "ids": self.ids(step - 1)})
+        return place
 
     def advance(self, images: int, loss: float) -> None:
         """Move the progress bar."""
@@ -136,7 +148,9 @@ class Recorder:
         }
 
     def close(self) -> None:
-        """End the progress bar."""
+        """End the progress bar; return when the last checkpoint is safe, or raise why it is not."""
         if self._progress is not None:
             with suppress(OSError):
                 self._progress.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()

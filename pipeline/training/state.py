@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,9 +30,11 @@ class TrainState(Generic[Model]):
         self.train_config, self.read = config, read
         self.step = 0
         self.seconds = 0.0  # spent by earlier attempts
+        self.skipped = False  # the last step was left out: its gradient was no number
         self.model = model
         self.average: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(model, config)
+        self._buffers: list[Tensor] = []
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are clipped together, by the ending of their metric's name."""
@@ -46,14 +49,33 @@ class TrainState(Generic[Model]):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(derive_seed(self.train_config.seed, "step", self.step))
+        self.skipped = False
+        if self.skips:  # codebooks move while a batch is encoded, before anybody knows its gradient
+            self._buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step whose gradient is no number is left out: every step then waits for its norm."""
+        return self.train_config.not_finite == "skip"
 
     def descend(self) -> dict[str, Tensor]:
-        """Clip the gradients that have been added up and move the weights; the norms by their metrics' names."""
+        """Clip the gradients that have been added up and move the weights; the norms by their metrics' names.
+
+        Where steps may be left out, one whose gradient is no number changes nothing; workers have equal gradients and
+        decide alike.
+        """
         norms = {}
-        if self.train_config.clip_norm:
+        limit = self.train_config.clip_norm or (math.inf if self.skips else 0)
+        if limit:
             # Apart: cross-entropy in bits would otherwise decide how far the tokenizer may move.
             for name, parameters in self.parameter_groups().items():
-                norms[f"gradient_norm{name}"] = nn.utils.clip_grad_norm_(parameters, self.train_config.clip_norm)
+                norms[f"gradient_norm{name}"] = nn.utils.clip_grad_norm_(parameters, limit)
+        if self.skips and not all(math.isfinite(norm) for norm in norms.values()):
+            self.skipped = True
+            for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
+                buffer.detach().copy_(before)
+            self.optimizer.zero_grad(set_to_none=True)
+            return norms
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norms
@@ -110,8 +132,8 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies under `prefix.name`."""
-    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
+    """Copies under `prefix.name`, in main memory: they are written while training goes on."""
+    return {f"{prefix}.{name}": tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

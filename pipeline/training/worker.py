@@ -5,6 +5,7 @@ folder, which all workers and the driver share: checkpoints, pictures, metrics.j
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,13 +56,17 @@ def work(
         device,
     )
     pictures = ShardDataset(config.data.shards, "train")
-    order = SampleOrder(len(pictures), train_config.seed, train_config.global_batch_size, local=not pictures.in_memory)
+    make_order = partial(
+        SampleOrder, len(pictures), train_config.seed, train_config.global_batch_size, local=not pictures.in_memory
+    )
+    order = make_order()
     draws = LANES + config.tokenizer.patch_positions
     batches = Batches(
         pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip, draws
     )
     objective = Objective(state, _losses(config, device), device, uses_bf16(train_config.precision, device), wrap)
-    recorder = Recorder(run, train_config, deciding(config), validator, report, state)
+    ids = lambda step: pictures.ids(make_order().global_batch(step)[0].tolist())  # noqa: E731 - `order` is in use by a thread
+    recorder = Recorder(run, train_config, deciding(config), validator, report, state, ids)
     stopped = ""
     try:
         train(objective, batches, train_config, recorder.hooks())

@@ -44,10 +44,24 @@ def test_a_torn_checkpoint_is_passed_over_and_named(folder, name, capsys):
     assert "step-00000030 is not used" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[]"])
+OURS = '{"format": "tatok-training-state", "version": 1'
+FOREIGN = [
+    "", "{}", '{"format": "other"}', "[]", OURS + "}", OURS + ', "step": 30, "sha256": []}',
+    OURS + ', "step": null, "sha256": {}}', OURS + ', "step": 30, "sha256": {"../../secret": "0"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOREIGN)
 def test_a_foreign_checkpoint_is_passed_over(folder, text):
     (folder / "step-00000030" / "training_state.json").write_text(text)
     assert checkpoints.latest(folder).step == 20
+
+
+def test_without_a_usable_checkpoint_that_is_told(folder, capsys):
+    for path in folder.iterdir():
+        (path / "training_state.json").unlink()
+    assert checkpoints.latest(folder) is None
+    assert "no checkpoint in" in capsys.readouterr().err
 
 
 def test_a_checkpoint_half_written_is_not_seen(folder, model, monkeypatch):
@@ -58,6 +72,7 @@ def test_a_checkpoint_half_written_is_not_seen(folder, model, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(folder, 40, model, {"step": torch.tensor(40)}, keep=2)
     assert checkpoints.latest(folder).step == 30
+    assert not list(folder.glob(".*"))  # nor does it take room
 
 
 def test_what_a_killed_process_left_is_removed(folder):

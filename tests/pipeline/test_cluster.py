@@ -1,10 +1,11 @@
 """Whether what is asked for fits, and that Ray leaves the job's signals alone."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster import check_cpus, connect
+from pipeline.cluster import check_cpus, connect, most_resources
 from pipeline.errors import BadInput
 
 
@@ -38,3 +39,13 @@ def test_connecting_leaves_sigterm_to_the_job(run_python):
         "signal.raise_signal(signal.SIGTERM)\n"
     )
     assert (said.returncode, said.stdout) == (0, "orderly stop\n"), said.stderr
+
+
+def test_what_an_autoscaler_may_add_counts_as_there(monkeypatch):
+    from ray._private.state import state
+
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "memory": 9.0})
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64, "GPU": 8})
+    assert most_resources(ray) == {"CPU": 64.0, "GPU": 8.0, "memory": 9.0}
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+    assert most_resources(ray) == {"CPU": 4.0, "memory": 9.0}

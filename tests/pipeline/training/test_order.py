@@ -27,6 +27,16 @@ def test_batches_are_the_epochs_one_after_another(rows, batch):
     assert np.array_equal(seen, expected)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 5))
+def test_any_number_of_workers_sees_the_same_global_batches(batch, world, step):
+    order = SampleOrder(50, seed=1, global_batch_size=batch)
+    parts = [order.part(step, rank, world) for rank in range(world)]
+    for whole, divided in zip(order.global_batch(step), zip(*parts, strict=True), strict=True):
+        assert np.array_equal(np.concatenate(divided), whole)
+    assert {len(samples) for samples, _ in parts} <= {batch // world, batch // world + 1}
+
+
 def test_a_step_does_not_depend_on_the_steps_before_it():
     fresh, used = (SampleOrder(50, seed=1, global_batch_size=16) for _ in range(2))
     for step in range(9):

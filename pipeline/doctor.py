@@ -1,0 +1,275 @@
+"""What fails in the first hour on a new machine or cluster, found in a minute: a line for each thing that is looked at.
+
+Where `RAY_ADDRESS` names a cluster (inside a submitted job it does), all its nodes are asked; else this machine.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from pipeline.checkpoints import check_architecture, find
+from pipeline.checks import check_files, check_pictures
+from pipeline.config import Config
+from pipeline.doctor_probe import PREFIX, look
+from pipeline.errors import BadInput
+from pipeline.paths import in_temporary_copy
+from pipeline.tracking import check_answers, check_tracking, masked
+
+WEIGHTS = (
+    "losses.perceptual_backbone",
+    "losses.perceptual_heads",
+    "evaluate.inception_weights",
+    "evaluate.reference",
+    "evaluate.lpips_backbone",
+    "evaluate.lpips_heads",
+)  # fmt: skip - files that a preset may name
+READ = ("data.source", "data.heldout_source", "data.shards", "tokenizer.checkpoint", "generator.checkpoint", *WEIGHTS)
+UPLOAD_BYTES = 100 * 2**20  # what Ray's dashboard takes of a working directory
+LEAST_BYTES = 2 * 2**30  # of free storage: some checkpoints and shards
+SECONDS = 90  # that a cluster may take to answer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    problem: str = ""  # a sentence that says how to mend it; '' where all is well
+    note: str = ""  # what was seen
+
+
+def examine(config: Config, ray: bool = True) -> Iterator[Finding]:
+    """Look at one thing after the other.
+
+    Args:
+        config: with resolved paths.
+        ray: also what needs Ray, or writes a file.
+    """
+    yield _found("pictures", lambda: check_pictures(config))
+    yield _found("weights", lambda: _check_weights(config))
+    yield _found("tracking", lambda: _check_tracking(config, ask=ray))
+    if not ray:
+        return
+    if not in_temporary_copy():
+        yield _found("upload", lambda: _check_upload(Path.cwd()))
+    storage = _found("storage", lambda: _check_storage(config))
+    yield storage
+    address = os.environ.get("RAY_ADDRESS", "")
+    cluster: dict[str, Any] = {}
+    yield _found("ray", lambda: cluster.update(_ask(config, address, usable=not storage.problem)))
+    if cluster:
+        yield _found("resources", lambda: _check_resources(config, cluster["resources"]))
+        yield _found("nodes", lambda: check_nodes(cluster["nodes"]))
+
+
+def _found(name: str, check: Callable[[], Any]) -> Finding:
+    """What a check says, or what it raises."""
+    try:
+        note = check()
+        return Finding(name, note=note if isinstance(note, str) else "")
+    except BadInput as error:
+        return Finding(name, problem=str(error))
+
+
+def _check_weights(config: Config) -> None:
+    check_files(config, *WEIGHTS)
+    check_architecture(config)
+    if config.generator.checkpoint:
+        find(config.generator.checkpoint, "generator.checkpoint")
+
+
+def _check_tracking(config: Config, ask: bool) -> str:
+    check_tracking(config)
+    uri = config.tracking.uri
+    if not ask or not uri.startswith(("http://", "https://")):
+        return masked(uri) or "none"
+    check_answers(config)
+    try:
+        with urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:
+            return f"{masked(uri)}, MLflow {answer.read(40).decode(errors='replace')}"
+    except HTTPError as error:
+        if error.code == 403:
+            raise BadInput(
+                f"tracking.uri is {masked(uri)!r}, which answers 403; expected a server that was started with "
+                "--allowed-hosts for this name, and credentials in MLFLOW_TRACKING_USERNAME and _PASSWORD if it asks"
+            ) from None
+        return f"{masked(uri)}, answers {error.code}"
+    except OSError as error:
+        return f"{masked(uri)}, {error}"
+
+
+def _check_upload(folder: Path) -> str:
+    """What `ray job submit --working-dir .` would upload from here."""
+    size, largest = _upload(folder)
+    mib = size / 2**20
+    if size > UPLOAD_BYTES:
+        names = ", ".join(f"{name} ({bytes_ / 2**20:.0f} MiB)" for name, bytes_ in largest)
+        raise BadInput(
+            f"{str(folder)!r} holds {mib:.0f} MiB that `ray job submit --working-dir .` would upload; expected at most "
+            f"{UPLOAD_BYTES // 2**20}: move the largest away or name them in .rayignore: {names}"
+        )
+    return f"{mib:.1f} MiB from {folder}"
+
+
+def _upload(folder: Path) -> tuple[int, list[tuple[str, int]]]:
+    """Bytes of the files that Ray would upload, and the three largest."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    sizes: dict[str, int] = {}
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+
+    _dir_travel(folder, [_get_excludes(folder, get_runtime_env_default_excludes())], add, include_gitignore=True)
+    return sum(sizes.values()), sorted(sizes.items(), key=lambda item: -item[1])[:3]
+
+
+def _check_storage(config: Config) -> str:
+    """The storage of run.output, as this machine sees it."""
+    output = Path(config.run.output)
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"run.output {str(output)!r} cannot be made in {str(there)!r}; expected a folder to write to")
+    free = shutil.disk_usage(there).free
+    if free < LEAST_BYTES:
+        raise BadInput(
+            f"run.output {str(output)!r} has {free / 2**30:.1f} GiB of free storage; expected at least "
+            f"{LEAST_BYTES / 2**30:.0f} for shards and checkpoints"
+        )
+    return f"{free / 2**30:.0f} GiB free for {output}"
+
+
+def _ask(config: Config, address: str, usable: bool) -> dict[str, Any]:
+    """The cluster's resources and what its nodes see.
+
+    Raises:
+        BadInput: there is no way in.
+    """
+    seen = [path for key in READ if (path := _value(config, key)).startswith("/")]
+    output = Path(config.run.output)
+    written = [str(output)] if usable else []
+    made = not output.exists()
+    _check_token(address)
+    try:
+        if not address:
+            return {"resources": _own_resources(), "nodes": [look(seen, written, "")]}
+        if not usable:
+            return _probe(address, seen, [], "")
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output, prefix=".doctor-") as marker:
+            return _probe(address, seen, written, marker.name)
+    finally:
+        if made and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _value(config: Config, key: str) -> str:
+    section, name = key.split(".")
+    return str(getattr(getattr(config, section), name))
+
+
+def _check_token(address: str) -> None:
+    """Refuse token authentication without a token: Ray's own client says so only deep in a log."""
+    if not address or os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file():
+        raise BadInput(
+            f"RAY_AUTH_MODE is 'token' and there is no token in {str(file)!r}; expected the cluster's: copy it from "
+            "the head node, or set RAY_AUTH_TOKEN"
+        )
+
+
+def _own_resources() -> dict[str, float]:
+    """Of this machine."""
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def _probe(address: str, seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
+    arguments = json.dumps({"seen": seen, "written": written, "marker": marker})
+    command = [sys.executable, "-m", "pipeline.doctor_probe", arguments]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+        output, errors = said.stdout, said.stderr
+    except subprocess.TimeoutExpired:
+        output, errors = "", f"no answer within {SECONDS} s"
+    for line in output.splitlines():
+        if line.startswith(PREFIX):
+            return dict(json.loads(line.removeprefix(PREFIX)))
+    last = masked((errors.strip().splitlines() or ["no answer"])[-1])
+    if any(word in errors.lower() for word in ("authentication", "unauthenticated", "auth token")):
+        raise BadInput(
+            f"the Ray cluster at RAY_ADDRESS {address!r} does not let this process in ({last}); expected RAY_AUTH_MODE "
+            "and the token as where the cluster was started"
+        )
+    raise BadInput(
+        f"RAY_ADDRESS is {address!r}, where no Ray cluster answers ({last}); expected a running one, host:6379 or "
+        "auto, or no RAY_ADDRESS to work on this machine"
+    )
+
+
+def _check_resources(config: Config, resources: dict[str, float]) -> str:
+    """Whether the workers of every stage find room."""
+    from pipeline.training.ray_workers import check_resources
+
+    for section in ("train", "train_generator"):
+        if getattr(config, section).num_workers:
+            check_resources(resources, config, section)
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    for section in ("train", "evaluate", "tokens", "generate", "train_generator"):
+        part = getattr(config, section)
+        workers = max(part.num_workers, 1)
+        if part.device == "cuda" and workers > gpus:
+            raise BadInput(
+                f"{section}.device is 'cuda', which needs {workers} GPUs; "
+                f"expected at most what the cluster has, {gpus:g}"
+            )
+        if section in ("evaluate", "tokens", "generate") and workers > cpus:
+            raise BadInput(f"{section}.num_workers is {workers}; expected at most the cluster's {cpus:g} CPUs")
+    return f"{cpus:g} CPUs, {gpus:g} GPUs"
+
+
+def check_nodes(nodes: list[dict[str, Any]]) -> str:
+    """Whether all nodes see the same storage and have the same versions.
+
+    Args:
+        nodes: what `doctor_probe.look` says on each.
+
+    Raises:
+        BadInput: naming the first node that differs, and in what.
+    """
+    for node in nodes:
+        if node["missing"]:
+            raise BadInput(
+                f"node {node['node']!r} does not see {node['missing'][0]!r}; expected storage that every node mounts"
+            )
+        for folder, reason in node["unwritable"].items():
+            raise BadInput(
+                f"node {node['node']!r} cannot write to {folder!r} ({reason}); expected shared storage to write to"
+            )
+        if not node["shared"]:
+            raise BadInput(
+                f"node {node['node']!r} has a run.output of its own; expected one that all nodes share, NFS or the like"
+            )
+        for name, version in nodes[0]["versions"].items():
+            if node["versions"][name] != version:
+                raise BadInput(
+                    f"node {node['node']!r} has {name} {node['versions'][name]}; "
+                    f"expected {version}, as node {nodes[0]['node']!r}"
+                )
+    return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
