@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format ui lock wheel clean
+.PHONY: help install demo test test-all lint format ui screenshots lock audit wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,12 @@ ui: $(INSTALLED)  ## MLflow on this checkout's runs, for this machine only (PORT
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (Ctrl-C ends the server)"
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///mlflow.db
 
+screenshots: $(INSTALLED)  ## pictures of MLflow's pages for docs/, of a sweep on the samples (needs Chromium)
+	rm -rf build/screenshots
+	$(BIN)/python jobs/sweep.py sweep_smoke run.output=build/screenshots tracking.uri=sqlite:///build/screenshots/mlflow.db
+	TATOK_STORE=sqlite:///$(CURDIR)/build/screenshots/mlflow.db TATOK_SCREENSHOTS=$(CURDIR)/docs/images \
+		$(BIN)/pytest -m browser tests/pipeline/tuning/test_pages.py
+
 lock:  ## resolve the dependencies afresh and write requirements.lock
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install $(PIP_ARGS) --editable '.[dev]'
@@ -56,6 +62,11 @@ lock:  ## resolve the dependencies afresh and write requirements.lock
 	build/lock/bin/python -m pip freeze --all --exclude-editable | \
 		sed -E '/^(pip==|cuda|nvidia|triton)/d; s/^torch==.*/torch>=2.6,<2.14/' >>build/requirements.lock
 	mv build/requirements.lock requirements.lock
+
+audit: $(INSTALLED)  ## ask the advisory database about every installed version (needs a network)
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet $(PIP_ARGS) pip-audit
+	build/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 wheel: $(INSTALLED)  ## build dist/*.whl
 	rm -rf build/lib
