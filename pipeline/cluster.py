@@ -25,7 +25,10 @@ def connect(dashboard: bool = False) -> Any:
 
     if not ray.is_initialized():
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(log_to_driver=True, include_dashboard=dashboard if "RAY_ADDRESS" not in os.environ else None)
+        named = bool(os.environ.get("RAY_ADDRESS"))
+        # Not Ray's own choice of an address: it would wait without end for the last cluster of this machine that was
+        # not stopped in good order.
+        ray.init(None if named else "local", log_to_driver=True, include_dashboard=None if named else dashboard)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
     return ray

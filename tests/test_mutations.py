@@ -29,7 +29,7 @@ from pipeline.pretrained import load_tokenizer
 from pipeline.tokenizing.arrow import from_table, to_parquet, to_table
 from pipeline.tokenizing.manifest import Stream
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 SHAPE = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.global_tokens=2", "tokenizer.size=nano",
          "tokenizer.quantizer=fsq", "tokenizer.fsq_levels=[4,4]", "tokenizer.codebook_size=16",
          "tokenizer.entropy_layers=1", "tokenizer.entropy_width=64"]  # fmt: skip

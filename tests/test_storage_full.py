@@ -28,8 +28,8 @@ SCRIPT = """
 import json, pathlib, subprocess, sys
 job, left, *arguments = sys.argv[1:]
 full, kept = pathlib.Path("full"), pathlib.Path("kept")
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(full)], check=True)
-(full / "filler").write_bytes(bytes(64 * 2**20 - 65536 - int(left)))
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(full)], check=True)
+(full / "filler").write_bytes(bytes(200 * 2**20 - 65536 - int(left)))
 (full / "earlier").mkdir()
 (full / "earlier" / "result").write_text("of another run")
 command = [sys.executable, job, *arguments, "run.output=" + str(full.absolute()), "run.name=one"]
@@ -87,7 +87,7 @@ def shards(run_job: Callable[..., Any], tmp_path: Path) -> Path:
 def test_train_and_tokenize_images_tell_that_storage_is_full_and_go_on(
     fill: Callable[..., dict[str, Any]], run_job: Callable[..., Any], shards: Path, tmp_path: Path
 ) -> None:
-    keys = ("smoke", f"data.shards={shards}", "tracking.uri=")
+    keys = ("smoke", f"data.shards={shards}", "tracking.uri=", "tokenizer.size=nano")
     check(fill("train", 500_000, *keys))
     said = run_job("train", *keys, "run.name=trained", timeout=300)
     assert said.returncode == 0, said.stderr

@@ -1,6 +1,9 @@
 """Whether what is asked for fits, and that Ray leaves the job's signals alone."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,3 +52,14 @@ def test_what_an_autoscaler_may_add_counts_as_there(monkeypatch):
     assert most_resources(ray) == {"CPU": 64.0, "GPU": 8.0, "memory": 9.0}
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
     assert most_resources(ray) == {"CPU": 4.0, "memory": 9.0}
+
+
+@pytest.mark.ray
+def test_a_cluster_that_died_is_not_waited_for(run_python):
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's sockets lie in it
+    (folder / "ray").mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as a killed head leaves it behind
+    code = "from pipeline.cluster import connect\nprint(connect().is_initialized())"
+    said = run_python(code, RAY_TMPDIR=str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    assert said.stdout.splitlines()[-1:] == ["True"], said.stderr
