@@ -33,7 +33,9 @@ def generated(tmp_path: Path) -> Generated:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest.to_dict()))
     file = Shard("tokens/part-00000.parquet", 3, sha256_file(path))
     tokens, speed = {"mean": 2.0}, {"images_per_second": 4.0}
-    found = Generated(tmp_path, manifest, 3, 2, "g" * 64, "t" * 64, "relative 0.5", 0, 2, {"top_k": 0}, tokens, speed, (file,))
+    found = Generated(
+        tmp_path, manifest, 3, 2, "g" * 64, "t" * 64, "relative 0.5", 0, 2, {"top_k": 0}, tokens, speed, (file,)
+    )
     found.write()
     return found
 
