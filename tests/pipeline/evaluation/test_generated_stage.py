@@ -168,6 +168,7 @@ def test_what_was_computed_serves_the_next_run(
     assert len(kept) == 3, "statistics and features of held-out pictures, features of training pictures"
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_find_the_same(
     ray_session: ModuleType, finished: Started, evaluated: Run, generated: Path, tokens: Path
 ) -> None:

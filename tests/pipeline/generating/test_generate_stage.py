@@ -165,6 +165,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(begin: Started, finished: Start
         finished("whole", "generate.seed=1", resume=True)
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_make_the_same_bytes(ray_session: ModuleType, finished: Started) -> None:
     alone, together = finished("alone"), finished("together", "generate.num_workers=2")
     assert_same_bytes(alone.folder, together.folder)

@@ -71,6 +71,7 @@ def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(
             train_generator(configure(override), "broken", resume=True)
 
 
+@pytest.mark.slow
 def test_two_workers_reach_the_weights_of_one(
     ray_session: ModuleType, configure: Configure, train_generator: Train
 ) -> None:

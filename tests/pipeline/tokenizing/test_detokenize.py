@@ -119,6 +119,7 @@ def test_without_a_stream_it_is_made_first(finished: Started) -> None:
     assert run.results["images"] == 31
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_make_the_same_bytes(ray_session: ModuleType, finished: Started, tokens: Path) -> None:
     alone = finished("detokenize", "alone", f"tokens.path={tokens}", *CUT)
     together = finished("detokenize", "together", f"tokens.path={tokens}", *CUT, "tokens.num_workers=2")

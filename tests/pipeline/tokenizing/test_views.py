@@ -134,6 +134,7 @@ def test_a_picture_itself_has_the_tokens_that_it_has_without_views(finished: Sta
     assert all(torch.equal(found[name], tokens) for name, tokens in expected.items())
 
 
+@pytest.mark.slow
 def test_views_are_the_same_bytes_after_resuming_and_with_two_workers(
     ray_session: ModuleType, finished: Started
 ) -> None:

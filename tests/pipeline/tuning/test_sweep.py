@@ -23,6 +23,7 @@ def ledger(folder: Path) -> list[dict]:
         return []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_asha_stops_a_trial_that_is_behind_and_its_child_is_closed_with_the_reason(ray_session, configure, tmp_path):
     keys = ("sweep.space={train.learning_rate: [0.003, 1.0e-9, 1.0e-10]}", "sweep.scheduler=asha", "sweep.reduction=2",
