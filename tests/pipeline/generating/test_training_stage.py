@@ -64,7 +64,7 @@ def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(
     assert equal(resumed, whole)
     for override, sentence in {
         "filter.threshold=0.5": r"filter\.threshold is 0\.5; expected 0\.6, as this run was begun",
-        "generator.length_groups=2": r"generator\.length_groups is 2; expected 8",
+        "generator.length_groups=3": r"generator\.length_groups is 3; expected 2",
         "train_generator.seed=1": r"train_generator\.seed is 1; expected 0",
     }.items():
         with pytest.raises(BadInput, match=sentence):
