@@ -54,6 +54,7 @@ def test_what_an_autoscaler_may_add_counts_as_there(monkeypatch):
     assert most_resources(ray) == {"CPU": 4.0, "memory": 9.0}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_that_died_is_not_waited_for(run_python):
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's sockets lie in it

@@ -168,6 +168,7 @@ def test_what_a_node_sees_is_what_is_there(tmp_path):
     assert look([], [], "")["shared"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_is_asked_on_all_its_nodes(run_python, tmp_path):
     code = f"""

@@ -49,6 +49,7 @@ def evaluation(tmp_path: Path, shards: Path, tokenizer: TaTok) -> Iterator[Any]:
         run.close()
 
 
+@pytest.mark.slow
 def test_one_and_two_actors_find_the_same_to_the_last_bit(
     ray_session: ModuleType, evaluation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
