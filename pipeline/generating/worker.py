@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints import find
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.devices import uses_bf16
-from pipeline.errors import Stopped
 from pipeline.generating.architecture import check_length, check_start, generator_config
-from pipeline.generating.batches import TokenBatches
+from pipeline.generating.batches import LayeredOrder, TokenBatches
 from pipeline.generating.fit import read_generator
 from pipeline.generating.objective import GeneratorObjective
 from pipeline.generating.token_data import TokenDataset
@@ -22,7 +21,6 @@ from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tokenizing.manifest import check_tokenizer
 from pipeline.training import distributed
-from pipeline.training.loop import train
 from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
 from pipeline.training.resume import go_on, values_of
@@ -49,29 +47,32 @@ def work(
     draws = train_config.grid_images and distributed.rank() == 0
     sizes = train_config.validation_images, config.generate, train_config.grid_images
     validator = GeneratorValidator(heldout, *sizes, tokenizer if draws else None, device)
-    order = SampleOrder(len(training), train_config.seed, train_config.global_batch_size)
     shape = state.model.config
+    groups = max(section.length_groups, train_config.accumulation)
     batches = TokenBatches(
         training,
-        order,
+        _order(training, train_config),
         distributed.rank(),
         distributed.world_size(),
-        groups=max(section.length_groups, train_config.accumulation),
+        groups=groups,
         class_dropout=section.class_dropout,
         ends=int(shape.patch_tokens and shape.positions == "generated"),
     )
     objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device), wrap)
-    recorder = Recorder(run, train_config, decides, validator, report, state)
-    stopped = ""
-    try:
-        train(objective, batches, train_config, recorder.hooks())
-    except Stopped as reason:
-        stopped = str(reason)
-    finally:
-        recorder.close()
+    seen = LayeredOrder(_order(training, train_config), training.lengths(), groups)  # a thread has the batches' own
+
+    def ids(step: int) -> list[str]:
+        return [training.ids[row] for row in seen.global_batch(step)[0]]
+
+    outcome = Recorder(run, train_config, decides, validator, report, state, ids).train(objective, batches)
     lengths = training.lengths()
     facts = {"tokens_mean": float(lengths.mean()), "tokens_std": float(lengths.std()), "rows_train": len(training)}
-    return {"results": {**recorder.results(state), **facts}, "stopped": stopped}
+    outcome["results"] |= facts
+    return outcome
+
+
+def _order(training: TokenDataset, config: TrainConfig) -> SampleOrder:
+    return SampleOrder(len(training), config.seed, config.global_batch_size)
 
 
 def starting_state(

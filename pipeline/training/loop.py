@@ -72,7 +72,7 @@ class Hooks:
     save: Callable[[TrainState[Any]], None]  # write a checkpoint
     advance: Callable[[int, float], None]  # images seen since the last call, current loss
     stop_reason: Callable[[], str]  # '' to go on
-    not_finite: Callable[[int], str] = lambda step: ""  # keep what that step saw, counted from 1; says where, or ''
+    not_finite: Callable[[int], str]  # keep what that step saw, counted from 1; says where
 
 
 def train(objective: Objective[Batch], batches: Batches[Batch], config: TrainConfig, hooks: Hooks) -> None:
@@ -138,9 +138,7 @@ class Guard:
         self._in_a_row += 1
         place = self._hooks.not_finite(state.step)
         if distributed.rank() == 0:
-            say(
-                f"step {state.step} is left out, its gradient is no number" + (f"; its batch: {place}" if place else "")
-            )
+            say(f"step {state.step} is left out, its gradient is no number; the ids of its batch are in {place}")
         if self._in_a_row == MOST_SKIPPED:
             raise NotFinite(state.step, "the gradient", float("nan"), f", and so were {MOST_SKIPPED} in a row")
 
@@ -154,7 +152,7 @@ class Guard:
             self._watch.check()
         except NotFinite as problem:
             place = self._hooks.not_finite(problem.step)
-            notes = ": try a lower learning rate" + (f"; the ids of its batch are in {place}" if place else "")
+            notes = f": try a lower learning rate; the ids of its batch are in {place}"
             raise NotFinite(problem.step, problem.name, problem.value, notes) from None
 
     def count(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What training leaves behind: logged metrics, pictures, checkpoints and progress, written by the first worker."""
+"""Training that leaves something behind: metrics, pictures, checkpoints and progress, written by the first worker."""
 
 import time
 from collections.abc import Callable
@@ -9,12 +9,13 @@ import numpy as np
 
 from pipeline import checkpoints
 from pipeline.config import TrainConfig
+from pipeline.errors import Stopped
 from pipeline.grids import save_rows
 from pipeline.paths import write_json
 from pipeline.progress import Progress, say
 from pipeline.run import Run
 from pipeline.training import distributed
-from pipeline.training.loop import Hooks
+from pipeline.training.loop import Batch, Batches, Hooks, Objective, train
 from pipeline.training.saving import CheckpointThread
 from pipeline.training.state import TrainState
 
@@ -48,7 +49,7 @@ class Recorder:
         validator: measures the averaged model.
         report: told the latest validation metrics at every checkpoint, on every worker.
         state: where the run starts from.
-        ids: the samples of a step, counted from 0, by where they came from; None: nobody can say.
+        ids: the samples of a step, counted from 0, by where they came from.
     """
 
     def __init__(
@@ -59,11 +60,10 @@ class Recorder:
         validator: Validator,
         report: Callable[[dict[str, float]], None],
         state: TrainState[Any],
-        ids: Callable[[int], list[str]] | None = None,
+        ids: Callable[[int], list[str]],
     ) -> None:
-        self.ids = ids
         self.run, self.config, self.decides = run, config, decides
-        self.validator, self.report = validator, report
+        self.validator, self.report, self.ids = validator, report, ids
         self.validated: dict[str, float] = {}
         self.trained: dict[str, float] = {}  # the latest of the loop's own metrics
         self.first = distributed.rank() == 0
@@ -77,6 +77,21 @@ class Recorder:
             checkpoints.remove_leftovers(run.folder / "checkpoints")
             batch, steps = config.global_batch_size, config.max_steps
             self._progress = Progress("train", batch * steps, "images", done=batch * state.step)
+
+    def train(self, objective: Objective[Batch], batches: Batches[Batch]) -> dict[str, Any]:
+        """Train to the end of the run; returns once the last checkpoint is safe.
+
+        Returns:
+            `results` by name, and `stopped`: why it ended early, or ''.
+        """
+        stopped = ""
+        try:
+            train(objective, batches, self.config, self.hooks())
+        except Stopped as reason:
+            stopped = str(reason)
+        finally:
+            self.close()
+        return {"results": self.results(objective.state), "stopped": stopped}
 
     def hooks(self) -> Hooks:
         """As the loop wants them."""
@@ -113,8 +128,6 @@ class Recorder:
 
     def not_finite(self, step: int) -> str:
         """Keep which samples a step saw whose loss or gradient was no number; says where."""
-        if self.ids is None:
-            return ""
         place = f"{NOT_FINITE}/step-{step:08d}.json"
         if self.first:
             (self.run.folder / NOT_FINITE).mkdir(exist_ok=True)

@@ -5,20 +5,17 @@ folder, which all workers and the driver share: checkpoints, pictures, metrics.j
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.data.shards import ShardDataset
 from pipeline.devices import uses_bf16
-from pipeline.errors import Stopped
 from pipeline.pretrained import load_lpips
 from pipeline.run import Run
 from pipeline.training import distributed
 from pipeline.training.batches import Batches
-from pipeline.training.loop import train
 from pipeline.training.objective import Objective
 from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
@@ -56,25 +53,23 @@ def work(
         device,
     )
     pictures = ShardDataset(config.data.shards, "train")
-    make_order = partial(
-        SampleOrder, len(pictures), train_config.seed, train_config.global_batch_size, local=not pictures.in_memory
-    )
-    order = make_order()
+    order = _order(pictures, train_config)
     draws = LANES + config.tokenizer.patch_positions
     batches = Batches(
         pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip, draws
     )
     objective = Objective(state, _losses(config, device), device, uses_bf16(train_config.precision, device), wrap)
-    ids = lambda step: pictures.ids(make_order().global_batch(step)[0].tolist())  # noqa: E731 - `order` is in use by a thread
-    recorder = Recorder(run, train_config, deciding(config), validator, report, state, ids)
-    stopped = ""
-    try:
-        train(objective, batches, train_config, recorder.hooks())
-    except Stopped as reason:
-        stopped = str(reason)
-    finally:
-        recorder.close()
-    return {"results": recorder.results(state), "stopped": stopped}
+    named = ShardDataset(config.data.shards, "train")  # for the ids: the other serves the thread that reads ahead
+    named_order = _order(named, train_config)
+
+    def ids(step: int) -> list[str]:
+        return named.ids(named_order.global_batch(step)[0].tolist())
+
+    return Recorder(run, train_config, deciding(config), validator, report, state, ids).train(objective, batches)
+
+
+def _order(pictures: ShardDataset, config: TrainConfig) -> SampleOrder:
+    return SampleOrder(len(pictures), config.seed, config.global_batch_size, local=not pictures.in_memory)
 
 
 def _losses(config: Config, device: torch.device) -> ReconstructionLoss:

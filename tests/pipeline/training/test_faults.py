@@ -54,7 +54,10 @@ def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint_has_it_and_ke
 ):
     no_number_in(monkeypatch, {3})
     config = configure(train={"log_every": 100, "checkpoint_every": 2})
-    with pytest.raises(NotFinite, match=r"is nan at step 3; .*ids of its batch are in not_finite/step-00000003\.json"):
+    with pytest.raises(
+        NotFinite,
+        match=r"the loss is nan at step 3; expected a number: .*ids of its batch are in not_finite/step-00000003\.json",
+    ):
         run_training(config, "nan")
     folder = Path(config.run.output) / "nan"
     kept = json.loads((folder / "not_finite" / "step-00000003.json").read_text())
@@ -64,6 +67,28 @@ def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint_has_it_and_ke
     monkeypatch.undo()
     resumed = run_training(config, "nan", resume=True)  # from step 2, and the loss is a number now
     assert equal(weights(resumed), weights(run_training(config, "whole")))
+
+
+def test_ids_are_asked_of_another_reader_than_the_one_that_a_thread_reads_ahead_with(
+    configure, run_training, monkeypatch
+):
+    no_number_in(monkeypatch, {3})
+    asked: dict[str, set[ShardDataset]] = {"images": set(), "ids": set()}
+
+    def noted(name):
+        real = getattr(ShardDataset, name)
+
+        def read(self, indices):
+            asked[name].add(self)
+            return real(self, indices)
+
+        monkeypatch.setattr(ShardDataset, name, read)
+
+    for name in asked:
+        noted(name)
+    run_training(configure(train={"not_finite": "skip"}), "skip")
+    assert len(asked["ids"]) == 1
+    assert not asked["ids"] & asked["images"]
 
 
 def test_steps_whose_gradient_is_no_number_are_left_out_and_counted_by_option(configure, run_training, monkeypatch):
