@@ -17,7 +17,7 @@ from pipeline.checkpoints import is_hub_id, read_architecture
 from pipeline.config import Config, config_from_dict
 from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_trained
-from pipeline.tuning.space import as_numbers, corner_points, points, read_cuts, read_space
+from pipeline.tuning.space import corner_points, points, read_cuts, read_space
 
 CHECKPOINT = "tokenizer.checkpoint"
 LONGEST = 80  # characters of a trial's name
@@ -96,16 +96,14 @@ class Plan:
         if not self.trains:
             found = with_trained(self.config).tokenizer.checkpoint
             return [Trial(i, {CHECKPOINT: path}) for i, path in enumerate(self.config.sweep.checkpoints or (found,))]
-        domains = [as_numbers(domain) for domain in read_space(self.config.sweep.space)]
         sweep = self.config.sweep
-        return [Trial(i, values) for i, values in enumerate(points(domains, sweep.samples, sweep.seed))]
+        return [Trial(i, values) for i, values in enumerate(points(read_space(sweep.space), sweep.samples, sweep.seed))]
 
     def samples(self) -> list[Trial]:
         """Trials whose configurations show whether all can be configured: all, or those at the ends of the ranges."""
         if not self.searches:
             return self.trials()
-        domains = [as_numbers(domain) for domain in read_space(self.config.sweep.space)]
-        return [Trial(i, values) for i, values in enumerate(corner_points(domains))]
+        return [Trial(i, values) for i, values in enumerate(corner_points(read_space(self.config.sweep.space)))]
 
     def config_of(self, trial: Trial) -> Config:
         """The configuration of a trial, as the child run shows it and best.yaml is made of.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from pipeline.errors import BadInput
 from pipeline.tuning.ledger import FINISHED, RUNNING, Ledger
 from pipeline.tuning.plan import Plan, Trial
-from pipeline.tuning.space import Domain, as_numbers, read_space
+from pipeline.tuning.space import Domain, read_space
 
 
 class Proposer(Protocol):
@@ -89,7 +89,7 @@ class Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sweep = plan.config.sweep
         self._optuna = optuna
-        self._domains = [as_numbers(domain) for domain in read_space(sweep.space)]
+        self._domains = read_space(sweep.space)
         self._distributions = {domain.key: self._distribution(domain) for domain in self._domains}
         sampler = optuna.samplers.TPESampler(seed=sweep.seed, n_startup_trials=min(10, max(sweep.samples // 2, 2)))
         self._study = optuna.create_study(direction="minimize", sampler=sampler)

@@ -14,7 +14,10 @@ from pipeline.config import Config
 from pipeline.errors import BadInput
 
 DRAWN = ("choice", "uniform", "log_uniform", "int")
-SHARED = ("run", "data", "tracking", "sweep", "tokens", "generate", "benchmark", "extractor")  # the same for all trials
+SHARED = (  # the same for all trials: how they are measured, and what has no part in a trial
+    "run", "data", "tracking", "sweep", "evaluate", "tokens", "generator", "train_generator", "generate", "benchmark",
+    "extractor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,6 @@ class Domain:
             return source.uniform(low, high)
         return min(max(math.exp(source.uniform(math.log(low), math.log(high))), low), high)
 
-    def corners(self) -> tuple[Any, ...]:
-        """Values that show whether all of them can be configured: each one, or both ends."""
-        return self.values
-
 
 def read_space(space: dict[str, Any]) -> list[Domain]:
     """The domains of `sweep.space`, in its order.
@@ -71,19 +70,20 @@ def _domain(key: str, value: Any) -> Domain:
     kind, given = next(iter(value.items()))
     if not isinstance(given, list | tuple) or not given:
         raise BadInput(f"sweep.space has {key}: {value!r}; expected {kind} with a list of at least one value")
-    if kind != "choice":
-        _check_ends(key, kind, given)
-    return Domain(key, kind, tuple(given))
+    return Domain(key, kind, tuple(given) if kind == "choice" else _ends(key, kind, given))
 
 
-def _check_ends(key: str, kind: str, ends: Any) -> None:
+def _ends(key: str, kind: str, ends: Any) -> tuple[float, float]:
     numbers = [end for end in map(_number, ends) if end is not None]
     if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
         raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected [low, high] with low below high")
     if kind == "log_uniform" and numbers[0] <= 0:
         raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected a low above 0")
-    if kind == "int" and not all(isinstance(end, int) for end in ends):
+    if kind != "int":
+        return numbers[0], numbers[1]
+    if not all(isinstance(end, int) for end in ends):
         raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected whole numbers")
+    return ends[0], ends[1]
 
 
 def _number(value: Any) -> float | None:
@@ -92,13 +92,6 @@ def _number(value: Any) -> float | None:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
-
-
-def as_numbers(domain: Domain) -> Domain:
-    """The domain with numbers where YAML left text."""
-    if domain.kind in ("uniform", "log_uniform"):
-        return Domain(domain.key, domain.kind, tuple(float(end) for end in domain.values))
-    return domain
 
 
 def points(domains: list[Domain], samples: int, seed: int) -> list[dict[str, Any]]:
@@ -117,10 +110,8 @@ def points(domains: list[Domain], samples: int, seed: int) -> list[dict[str, Any
 
 def corner_points(domains: list[Domain]) -> list[dict[str, Any]]:
     """Points that use every value of lists and both ends of ranges, each at least once."""
-    most = max(len(domain.corners()) for domain in domains)
-    return [
-        {domain.key: domain.corners()[number % len(domain.corners())] for domain in domains} for number in range(most)
-    ]
+    most = max(len(domain.values) for domain in domains)
+    return [{domain.key: domain.values[i % len(domain.values)] for domain in domains} for i in range(most)]
 
 
 def read_cuts(config: Config) -> dict[str, tuple[float, ...]]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BadInput
-from pipeline.tuning.space import as_numbers, corner_points, points, read_cuts, read_space
+from pipeline.tuning.space import corner_points, points, read_cuts, read_space
 
 RANGES = {
     "train.learning_rate": {"log_uniform": ["1e-4", 0.01]},  # YAML reads 1e-4 as text
@@ -15,18 +15,16 @@ RANGES = {
 }
 
 
-def read(space):
-    return [as_numbers(domain) for domain in read_space(space)]
-
-
 def test_a_grid_is_walked_once_and_in_order():
-    found = points(read({"tokenizer.global_tokens": [2, 4], "tokenizer.codebook_size": [8, 16]}), samples=5, seed=0)
+    found = points(
+        read_space({"tokenizer.global_tokens": [2, 4], "tokenizer.codebook_size": [8, 16]}), samples=5, seed=0
+    )
     assert [list(point.values()) for point in found] == [[2, 8], [2, 16], [4, 8], [4, 16]]
 
 
 @given(seed=st.integers(0, 1000))
 def test_draws_lie_inside_their_ranges(seed):
-    found = points(read({"tokenizer.global_tokens": [2, 4], **RANGES}), samples=3, seed=seed)
+    found = points(read_space({"tokenizer.global_tokens": [2, 4], **RANGES}), samples=3, seed=seed)
     assert len(found) == 6
     for point in found:
         assert list(point) == ["tokenizer.global_tokens", *RANGES]
@@ -37,19 +35,19 @@ def test_draws_lie_inside_their_ranges(seed):
 
 
 def test_equal_seeds_draw_equally_and_others_do_not():
-    domains = read(RANGES)
+    domains = read_space(RANGES)
     assert points(domains, 4, seed=1) == points(domains, 4, seed=1) != points(domains, 4, seed=2)
 
 
 def test_draws_of_a_logarithmic_range_are_as_many_in_every_decade():
-    (domain,) = read({"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}})
+    (domain,) = read_space({"train.learning_rate": {"log_uniform": [1e-4, 1e-2]}})
     source = random.Random(0)
     low = sum(domain.draw(source) < 1e-3 for _ in range(1000))
     assert 450 < low < 550
 
 
 def test_corners_use_every_value_and_both_ends():
-    found = corner_points(read({"tokenizer.global_tokens": [2, 4, 8], "losses.l1": {"uniform": [0, 1]}}))
+    found = corner_points(read_space({"tokenizer.global_tokens": [2, 4, 8], "losses.l1": {"uniform": [0, 1]}}))
     assert {point["tokenizer.global_tokens"] for point in found} == {2, 4, 8}
     assert {point["losses.l1"] for point in found} == {0, 1}
 
@@ -59,6 +57,8 @@ def test_corners_use_every_value_and_both_ends():
     [
         ({"global_tokens": [1]}, "sweep.space has the key 'global_tokens'; expected section.key"),
         ({"data.image_size": [32]}, "sweep.space has 'data.image_size'; expected no key of data"),
+        ({"evaluate.max_images": [8, 9]}, "expected no key of evaluate, which all trials share"),
+        ({"generator.size": ["nano"]}, "expected no key of generator, which all trials share"),
         ({"train.seed": []}, r"sweep.space has train.seed: \[\]; expected at least one value"),
         ({"train.seed": 3}, "sweep.space has train.seed: 3; expected a list, or one of choice"),
         ({"train.seed": {"normal": [0, 1]}}, "expected a list, or one of choice, uniform, log_uniform, int"),
