@@ -15,11 +15,17 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.paths import write_json
+from pipeline.training.resume import check_unchanged, values_of
 from pipeline.tuning.plan import Plan, Trial
 
 FORMAT, VERSION = "tatok-trials", 1
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
-DECIDES = ("kind", "checkpoints", "space", "cuts", "search", "samples", "seed", "objective", "budget_tokens", "rate")
+SECTIONS = ("tokenizer", "losses", "kept_sets", "train", "filter")  # decide what a trial is worth
+DECIDES = (  # of other sections
+    "sweep.kind", "sweep.checkpoints", "sweep.space", "sweep.search", "sweep.samples", "sweep.seed", "sweep.objective",
+    "sweep.budget_tokens", "sweep.rate", "sweep.control", "data.source", "data.heldout_source", "data.shards",
+    "train.max_steps", "train.max_minutes", "evaluate.extractor", "evaluate.max_images",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Ledger:
     """All trials that were begun. Any thread may call it."""
 
     path: Path
-    begun: dict[str, Any]  # what decides which trials there are
+    begun: dict[str, Any]  # what decides which trials there are and what they are worth
     entries: list[Entry] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -55,12 +61,10 @@ class Ledger:
             if (found["format"], found["version"]) != (FORMAT, VERSION):
                 raise ValueError(found["format"])
             entries = [Entry(Trial(e["number"], e["values"]), e["status"], e["reason"]) for e in found["trials"]]
+            before = dict(found["begun"])
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{str(path)!r} is damaged; expected a file of format {FORMAT} version {VERSION}") from None
-        for key, value in begun.items():
-            if found["begun"].get(key) != value:
-                before = found["begun"].get(key)
-                raise BadInput(f"{key} is {value!r}; expected {before!r}, as this sweep was begun, or a new run.name")
+        check_unchanged(before, begun)
         return cls(path, begun, entries)
 
     def begin(self, trial: Trial) -> None:
@@ -92,7 +96,7 @@ class Ledger:
 
 
 def _begun(plan: Plan) -> dict[str, Any]:
-    sweep = plan.config.to_dict()["sweep"]
-    return {f"sweep.{key}": sweep[key] for key in DECIDES} | {
-        "cuts": {rule: list(values) for rule, values in plan.cuts.items()}
-    }
+    values = plan.config.to_dict()
+    named = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in DECIDES}
+    cuts = {rule: list(thresholds) for rule, thresholds in plan.cuts.items()}
+    return {**named, "sweep.cuts": cuts, **values_of(plan.config, *SECTIONS)}

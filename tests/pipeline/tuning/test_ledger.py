@@ -30,9 +30,13 @@ def test_what_was_noted_is_read_again(begun):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("sweep.seed=1", "sweep.seed is 1; expected 0, as this sweep was begun, or a new run.name"),
-        ("sweep.space={tokenizer.global_tokens: [2]}", "sweep.space is .* as this sweep was begun"),
+        ("sweep.seed=1", "sweep.seed is 1; expected 0, as this run was begun, or a new run.name"),
+        ("sweep.space={tokenizer.global_tokens: [2]}", "sweep.space is .* as this run was begun"),
         ("sweep.cuts={relative: [0.5]}", "sweep.cuts is"),
+        ("train.max_steps=7", "train.max_steps is 7; expected 20, as this run was begun"),
+        ("train.learning_rate=0.5", "train.learning_rate is 0.5"),
+        ("tokenizer.codebook_size=32", "tokenizer.codebook_size is 32"),
+        ("evaluate.max_images=3", "evaluate.max_images is 3"),
     ],
 )
 def test_a_sweep_that_was_begun_otherwise_does_not_go_on(begun, plan, change, sentence):
@@ -43,7 +47,7 @@ def test_a_sweep_that_was_begun_otherwise_does_not_go_on(begun, plan, change, se
 
 def test_other_keys_may_change(begun, plan):
     Ledger.open(begun).begin(begun.trials()[0])
-    Ledger.open(plan("sweep.at_once=1", "sweep.register=other"))
+    Ledger.open(plan("sweep.at_once=1", "sweep.register=other", "train.num_workers=1", "evaluate.batch_size=8"))
 
 
 @pytest.mark.parametrize("text", ["{", "{}", json.dumps({"format": "other", "version": 1, "begun": {}, "trials": []})])
