@@ -6,12 +6,12 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from pipeline.errors import Stopped
+from pipeline.errors import BadInput, Stopped
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tuning.child import Child
 from pipeline.tuning.launch import run_tune
-from pipeline.tuning.ledger import FAILED, FINISHED, RUNNING, STOPPED, Ledger
+from pipeline.tuning.ledger import FAILED, FINISHED, STOPPED, Ledger
 from pipeline.tuning.objective import LESS_IS_BETTER, objective, points_of
 from pipeline.tuning.plan import Plan, Trial
 from pipeline.tuning.search import Queue
@@ -41,6 +41,7 @@ class Driver:
         self._children: dict[int, Child] = {}
         self._seconds: list[float] = []  # of trials that ended in this session
         self._began: dict[int, float] = {}
+        self._interrupted = False  # a trial was, while it ran
 
     def work(self, at_once: int) -> None:
         """Run trials until none is missing.
@@ -65,19 +66,24 @@ class Driver:
         finally:
             for child in self._children.values():
                 child.leave()
-        if self.run.should_stop or (missing and self.plan.total == 1 and self.ledger.of(RUNNING)):
+        if self.run.should_stop or self._interrupted:
             raise Stopped("the sweep was asked to stop; --resume runs the trials that are missing")
-        if self.ledger.of(RUNNING):
+        if len(self.ledger.of(FINISHED, FAILED, STOPPED)) < self.plan.total:
             raise RuntimeError("Ray Tune ended before its trials; --resume runs those that are missing")
 
     def take(self) -> tuple[int, dict[str, Any]] | None:
         """The next trial's number and task, for Tune's thread."""
-        trial = self._queue.take()
-        if trial is None:
-            return None
-        self._taken[trial.number] = trial
-        self._events.put((trial, "begun", ""))
-        return trial.number, self._task(trial)
+        while (trial := self._queue.take()) is not None:
+            try:
+                task = self._task(trial)
+            except BadInput as error:  # drawn between the ends of ranges, which alone could be checked beforehand
+                self.ledger.end(trial.number, FAILED, str(error))
+                say(f"{trial.name}: {FAILED}: {error}")
+                continue
+            self._taken[trial.number] = trial
+            self._events.put((trial, "begun", ""))
+            return trial.number, task
+        return None
 
     def ended(self, number: int, outcome: str, reason: str) -> None:
         """How a trial ended, from Tune's thread, before it asks for the next one."""
@@ -127,6 +133,7 @@ class Driver:
         child = self._children.pop(trial.number)
         self._seconds.append(time.monotonic() - self._began[trial.number])
         if outcome == "interrupted":
+            self._interrupted = True
             child.leave()  # the ledger still says that it runs: a resumed sweep goes on with it
             return
         if outcome == FINISHED:

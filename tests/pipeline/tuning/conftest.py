@@ -100,8 +100,8 @@ class FakeTune:
     """Works off trials one after another.
 
     Attributes:
-        acts: by number of the trial: a PSNR to pretend, the outcome and reason of a trial that does not finish, or
-            "die": all ends there, as if it was killed.
+        acts: by number of the trial: a PSNR to pretend, the outcome and reason of a trial that does not finish,
+            "die": all ends there, as if it was killed, or "last": no trial begins after it.
         given: numbers of the trials that were handed out.
     """
 
@@ -126,8 +126,10 @@ class FakeTune:
             if isinstance(act, tuple):
                 ended(number, *act)
             else:
-                pretend(task, act)
+                pretend(task, 20.0 + number if act == "last" else act)
                 ended(number, "finished", "")
+            if act == "last":
+                return
 
 
 @pytest.fixture

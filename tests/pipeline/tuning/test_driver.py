@@ -118,6 +118,24 @@ def test_after_a_kill_only_what_is_missing_runs_and_the_interrupted_trial_goes_o
     assert fake_tune.given == [0, 1, 1, 2]
 
 
+def test_a_sweep_that_tune_leaves_between_trials_is_not_taken_for_a_whole_one(sweep, fake_tune):
+    fake_tune.acts[0] = "last"
+    with pytest.raises(RuntimeError, match="Ray Tune ended before its trials; --resume"):
+        sweep()
+    fake_tune.acts.clear()
+    assert sweep(resume=True).results["trials_finished"] == 3
+    assert fake_tune.given == [0, 1, 2]
+
+
+def test_a_draw_that_cannot_be_configured_is_a_failed_trial(sweep, fake_tune, tmp_path):
+    pytest.importorskip("optuna")
+    keys = ("sweep.search=optuna", "sweep.samples=12", "sweep.space={tokenizer.patch_size: {int: [4, 8]}}")
+    run = sweep(*keys)  # 5, 6 and 7 do not divide 32 pixels
+    assert 0 < run.results["trials_failed"] == 12 - len(fake_tune.given) < 12
+    assert run.results["trials_finished"] == len(fake_tune.given)
+    assert "failed: tokenizer.image_size is 32; expected a multiple" in (tmp_path / "sweep" / "table.md").read_text()
+
+
 def test_a_stop_leaves_what_was_running_to_a_resume(sweep, fake_tune, configure, tmp_path):
     fake_tune.acts[0] = ("interrupted", "stopped after step 3")
     with pytest.raises(Stopped, match="--resume runs the trials that are missing"):
