@@ -1,7 +1,7 @@
 """Compare many settings: thresholds of a trained tokenizer, or tokenizers that differ.
 
     python jobs/sweep.py cifar10 tokenizer.checkpoint=runs/cifar10-train 'sweep.cuts={residual: [100, 200, 300]}'
-    python jobs/sweep.py sweep_demo
+    python jobs/sweep.py sweep_smoke
     ray job submit --working-dir . -- python jobs/sweep.py ...
 
 Writes table.csv, table.md, pictures/rate_distortion.png and best.yaml (a preset for every job) into the run folder and

@@ -4,18 +4,18 @@ The worker that does a trial's work talks to nobody: it writes metrics.jsonl and
 copies them here. So a SQLite store has one writer, and a worker that is killed leaves no child running.
 """
 
+import dataclasses
 import json
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.paths import finite
+from pipeline.job import DONE, FAILED, STOPPED
 from pipeline.run import Run
 from pipeline.tracking import Tracker
 from pipeline.tuning.objective import Point, distance_in, objective, points_of
 from pipeline.tuning.plan import Plan, Trial
 
-EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 3}
+EXIT_CODES = {"finished": DONE, "failed": FAILED, "stopped": STOPPED}
 
 
 class Child:
@@ -32,8 +32,8 @@ class Child:
     def __init__(self, plan: Plan, trial: Trial, sweep: Run, parent: str | None, tags: dict[str, str]) -> None:
         self.plan, self.trial = plan, trial
         config = plan.config_of(trial)
-        folder = {**config.to_dict()["run"], "output": str(plan.folder), "name": trial.name}
-        self.run = Run.open("trial", _with_run(config, folder), trial.name, resume=True)
+        inside = dataclasses.replace(config.run, output=str(plan.folder), name=trial.name)
+        self.run = Run.open("trial", dataclasses.replace(config, run=inside), trial.name, resume=True)
         self.run.rewind_metrics(2**62)  # a kill may have torn the last line
         self.run.inputs = dict(sweep.inputs)
         self._last = _last_steps(self.run.folder / "metrics.jsonl")
@@ -53,14 +53,15 @@ class Child:
         """The points of a finished trial, which are logged, the mean number of tokens being their step."""
         points = points_of(self.plan, self.trial)
         name = distance_in(self.plan, self.trial)
-        for rule, thresholds in self.plan.cuts.items():
+        for rule in self.plan.cuts:
             results = json.loads((self.plan.evaluation_folder(self.trial, rule) / "summary.json").read_text())
             prefix = "" if len(self.plan.cuts) == 1 else f"{rule}/"
             of_cuts = ("curve", "all_")
             plain = {k: v for k, v in results["results"].items() if v is not None and not k.startswith(of_cuts)}
             self._log({f"{prefix}{key}": value for key, value in plain.items()}, 0)
-            for point in sorted((p for p in points if p.rule == rule), key=lambda p: p.tokens)[: len(thresholds)]:
-                self._log(curve_metrics(point, rule if len(self.plan.cuts) > 1 else "", name), round(point.tokens))
+            for point in sorted((p for p in points if p.rule == rule), key=lambda p: p.tokens):
+                curve = "curve" if len(self.plan.cuts) == 1 else f"curve_{rule}"
+                self._log(curve_metrics(point, curve, name), round(point.tokens))
         self.run.results = {"points": float(len(points))}
         value = objective(points, self.plan.config)
         if value is not None:
@@ -91,15 +92,14 @@ class Child:
             self.run.log(fresh, step)
 
 
-def curve_metrics(point: Point, rule: str, distance: str) -> dict[str, float]:
+def curve_metrics(point: Point, prefix: str, distance: str) -> dict[str, float]:
     """A point by the names of its metrics: charts over steps are then curves over tokens.
 
     Args:
         point: of a trial.
-        rule: of the cut where a sweep has several; '' for one.
+        prefix: of the names: which curve it lies on.
         distance: name of the Frechet distance.
     """
-    prefix = f"curve_{rule}" if rule else "curve"
     return {
         f"{prefix}/psnr": point.psnr,
         f"{prefix}/{distance}": point.distance,
@@ -135,9 +135,3 @@ def _last_steps(path: Path) -> dict[str, int]:
     for entry in _Lines(path).new():
         found |= {name: max(entry["step"], found.get(name, -1)) for name in entry["metrics"]}
     return found
-
-
-def _with_run(config: Config, values: dict[str, str]) -> Config:
-    from dataclasses import replace
-
-    return replace(config, run=replace(config.run, **finite(values)))

@@ -1,6 +1,7 @@
 """The end of a sweep: all finished trials compared, told to people and to MLflow, and the best one handed on."""
 
 import shutil
+from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.data.shards import ShardDataset
@@ -20,6 +21,40 @@ ALIAS = "champion"
 EXAMPLES = 4  # pictures that the registered model shows as its input
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The trials that finished, side by side.
+
+    Attributes:
+        points: of all of them.
+        values: objective by number of the trial.
+        distance: name of the Frechet distance.
+        best: the trial with the best objective; None where no trial has one.
+        said: the best objective in words.
+    """
+
+    points: list[Point]
+    values: dict[int, float | None]
+    distance: str
+    best: Trial | None
+    said: str
+
+    @classmethod
+    def of(cls, plan: Plan, finished: list[Trial]) -> "Comparison":
+        """Reads the evaluations of the trials, of which there is at least one."""
+        measured = {trial.number: points_of(plan, trial) for trial in finished}
+        values = {number: objective(found, plan.config) for number, found in measured.items()}
+        number = best_trial(values, plan.config)
+        value = None if number is None else values[number]
+        return cls(
+            [point for found in measured.values() for point in found],
+            values,
+            distance_in(plan, finished[0]),
+            next((trial for trial in finished if trial.number == number), None),
+            "no trial says what it is worth at the budget" if value is None else in_words(value, plan.config),
+        )
+
+
 def conclude(run: Run, plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
     """Table, plot, best configuration and champion, of all trials that finished.
 
@@ -36,73 +71,56 @@ def conclude(run: Run, plan: Plan, ledger: Ledger, tracker: Tracker) -> None:
     if not finished:
         reasons = "; ".join(f"{entry.trial.name}: {entry.reason}" for entry in ledger.of(FAILED, STOPPED))
         raise RuntimeError(f"no trial finished; {reasons}")
-    measured = {trial.number: points_of(plan, trial) for trial in finished}
-    points = [point for trial in finished for point in measured[trial.number]]
-    values = {number: objective(found, plan.config) for number, found in measured.items()}
-    number = best_trial(values, plan.config)
-    best = next((trial for trial in finished if trial.number == number), None)
-    said = (
-        "no trial says what it is worth at the budget"
-        if best is None
-        else in_words(values[best.number] or 0, run.config)
-    )
+    found = Comparison.of(plan, finished)
     run.results = {
         "trials_planned": float(plan.total),
         "trials_finished": float(len(finished)),
         "trials_failed": float(len(ledger.of(FAILED))),
         "trials_stopped": float(len(ledger.of(STOPPED))),
-        "points": float(len(points)),
+        "points": float(len(found.points)),
     }
-    distance = distance_in(plan, finished[0])
-    _log(run, values, points, distance, best)
-    _show(run, plan, ledger, points, distance, best, said, tracker)
-    if best is not None:
-        _hand_on(run, plan, best, measured[best.number], said, tracker)
+    if found.best is not None and (value := found.values[found.best.number]) is not None:
+        run.results |= {"best_trial": float(found.best.number), "best_objective": value}
+    _log(run, found)
+    _show(run, plan, ledger, found, tracker)
+    if found.best is not None:
+        _hand_on(run, plan, found.best, found, tracker)
 
 
-def _log(run: Run, values: dict[int, float | None], points: list[Point], distance: str, best: Trial | None) -> None:
+def _log(run: Run, found: Comparison) -> None:
     """The parent's charts: the objective over trials, and the Pareto front over tokens."""
-    if best is not None:
-        run.results |= {"best_trial": float(best.number), "best_objective": values[best.number] or 0.0}
     run.rewind_metrics(-1)  # a resumed sweep compares anew
     run.log(run.results, 0)
-    for number, value in values.items():
+    for number, value in found.values.items():
         if value is not None:
             run.log({"trials/objective": value}, number)
-    front = [points[i] for i in on_front(points)]
+    front = [found.points[i] for i in on_front(found.points)]
     for point in sorted(front, key=lambda p: p.tokens):
-        named = curve_metrics(point, "", distance)
-        run.log({name.replace("curve/", "front/"): value for name, value in named.items()}, round(point.tokens))
+        run.log(curve_metrics(point, "front", found.distance), round(point.tokens))
 
 
-def _show(
-    run: Run,
-    plan: Plan,
-    ledger: Ledger,
-    points: list[Point],
-    distance: str,
-    best: Trial | None,
-    said: str,
-    tracker: Tracker,
-) -> None:
+def _show(run: Run, plan: Plan, ledger: Ledger, found: Comparison, tracker: Tracker) -> None:
     """Table and plot."""
-    title = f"Best: {best.name}, {said}." if best else f"No best trial: {said}."
+    best = found.best.name if found.best else ""
+    title = f"Best: {best}, {found.said}." if best else f"No best trial: {found.said}."
     entries = ledger.of(RUNNING, FINISHED, FAILED, STOPPED)
-    for path in write_table(run.folder, points, distance, entries, f"{title} Cuts: {cuts_in_words(plan)}."):
+    summary = f"{title} Cuts: {cuts_in_words(plan)}."
+    for path in write_table(run.folder, found.points, found.distance, entries, summary):
         run.outputs[path.name.replace(".", "_")] = str(path)
         tracker.artifact(path)
     picture = run.folder / "pictures" / "rate_distortion.png"
-    sweep_plot(picture, points, distance, best.name if best else "")
+    sweep_plot(picture, found.points, found.distance, best)
     run.outputs["rate_distortion"] = str(picture)
     tracker.picture(picture, "rate_distortion", 0)
     tracker.artifact(picture, "pictures")
-    say(f"\n{terminal_table(points, distance)}\n\n{title}\nall trials and the Pareto front: {picture}")
+    table = terminal_table(found.points, found.distance)
+    say(f"\n{table}\n\n{title}\nall trials and the Pareto front: {picture}")
 
 
-def _hand_on(run: Run, plan: Plan, best: Trial, points: list[Point], said: str, tracker: Tracker) -> None:
+def _hand_on(run: Run, plan: Plan, best: Trial, found: Comparison, tracker: Tracker) -> None:
     """The best configuration as a preset, and the model as MLflow's champion."""
-    config = best_config(plan, best, points)
-    path = write_best(run.folder, config, best, said)
+    config = best_config(plan, best, [point for point in found.points if point.number == best.number])
+    path = write_best(run.folder, config, best, found.said)
     run.outputs["best"] = str(path)
     tracker.artifact(path)
     tracker.tag("best_trial", best.name)

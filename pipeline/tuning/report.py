@@ -111,11 +111,11 @@ def best_config(plan: Plan, trial: Trial, points: list[Point]) -> Config:
 
 def write_best(folder: Path, config: Config, trial: Trial, said: str) -> Path:
     """Write `best.yaml`."""
+    path = folder / "best.yaml"
     head = (
-        f"# The best of a sweep: {trial.name}, {said}.\n#\n#     python jobs/train.py {folder.name}/best.yaml\n#\n"
+        f"# The best of a sweep: {trial.name}, {said}.\n#\n#     python jobs/train.py {path}\n#\n"
         "# Expected: the numbers of its trial; data.shards are the sweep's.\n"
     )
-    path = folder / "best.yaml"
     write_atomically(path, (head + config.to_yaml()).encode())
     return path
 

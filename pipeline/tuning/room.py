@@ -30,7 +30,6 @@ def find_room(configs: list[Config], total: int, cpus: float, gpus: float) -> Ro
     Raises:
         BadInput: not even one fits.
     """
-    train, evaluate = configs[0].train, configs[0].evaluate
     needs = {_cpus(config): config for config in configs}
     need = max(needs)
     train, evaluate = needs[need].train, needs[need].evaluate

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from pipeline.cluster import connect
+from pipeline.cluster import connect, most_resources
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import BadInput
@@ -115,5 +115,5 @@ def _with_shards(plan: Plan) -> Config:
 def _resources(plan: Plan) -> tuple[float, float]:
     """CPUs and GPUs of the cluster. Without Ray's dashboard, workers of trials that ASHA stops keep what they hold."""
     needs_dashboard = plan.config.sweep.scheduler == "asha" and plan.config.train.num_workers > 0
-    found = connect(dashboard=needs_dashboard).cluster_resources()
-    return float(found.get("CPU", 0)), float(found.get("GPU", 0))
+    found = most_resources(connect(dashboard=needs_dashboard))
+    return found.get("CPU", 0.0), found.get("GPU", 0.0)
