@@ -49,7 +49,6 @@ class FiniteWatch:
         if True in bad:
             step, terms = steps[bad.index(True)]
             values = {name: float(value) for name, value in terms.items()}
-            found = [(name, value) for name, value in values.items() if not math.isfinite(value)]
-            named = dict(found).get("loss", math.nan)  # another worker's, where all of this one's are numbers
-            name, value = ("loss", named) if "loss" in dict(found) or not found else found[0]
-            raise NotFinite(step, f"the {name}", value)
+            found = {name: value for name, value in values.items() if not math.isfinite(value)}
+            name = "loss" if "loss" in found or not found else next(iter(found))  # none: it is another worker's
+            raise NotFinite(step, f"the {name}", found.get(name, math.nan))
