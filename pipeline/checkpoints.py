@@ -11,6 +11,8 @@ seed and the step.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,24 +85,35 @@ def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]
     from safetensors.torch import save_file
 
     final = folder / f"step-{step:08d}"
-    aside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with replaced(final) as aside:
         model.save_pretrained(aside)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
         checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
         write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
         for path in aside.iterdir():
             _flush(path)
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def replaced(final: Path) -> Iterator[Path]:
+    """A new folder beside `final`, which takes its place once the body has filled it; after an error nothing is left.
+
+    What an earlier attempt left there when it was killed is removed.
+    """
+    for leftover in final.parent.glob(f".{final.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = final.with_name(f".{final.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
     except BaseException:  # on full storage, what is half written would keep others from their room
         shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -109,7 +122,7 @@ def latest(folder: Path) -> Checkpoint | None:
         try:
             return _verified(path)
         except (OSError, ValueError, KeyError) as error:
-            say(f"checkpoint {path} is not used, the one before it is: {error}")
+            say(f"checkpoint {path} is not used: {error}")
     if _steps(folder):
         say(f"no checkpoint in {folder} can be used: beginning anew")
     return None

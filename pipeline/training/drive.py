@@ -3,13 +3,12 @@
 Imports neither torch nor ray before it trains.
 """
 
-import os
 import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import latest
+from pipeline.checkpoints import latest, replaced
 from pipeline.devices import pick_device
 from pipeline.errors import Stopped
 from pipeline.room import OutOfRoom, memory_sentence
@@ -65,11 +64,8 @@ def export(folder: Path) -> Path:
     newest = latest(folder / "checkpoints")
     if newest is None:
         raise FileNotFoundError(f"no whole checkpoint in {folder / 'checkpoints'}")
-    aside, final = folder / f".checkpoint.{os.getpid()}", folder / "checkpoint"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy2(newest.folder / name, aside / name)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    final = folder / "checkpoint"
+    with replaced(final) as aside:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy2(newest.folder / name, aside / name)
     return final

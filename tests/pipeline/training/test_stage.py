@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -199,6 +201,21 @@ def test_empty_splits_are_refused(configure, shards, tmp_path):
     with pytest.raises(BadInput, match="expected some in both splits"):
         stage.run(run)
     run.close()
+
+
+def test_exporting_to_full_storage_leaves_the_earlier_export_and_no_half_one(trained, monkeypatch):
+    (trained.folder / ".checkpoint.1").mkdir()  # of an attempt that was killed
+
+    def no_room(source, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = weights(trained)
+    monkeypatch.setattr(shutil, "copy2", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        export(trained.folder)
+    assert not list(trained.folder.glob(".checkpoint.*"))
+    assert equal(weights(trained), before)
 
 
 def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
