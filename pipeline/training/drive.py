@@ -4,16 +4,21 @@ Imports neither torch nor ray before it trains.
 """
 
 import shutil
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import latest, replaced
+from pipeline.config import TrainConfig
 from pipeline.devices import pick_device
 from pipeline.errors import Stopped
 from pipeline.room import OutOfRoom, memory_sentence
 from pipeline.run import Run
 from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def train_and_export(run: Run, tracker: Tracker, section: str, worker: str, pictures: str) -> None:
@@ -44,19 +49,25 @@ def train_and_export(run: Run, tracker: Tracker, section: str, worker: str, pict
 
 def _run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
     """What `work` returned, on the first worker."""
-    if getattr(run.config, section).num_workers:
+    train: TrainConfig = getattr(run.config, section)
+    if train.num_workers:
         from pipeline.training.ray_workers import run_workers
 
         return run_workers(run, section, worker)
-    from pipeline.training.worker import compiled
-
-    device = pick_device(section, getattr(run.config, section).device)
+    device = pick_device(section, train.device)
     try:
-        return import_module(worker).work(run, device, compiled(run.config, section))
+        return import_module(worker).work(run, device, compiled(train))
     except RuntimeError as problem:
         if sentence := memory_sentence(problem, run.config, section):
             raise OutOfRoom(sentence) from problem
         raise
+
+
+def compiled(train: TrainConfig) -> "Callable[[nn.Module], nn.Module]":
+    """What prepares a module in a process of its own: `torch.compile` where the training asks for it."""
+    import torch
+
+    return torch.compile if train.compile else lambda module: module  # type: ignore[return-value]
 
 
 def export(folder: Path) -> Path:

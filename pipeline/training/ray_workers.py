@@ -16,6 +16,7 @@ from pipeline.errors import BadInput
 from pipeline.paths import write_atomically
 from pipeline.room import OutOfRoom, memory_sentence, storage_sentence
 from pipeline.run import Run
+from pipeline.training.drive import compiled
 
 GAVE_UP = "gave_up"  # file in the run folder: why a worker saw no sense in starting again
 
@@ -23,14 +24,14 @@ GAVE_UP = "gave_up"  # file in the run folder: why a worker saw no sense in star
 def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
     """Train with `num_workers` Ray Train workers; returns what `work` returned on the first one.
 
+    A worker that dies takes the others down; Ray starts all again, at most `max_failures` times, and they go on
+    from the newest checkpoint in the run folder, which every node has to see. Where a node is gone for good they go on
+    with fewer, at least `min_workers`.
+
     Args:
         run: the run folder and the configuration.
         section: of the configuration, that describes the training.
         worker: the module whose function `work` a worker runs.
-
-    A worker that dies takes the others down; Ray starts all again, at most `max_failures` times, and they go on
-    from the newest checkpoint in the run folder, which every node has to see. Where a node is gone for good they go on
-    with fewer, at least `min_workers`.
 
     Raises:
         BadInput: as the workers found, or the cluster is too small.
@@ -127,15 +128,13 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
-    from pipeline.training.worker import compiled
-
     config = config_from_dict(values["config"])
     run = Run(values["stage"], config, Path(values["folder"]), command=["ray-train-worker"])
     if sentence := _gave_up(run.folder):
         return {"out_of_room": sentence}
     device = ray.train.torch.get_device()
     try:
-        wrap = _for_workers(compiled(config, values["section"]))
+        wrap = _for_workers(compiled(getattr(config, values["section"])))
         return import_module(values["worker"]).work(run, device, wrap, report=ray.train.report)
     # Both come to all workers alike, and starting again would not help: the driver raises them.
     except BadInput as error:

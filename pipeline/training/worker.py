@@ -78,8 +78,3 @@ def _losses(config: Config, device: torch.device) -> ReconstructionLoss:
         files = config.losses.perceptual_backbone, config.losses.perceptual_heads
         perceptual = load_lpips("losses.perceptual", *files, config.data.image_size)
     return ReconstructionLoss(config.losses, perceptual).to(device)
-
-
-def compiled(config: Config, section: str = "train") -> Callable[[torch.nn.Module], torch.nn.Module]:
-    """`torch.compile` when a training's section asks for it."""
-    return torch.compile if getattr(config, section).compile else lambda module: module  # type: ignore[return-value]

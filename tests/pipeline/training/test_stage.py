@@ -12,7 +12,7 @@ from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.run import Run
 from pipeline.training import stage
-from pipeline.training.drive import export
+from pipeline.training.drive import compiled, export
 from pipeline.training.tokenizer_state import TokenizerState
 from tatok_model import TaTok
 
@@ -216,6 +216,12 @@ def test_exporting_to_full_storage_leaves_the_earlier_export_and_no_half_one(tra
         export(trained.folder)
     assert not list(trained.folder.glob(".checkpoint.*"))
     assert equal(weights(trained), before)
+
+
+def test_modules_are_compiled_where_the_training_asks_for_it(configure):
+    assert compiled(configure(train={"compile": True}).train) is torch.compile
+    module = torch.nn.Linear(1, 1)
+    assert compiled(configure().train)(module) is module
 
 
 def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
