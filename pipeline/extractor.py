@@ -77,7 +77,7 @@ def run(run: Run) -> None:
     origin = _origin(run)  # now: the clone may move on while the run lasts
     torch.manual_seed(config.train.seed)
     device = pick_device("train", config.train.device)
-    network = ARCHITECTURES[config.extractor.architecture].made(training.classes, config.data.image_size).to(device)
+    network = ARCHITECTURES[config.extractor.architecture](training.classes, config.data.image_size).to(device)
     with Tracker.start(run) as tracker:
         steps = train(run, network, training.to(device), tracker)
         _export(run, network, test.to(device), origin)

@@ -11,6 +11,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from tatok_model.metrics.extractor import CIFAR10
 from tatok_model.metrics.trainable import TrainableExtractor, convolution, stem
 
 SHIPPED = "compact_cifar10.safetensors"
@@ -24,25 +25,23 @@ class CompactExtractor(TrainableExtractor):
     architecture = "compact"
     feature_dim = 192
 
-    @classmethod
-    def made(cls, classes: int = 10, image_size: int = 32) -> Self:
-        """A network with random weights."""
+    def __init__(self, classes: int = 10, image_size: int = 32) -> None:
         layers = nn.Sequential(
             *stem(32, image_size, STEM_SIZE),
             convolution(32, 48, stride=2),
             Residual(48),
             convolution(48, 96, stride=2),
             Residual(96),
-            convolution(96, cls.feature_dim, stride=2),
+            convolution(96, self.feature_dim, stride=2),
         )
-        return cls(layers, classes, image_size)
+        super().__init__(layers, classes, image_size)
 
     @classmethod
     def shipped(cls) -> Self:
         """The network with the weights in this package, in evaluation mode."""
         with resources.as_file(resources.files("tatok_model") / "weights" / SHIPPED) as path:
-            network = cls.from_file(path)
-        network.name = SHIPPED_NAME
+            network = cls().load_file(path)
+        network.name, network.class_names = SHIPPED_NAME, CIFAR10
         return network
 
 

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 class FeatureExtractor(nn.Module):
     """Base of the feature networks; a subclass names itself and implements `forward`.
@@ -21,6 +23,7 @@ class FeatureExtractor(nn.Module):
     name: str
     feature_dim: ClassVar[int]
     classes: int
+    class_names: tuple[str, ...] = ()  # of the logits, in order, lower case; empty: not known
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features for the Frechet distance and logits for the Inception score.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tatok_model.metrics.extractor import FeatureExtractor, check_images
+from tatok_model.metrics.extractor import CIFAR10, FeatureExtractor, check_images
 
 IMAGE_SIZE = 32  # pixels, square
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the weights were trained with: ImageNet's, in [0, 1]
@@ -31,7 +31,8 @@ class CifarResNet(FeatureExtractor):
     """Three stages of residual units at 32, 16 and 8 pixels, then the mean over positions; subclasses say how deep."""
 
     feature_dim = 64
-    classes = 10
+    classes = len(CIFAR10)
+    class_names = CIFAR10
     units: ClassVar[int]  # of each stage; two convolutions each, so 6 x units + 2 layers
     mean: Tensor
     std: Tensor

@@ -6,8 +6,6 @@ pictures of 64 pixels are cheap enough for a CPU.
 Shapes: B images, F = 192 features.
 """
 
-from typing import Self
-
 from torch import nn
 
 from tatok_model.metrics.resnet import stage
@@ -24,8 +22,6 @@ class SmallResNet(TrainableExtractor):
     architecture = "resnet"
     feature_dim = WIDTHS[-1]
 
-    @classmethod
-    def made(cls, classes: int, image_size: int) -> Self:
-        """A network with random weights."""
+    def __init__(self, classes: int, image_size: int) -> None:
         stages = [stage(inputs, outputs, UNITS) for inputs, outputs in zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False)]
-        return cls(nn.Sequential(*stem(WIDTHS[0], image_size, STEM_SIZE), *stages), classes, image_size)
+        super().__init__(nn.Sequential(*stem(WIDTHS[0], image_size, STEM_SIZE), *stages), classes, image_size)

@@ -45,11 +45,6 @@ class TrainableExtractor(FeatureExtractor):
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.weights_sha256 = ""  # of the file that the weights came from
 
-    @classmethod
-    def made(cls, classes: int, image_size: int) -> Self:
-        """A network with random weights."""
-        raise NotImplementedError(f"{cls.__name__} does not implement made(classes, image_size)")
-
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits; see `FeatureExtractor`.
 
@@ -65,9 +60,8 @@ class TrainableExtractor(FeatureExtractor):
         features = maps.float().mean(dim=(2, 3))  # (B, F)
         return features, self.head(features).float()
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        """The network with the weights of a file that `save` wrote, in evaluation mode and without gradients.
+    def load_file(self, path: str | Path) -> Self:
+        """Take the weights of a file that `save` wrote; the network is in evaluation mode and without gradients then.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -75,14 +69,12 @@ class TrainableExtractor(FeatureExtractor):
         """
         data = Path(path).read_bytes()
         try:
-            about = metadata(path)
-            network = cls.made(int(about.get("classes", 10)), int(about.get("image_size", 32)))
-            network.load_state_dict(load(data))
-        except (SafetensorError, RuntimeError, ValueError) as error:
+            self.load_state_dict(load(data))
+        except (SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{str(path)!r} does not hold the weights of a {cls.__name__}: {reason}") from None
-        network.weights_sha256 = hashlib.sha256(data).hexdigest()
-        return network.eval().requires_grad_(False)
+            raise ValueError(f"{str(path)!r} does not hold the weights of a {type(self).__name__}: {reason}") from None
+        self.weights_sha256 = hashlib.sha256(data).hexdigest()
+        return self.eval().requires_grad_(False)
 
     def save(self, path: str | Path, origin: dict[str, str]) -> None:
         """Write the weights in safetensors format: kernels in float16, which halves the file, the rest as it is.

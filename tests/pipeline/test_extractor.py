@@ -25,6 +25,7 @@ from pipeline.extractor_loop import measure, one_cycle
 from pipeline.labelled import read_labelled
 from pipeline.run import Run
 from tatok_model.metrics.compact import SHIPPED, CompactExtractor
+from tatok_model.metrics.trained import load_trained
 
 TINY = [
     "extractor.epochs=3",
@@ -126,7 +127,7 @@ def test_two_colours_are_learned(
     run = train(config(), "run")
     assert run.results["test_accuracy"] >= 0.95
     assert run.results["images_per_second"] > 0
-    assert run.results["parameters"] == sum(p.numel() for p in CompactExtractor.made(2, 32).parameters())
+    assert run.results["parameters"] == sum(p.numel() for p in CompactExtractor(2, 32).parameters())
     assert run.inputs["train"]["path"] == str(two_colours)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 14, 21, 21]  # 128 pictures, 5 of them for validation, batches of 16
@@ -138,7 +139,7 @@ def test_the_written_file_is_what_was_measured(
     config: Callable[..., Config], train: Callable[[Config, str], Run], two_colours: Path
 ) -> None:
     run = train(config(), "run")
-    network = CompactExtractor.from_file(run.outputs["extractor"])
+    network = load_trained(run.outputs["extractor"])
     pictures = read_labelled(str(two_colours), DataConfig())
     assert measure(network, pictures)[0] == run.results["test_accuracy"]
     with safe_open(run.outputs["extractor"], framework="pt") as file:

@@ -72,7 +72,7 @@ def tokenizer() -> TaTok:
 def extractor() -> Extractor:
     """The compact network with random weights."""
     torch.manual_seed(1)
-    network = CompactExtractor.made()
+    network = CompactExtractor()
     network.name = "compact_cifar10"
     return Extractor(network.eval().requires_grad_(False), "made")
 

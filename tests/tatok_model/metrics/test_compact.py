@@ -91,10 +91,10 @@ def test_a_smooth_picture_keeps_its_features_at_twice_the_size(network: CompactE
 
 def test_saved_weights_load_again_in_evaluation_mode(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = CompactExtractor.made()
+    network = CompactExtractor()
     network(made_pictures(8))  # moves the normalisation's running statistics
     network.save(tmp_path / "a.safetensors", {"note": "made"})
-    loaded = CompactExtractor.from_file(tmp_path / "a.safetensors")
+    loaded = CompactExtractor().load_file(tmp_path / "a.safetensors")
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     pictures = made_pictures(4)
@@ -113,16 +113,16 @@ def test_other_inputs_than_uint8_pictures_are_refused(network: CompactExtractor,
 
 def test_a_missing_weight_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors"):
-        CompactExtractor.from_file(tmp_path / "absent.safetensors")
+        CompactExtractor().load_file(tmp_path / "absent.safetensors")
 
 
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.safetensors' does not hold the weights of a CompactExtractor"):
-        CompactExtractor.from_file(tmp_path / "text.safetensors")
+        CompactExtractor().load_file(tmp_path / "text.safetensors")
 
 
 def test_the_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors' does not hold the weights of a CompactExtractor"):
-        CompactExtractor.from_file(tmp_path / "other.safetensors")
+        CompactExtractor().load_file(tmp_path / "other.safetensors")
