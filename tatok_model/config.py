@@ -7,6 +7,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+C = TypeVar("C")  # a configuration
 
 SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
     "nano": (128, 4, 4, 2),
@@ -111,13 +114,29 @@ def read_config(folder: Path) -> TokenizerConfig:
         FileNotFoundError: the folder lacks config.json or model.safetensors.
         ValueError: config.json is not one of a tokenizer.
     """
+    return read_saved(folder, TokenizerConfig, "a tokenizer", "TaTok")
+
+
+def read_saved(folder: Path, architecture: type[C], kind: str, saver: str) -> C:
+    """The configuration in a checkpoint folder.
+
+    Args:
+        folder: of config.json and model.safetensors.
+        architecture: the dataclass that config.json holds.
+        kind: what has it, for messages.
+        saver: the class that saves such folders, for messages.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two.
+        ValueError: config.json holds something else.
+    """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that TaTok saved")
+            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that {saver} saved")
     try:
-        return TokenizerConfig(**json.loads((folder / "config.json").read_text()))
+        return architecture(**json.loads((folder / "config.json").read_text()))
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"config.json in {str(folder)!r} is not a tokenizer's: {error}") from None
+        raise ValueError(f"config.json in {str(folder)!r} is not {kind}'s: {error}") from None
 
 
 @dataclass(frozen=True)

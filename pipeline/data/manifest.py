@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.locations import locate
+from pipeline.data.described import check_format, read_described
 from pipeline.errors import BadInput
 
 FORMAT, VERSION = "tatok-shards", 1
+NAME, WRITER = "manifest.json", "jobs/preprocess.py"
 SPLITS = ("train", "heldout")
 
 
@@ -60,23 +61,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         BadInput: there is none, or it is another program's, of another version, or damaged.
     """
-    place = str(folder)
-    try:
-        values = json.loads((locate(place) / "manifest.json").read())
-    except FileNotFoundError:
-        raise BadInput(f"{place!r} holds no manifest.json; expected a folder written by jobs/preprocess.py") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"manifest.json in {place!r} cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise BadInput(f"manifest.json in {place!r} is not of format {FORMAT!r}; expected one by jobs/preprocess.py")
-    if values.get("version") != VERSION:
-        raise BadInput(f"manifest.json in {place!r} has version {values.get('version')!r}; expected {VERSION}")
+    what = f"{NAME} in {str(folder)!r}"
+    values = read_described(folder, NAME, WRITER)
+    check_format(values, what, (FORMAT, VERSION), WRITER)
     try:
         manifest = _from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"manifest.json in {place!r} is damaged ({type(error).__name__}: {error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
     if manifest.fingerprint != fingerprint(manifest.splits):
-        raise BadInput(f"manifest.json in {place!r} is damaged: its fingerprint does not match its shards")
+        raise BadInput(f"{what} is damaged: its fingerprint does not match its shards")
     return manifest
 
 

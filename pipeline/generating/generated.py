@@ -6,7 +6,6 @@ tokens lie in `tokens/part-NNNNN.parquet`, one file for each shard, rows in the 
     number: int64, label: int32, global_indices: list<int32> (M), codes: list<int32> (T), places: list<int32> (T)
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.described import check_format, read_described
 from pipeline.data.manifest import Manifest, Shard, read_manifest
 from pipeline.errors import BadInput
 from pipeline.paths import sha256_file, write_json
 
 FORMAT, VERSION = "tatok-generated", 1
-NAME = "generated.json"
+NAME, WRITER = "generated.json", "jobs/generate.py"
 INTEGERS = pa.list_(pa.field("element", pa.int32()))  # as Parquet names it
 SCHEMA = pa.schema(
     {
@@ -90,21 +90,12 @@ def read_generated(folder: str | Path) -> Generated:
     Raises:
         BadInput: it is none, the run has not ended, or a file is another program's, of another version or damaged.
     """
-    place = Path(folder)
     what = f"{NAME} in {str(folder)!r}"
-    try:
-        values = json.loads((place / NAME).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{str(folder)!r} holds no {NAME}; expected a folder that jobs/generate.py finished") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{what} cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise BadInput(f"{what} is not of format {FORMAT!r}; expected one by jobs/generate.py")
-    if values.get("version") != VERSION:
-        raise BadInput(f"{what} has version {values.get('version')!r}; expected {VERSION}")
+    values = read_described(folder, NAME, WRITER)
+    check_format(values, what, (FORMAT, VERSION), WRITER)
     manifest = read_manifest(folder)
     try:
-        found = _from_dict(place, manifest, values)
+        found = _from_dict(Path(folder), manifest, values)
         pictures = values["pictures"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None

@@ -14,14 +14,14 @@ from typing import Any
 
 from pipeline.checkpoints import find, is_hub_id
 from pipeline.config import Config
-from pipeline.data.locations import locate
+from pipeline.data.described import check_format, read_described
 from pipeline.data.manifest import SPLITS
 from pipeline.errors import BadInput
 from pipeline.paths import sha256_file
 from tatok_model.filtering_rules import SCORES
 
 FORMAT, VERSION = "tatok-tokens", 1
-NAME = "tokens.json"
+NAME, WRITER = "tokens.json", "jobs/tokenize_images.py"
 METADATA = b"tatok_tokens"  # the key in a file's schema metadata
 SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # of the tokenizer section and of a stream
 
@@ -112,10 +112,7 @@ def stream_from_dict(values: Any, what: str) -> Stream:
     Raises:
         BadInput: another program's, of another version, or damaged.
     """
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise BadInput(f"{what} is not of format {FORMAT!r}; expected one by jobs/tokenize_images.py")
-    if values.get("version") != VERSION:
-        raise BadInput(f"{what} has version {values.get('version')!r}; expected {VERSION}")
+    check_format(values, what, (FORMAT, VERSION), WRITER)
     try:
         numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
         stream = Stream(score=str(values["score"]), tokenizer_sha256=str(values["tokenizer_sha256"]), **numbers)
@@ -137,14 +134,8 @@ def read_token_manifest(folder: str | Path) -> TokenManifest:
     Raises:
         BadInput: there is none, or it is another program's, of another version, or damaged.
     """
-    place = str(folder)
-    what = f"{NAME} in {place!r}"
-    try:
-        values = json.loads((locate(place) / NAME).read())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{place!r} holds no {NAME}; expected a folder written by jobs/tokenize_images.py") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{what} cannot be read ({' '.join(str(error).split())})") from None
+    what = f"{NAME} in {str(folder)!r}"
+    values = read_described(folder, NAME, WRITER)
     stream = stream_from_dict(values, what)
     try:
         manifest = _from_dict(values, stream)

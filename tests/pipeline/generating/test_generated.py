@@ -49,7 +49,7 @@ def test_what_was_written_is_read(generated: Generated) -> None:
 
 
 def test_a_folder_without_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="holds no generated.json; expected a folder that jobs/generate.py finished"):
+    with pytest.raises(BadInput, match="holds no generated.json; expected a folder written by jobs/generate.py"):
         read_generated(tmp_path)
 
 

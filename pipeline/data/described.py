@@ -1,0 +1,50 @@
+"""JSON files that say what a folder holds: read with one sentence where they are missing, foreign or unreadable.
+
+Each names its `format` and `version`; what else it holds is its own module's business.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.locations import locate
+from pipeline.errors import BadInput
+
+
+def read_described(folder: str | Path, name: str, writer: str) -> Any:
+    """The values in file `name` of a folder, a path or URL.
+
+    Args:
+        folder: which.
+        name: of the file.
+        writer: the job that writes such folders, for messages.
+
+    Raises:
+        BadInput: there is none, or it is no JSON.
+    """
+    place = str(folder)
+    try:
+        return json.loads((locate(place) / name).read())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{place!r} holds no {name}; expected a folder written by {writer}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name} in {place!r} cannot be read ({' '.join(str(error).split())})") from None
+
+
+def check_format(values: Any, what: str, format_and_version: tuple[str, int], writer: str) -> None:
+    """Refuse values of another program or of another version.
+
+    Args:
+        values: as read from JSON.
+        what: they are of, for messages.
+        format_and_version: that are wanted.
+        writer: the job that writes them, for messages.
+
+    Raises:
+        BadInput: naming what was found.
+    """
+    wanted, version = format_and_version
+    if not isinstance(values, dict) or values.get("format") != wanted:
+        raise BadInput(f"{what} is not of format {wanted!r}; expected one by {writer}")
+    if values.get("version") != version:
+        raise BadInput(f"{what} has version {values.get('version')!r}; expected {version}")
