@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -95,3 +97,44 @@ def _python(*arguments: str, cwd: Path, timeout: float, **environment: str) -> F
     surroundings = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def opened_runs() -> Callable[[], AbstractContextManager[Callable[..., Any]]]:
+    """`with opened_runs() as open_run`: `open_run("evaluate", stage, config, "name")` checks and makes a run folder.
+
+    What was opened is closed at the end, whatever became of it.
+    """
+    from pipeline.run import Run
+
+    @contextmanager
+    def opened() -> Iterator[Callable[..., Run]]:
+        runs: list[Run] = []
+
+        def open_run(kind: str, stage: Any, config: Any, name: str, resume: bool = False) -> Run:
+            stage.check(config)
+            runs.append(Run.open(kind, config, name, resume=resume))
+            return runs[-1]
+
+        try:
+            yield open_run
+        finally:
+            for run in runs:
+                run.close()
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def carry_out(opened_runs: Any) -> Callable[..., Any]:
+    """`carry_out("evaluate", stage, config, "name")` runs a stage in this process; returns the closed run."""
+
+    def work(kind: str, stage: Any, config: Any, name: str, resume: bool = False, stop: bool = False) -> Any:
+        with opened_runs() as open_run:
+            run = open_run(kind, stage, config, name, resume)
+            if stop:
+                run.request_stop()
+            stage.run(run)
+            return run
+
+    return work

@@ -10,7 +10,6 @@ from pipeline.benchmarking import generation, stage
 from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.paths import sha256_file
-from pipeline.run import Run
 from tatok_model.config import TokenizerConfig
 from tatok_model.generator import Generator
 from tatok_model.generator_config import GeneratorConfig
@@ -44,19 +43,13 @@ def config_of(folders, tmp_path):
     return make
 
 
-def bench(config, stop=False):
-    stage.check(config)
-    run = Run.open("benchmark", config, stage.default_name(config), resume=False)
-    if stop:
-        run.request_stop()
-    try:
-        stage.run(run)
-    finally:
-        run.close()
-    return run
+@pytest.fixture
+def bench(carry_out):
+    """`bench(config)` measures in this process; returns the closed run."""
+    return lambda config, **how: carry_out("benchmark", stage, config, stage.default_name(config), **how)
 
 
-def test_ours_and_the_control_are_timed_at_every_batch_and_compared(config_of):
+def test_ours_and_the_control_are_timed_at_every_batch_and_compared(bench, config_of):
     run = bench(config_of())
     found = run.results
     assert run.folder.name == "smoke-benchmark-generation"
@@ -78,19 +71,19 @@ def test_ours_and_the_control_are_timed_at_every_batch_and_compared(config_of):
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["metrics"]["ratio_of_steps"]
 
 
-def test_the_cache_of_longer_sequences_and_of_guidance_is_larger(config_of):
+def test_the_cache_of_longer_sequences_and_of_guidance_is_larger(bench, config_of):
     found = bench(config_of("benchmark.batch_sizes=[4]", "benchmark.repeats=1")).results
     width_layers = 128 * (4 + 1)  # nano, and the layer of the code head
     assert found["tatok_kv_cache_bytes"] == 4 * 2 * width_layers * (1 + 2 + 12) * 4
     assert found["patch_only_kv_cache_bytes"] == 4 * 2 * width_layers * (1 + 16) * 4
 
 
-def test_guidance_doubles_the_cache(config_of):
+def test_guidance_doubles_the_cache(bench, config_of):
     found = bench(config_of("benchmark.batch_sizes=[4]", "benchmark.repeats=1", "generate.guidance=2")).results
     assert found["patch_only_kv_cache_bytes"] == 2 * 4 * 2 * 128 * 5 * 17 * 4
 
 
-def test_a_stop_ends_it(config_of):
+def test_a_stop_ends_it(bench, config_of):
     with pytest.raises(Stopped, match="measures anew"):
         bench(config_of(), stop=True)
 
@@ -100,9 +93,8 @@ def test_a_tokenizer_without_patch_tokens_has_no_control(config_of):
         generation.check(config_of("tokenizer.patch_tokens=false", "kept_sets.global_tail=0"))
 
 
-def test_a_gpu_that_is_not_there_is_refused(config_of):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(bench, config_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="generate.device is 'cuda'"):
         bench(config_of("generate.device=cuda"))
 

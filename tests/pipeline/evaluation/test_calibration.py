@@ -77,8 +77,7 @@ def test_a_calibration_that_is_asked_to_stop_stops(calibrating: Any) -> None:
         calibration.run(run)
 
 
-def test_a_gpu_that_is_not_there_is_refused(calibrating: Any) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(calibrating: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="evaluate.device is 'cuda'; expected cpu or auto"):
         calibration.run(calibrating("filter.mean_tokens=9", "evaluate.device=cuda"))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pipeline.tokenizing import stage as tokenizing
 from tatok_model.config import TokenizerConfig
 from tatok_model.generator import Generator
 from tatok_model.generator_config import GeneratorConfig
+from tatok_model.metrics.extractor import CIFAR10
 from tatok_model.metrics.manifold import precision_recall
 from tatok_model.tokenizer import TaTok
 
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarni
 
 SIDE = 32
 ROWS = {"train": 24, "heldout": 20}
-CLASSES = tuple(f"class{number}" for number in range(10))
+CLASSES = CIFAR10
 SHAPE = {"patch_size": 8, "global_tokens": 2, "quantizer": "fsq", "codebook_size": 16}
 STAGES: dict[str, ModuleType] = {"tokenize_images": tokenizing, "generate": generate_stage, "evaluate": stage}
 
@@ -83,19 +85,14 @@ def configure(made: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def begin(configure: Callable[..., Config]) -> Iterator[Started]:
+def begin(opened_runs: Any, configure: Callable[..., Config]) -> Iterator[Started]:
     """`begin("evaluate", "name", "section.key=value")` makes a run, checked, that has not begun."""
-    runs = []
+    with opened_runs() as open_run:
 
-    def begin(kind: str, name: str, *more: str) -> Run:
-        config = configure(*more)
-        STAGES[kind].check(config)
-        runs.append(Run.open(kind, config, name, resume=True))
-        return runs[-1]
+        def begin(kind: str, name: str, *more: str) -> Run:
+            return open_run(kind, STAGES[kind], configure(*more), name, resume=True)
 
-    yield begin
-    for run in runs:
-        run.close()
+        yield begin
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +227,7 @@ def test_it_is_named_after_what_it_measures(configure: Callable[..., Config], ge
 
 
 def test_a_folder_that_generate_did_not_finish_is_refused(begin: Started, made: Path) -> None:
-    with pytest.raises(BadInput, match="holds no generated.json; expected a folder that jobs/generate.py finished"):
+    with pytest.raises(BadInput, match="holds no generated.json; expected a folder written by jobs/generate.py"):
         begin("evaluate", "refused", f"evaluate.generated={made}/shards")
 
 

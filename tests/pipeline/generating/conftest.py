@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,8 @@ def configure(tmp_path: Path, stream_folder: Path, tokenizer_folder: Path) -> Ca
 
 
 @pytest.fixture
-def train_generator() -> Callable[..., Run]:
+def train_generator(carry_out: Callable[..., Run]) -> Callable[..., Run]:
     """`train_generator(config, name)` trains in this process; returns the closed run."""
     from pipeline.generating import training_stage
 
-    def train(config: Config, name: str, resume: bool = False) -> Run:
-        training_stage.check(config)
-        run = Run.open("train_generator", config, name, resume)
-        try:
-            training_stage.run(run)
-        finally:
-            run.close()
-        return run
-
-    return train
+    return partial(carry_out, "train_generator", training_stage)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -54,19 +55,15 @@ def generator_folder(new_generator: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def begin(configure: Callable[..., Config], generator_folder: Path) -> Iterator[Started]:
+def begin(opened_runs: Any, configure: Callable[..., Config], generator_folder: Path) -> Iterator[Started]:
     """`begin("name", "section.key=value")` makes a run, checked, that has not begun."""
-    runs = []
+    with opened_runs() as open_run:
 
-    def begin(name: str, *more: str, resume: bool = False) -> Run:
-        config = configure(f"generator.checkpoint={generator_folder}", *SIZES, *more)
-        generate_stage.check(config)
-        runs.append(Run.open("generate", config, name, resume=resume))
-        return runs[-1]
+        def begin(name: str, *more: str, resume: bool = False) -> Run:
+            config = configure(f"generator.checkpoint={generator_folder}", *SIZES, *more)
+            return open_run("generate", generate_stage, config, name, resume)
 
-    yield begin
-    for run in runs:
-        run.close()
+        yield begin
 
 
 @pytest.fixture

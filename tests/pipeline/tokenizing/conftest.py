@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,20 +116,15 @@ Started = Callable[..., Run]
 
 
 @pytest.fixture
-def begin(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
+def begin(opened_runs: Any, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
     """`begin("tokenize_images", "name", "section.key=value")` makes a run, checked, that has not begun."""
     monkeypatch.setattr(plan, "RANGE_ROWS", 8)  # three ranges of the 21 pictures, two of the 10
-    runs = []
+    with opened_runs() as open_run:
 
-    def begin(kind: str, name: str, *more: str, resume: bool = False) -> Run:
-        config = load_config("smoke", [*overrides, *more])
-        STAGES[kind].check(config)
-        runs.append(Run.open(kind, config, name, resume=resume))
-        return runs[-1]
+        def begin(kind: str, name: str, *more: str, resume: bool = False) -> Run:
+            return open_run(kind, STAGES[kind], load_config("smoke", [*overrides, *more]), name, resume)
 
-    yield begin
-    for run in runs:
-        run.close()
+        yield begin
 
 
 @pytest.fixture
