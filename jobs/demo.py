@@ -3,7 +3,8 @@
     make demo
     python jobs/demo.py
 
-Ends with a table, a picture of originals over reconstructions, and how to open the MLflow UI on the runs.
+Ends with a table, a picture of originals over reconstructions, one of generated pictures, and how to open the MLflow
+UI on the runs.
 """
 
 from pipeline.job import main

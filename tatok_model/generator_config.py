@@ -3,10 +3,11 @@
 Symbols: N patch positions, M global tokens, K codebook entries, D width, T kept patch tokens.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from tatok_model.config import read_saved
 
 SIZES = {  # name: (width D, layers, heads)
     "nano": (128, 4, 4),
@@ -38,12 +39,14 @@ class GeneratorConfig:
     max_patch_tokens: int = 64  # T of the longest sequence that it can read or write
     tokenizer_sha256: str = ""  # of the tokenizer's weights; a generator writes the tokens of one tokenizer only
     cut: str = ""  # where the rankings were cut whose sequences it learned: score, rounds, rule, threshold
+    class_dropout: float = 0.1  # share of training sequences without their label; 0: guidance has nothing to go by
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"size is {self.size!r}; expected one of {', '.join(SIZES)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; expected at least 0 and below 1")
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0 and below 1")
         for name, least in (("classes", 0), ("global_tokens", 0), ("grid_size", 1), ("codebook_size", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
@@ -122,10 +125,4 @@ def read_generator_config(folder: Path) -> GeneratorConfig:
         FileNotFoundError: the folder lacks config.json or model.safetensors.
         ValueError: config.json is not one of a generator.
     """
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that Generator saved")
-    try:
-        return GeneratorConfig(**json.loads((folder / "config.json").read_text()))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"config.json in {str(folder)!r} is not a generator's: {error}") from None
+    return read_saved(folder, GeneratorConfig, "a generator", "Generator")

@@ -45,10 +45,12 @@ def check(config: Config) -> None:
 
     if not config.tokenizer.patch_tokens:
         raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
+    if config.generate.device == "cuda":  # else torch need not be imported
+        pick_device("generate", config.generate.device)
     found = check_generator(config)
     if found.generator.checkpoint:
         generator = read_generator(found.generator.checkpoint)
-        check_guidance(config.generate, asked_labels(config.generate, generator.classes))
+        check_guidance(config.generate, asked_labels(config.generate, generator.classes), generator.class_dropout)
 
 
 @dataclass(frozen=True)

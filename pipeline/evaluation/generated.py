@@ -195,8 +195,9 @@ class Comparison:
         return {**dict(zip(manifold_names(self.extractor), shares, strict=True)), "images_manifold": count}
 
     def _classes(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """Of an extractor that was trained on as many classes as the data set has; nothing of another one."""
-        if extractor.comparable or extractor.network.classes != len(self.heldout.manifest.classes):
+        """Of an extractor that was trained on the classes that the data set has; nothing of another one."""
+        ours = tuple(name.lower() for name in self.heldout.manifest.classes)
+        if not ours or extractor.network.class_names != ours:
             return {}
         ending = "" if extractor is self.extractor else f"_{extractor.name}"
         found = class_accuracies(made.logits, made.labels, f"class_accuracy{ending}")

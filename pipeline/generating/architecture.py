@@ -47,9 +47,14 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
         longest: of the longest one, held-out ones included.
 
     Raises:
-        BadInput: positions are to be derived where some patch tokens are dropped.
+        BadInput: no token is kept, or positions are to be derived where some patch tokens are dropped.
     """
     section, most = config.generator, manifest.stream.patch_positions
+    if longest + global_tokens_of(manifest, config.filter) == 0:
+        raise BadInput(
+            f"filter.threshold is {config.filter.threshold:g}, which keeps no token of any picture; "
+            "expected one that does"
+        )
     patches = bool(manifest.stream.score)
     positions = section.positions
     if positions == "auto":
@@ -62,6 +67,7 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
     return GeneratorConfig(
         size=section.size,
         dropout=section.dropout,
+        class_dropout=section.class_dropout,
         positions=positions,
         max_patch_tokens=longest,
         cut=cut_of(config.filter, patches),

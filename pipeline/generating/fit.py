@@ -77,14 +77,24 @@ def asked_labels(config: GenerateConfig, classes: int) -> tuple[int, ...]:
     return config.labels or tuple(range(classes))
 
 
-def check_guidance(config: GenerateConfig, labels: tuple[int, ...]) -> None:
-    """Refuse guidance towards no class.
+def check_guidance(config: GenerateConfig, labels: tuple[int, ...], class_dropout: float) -> None:
+    """Refuse guidance towards no class, or by a generator that always knew the class.
+
+    Args:
+        config: the scales.
+        labels: that are asked for, as `asked_labels` gives them.
+        class_dropout: of the generator's training.
 
     Raises:
         BadInput: naming the scale.
     """
-    if labels != (-1,):
-        return
     for name in ("guidance", "position_guidance"):
-        if (scale := getattr(config, name)) != 1:
+        if (scale := getattr(config, name)) == 1:
+            continue
+        if labels == (-1,):
             raise BadInput(f"generate.{name} is {scale:g} without classes; expected 1: there is nothing to guide to")
+        if class_dropout == 0:
+            raise BadInput(
+                f"generate.{name} is {scale:g} with a generator trained at generator.class_dropout 0; expected 1: "
+                "it never wrote without being told the class"
+            )

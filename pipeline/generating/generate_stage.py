@@ -47,7 +47,7 @@ def check(config: Config) -> None:
     found = check_generator(config)
     if found.generator.checkpoint:
         generator = read_generator(found.generator.checkpoint)
-        check_guidance(config.generate, asked_labels(config.generate, generator.classes))
+        check_guidance(config.generate, asked_labels(config.generate, generator.classes), generator.class_dropout)
         _class_names(found, generator)
 
 
@@ -69,7 +69,7 @@ def run(run: Run) -> None:
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
     labels = asked_labels(config.generate, generator.config.classes)
-    check_guidance(config.generate, labels)
+    check_guidance(config.generate, labels, generator.config.class_dropout)
     classes = _class_names(config, generator.config)
     ranges = ranges_of_samples(config.generate)
     facts = _facts(config, generator_sha256, tokenizer_sha256, classes)

@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.errors import BadInput
 from pipeline.evaluation.inputs import with_trained
 from pipeline.generating import training_stage
+from pipeline.generating.architecture import cut_of
 from pipeline.generating.fit import check_fit, read_generator
 from pipeline.job import run_nested
 from pipeline.paths import sha256_file
@@ -82,10 +83,23 @@ def load_generator(config: Config) -> "tuple[Generator, str]":
 
 
 def _with_made(config: Config) -> Config:
-    """With what `jobs/train_generator.py` left in the run of the same preset and output, where nothing is named."""
+    """With what `jobs/train_generator.py` left in the run of the same preset and output, where nothing is named.
+
+    Raises:
+        BadInput: it is of another size, or learned sequences of another cut.
+    """
     folder = Path(config.run.output) / training_stage.default_name(config)
     if config.generator.checkpoint or not (folder / "checkpoint" / "config.json").is_file():
         return config
+    found = read_generator(str(folder))
+    wanted = {"size": config.generator.size, "cut": cut_of(config.filter, config.tokenizer.patch_tokens)}
+    for name, value in wanted.items():
+        if getattr(found, name) not in ("", value):
+            raise BadInput(
+                f"generator.checkpoint is empty and the generator in {str(folder)!r} has {name} "
+                f"{getattr(found, name)!r}; expected {value!r}, as configured, generator.checkpoint, or another "
+                "run.output to train one in"
+            )
     return _with_checkpoint(_with_tokens_of(config, folder), folder / "checkpoint")
 
 

@@ -87,4 +87,4 @@ def _check_tokens(config: Config, manifest: TokenManifest) -> None:
 def _check_pictures(config: Config, classes: int) -> None:
     """Refuse classes or guidance of the pictures to draw that cannot be."""
     if config.train_generator.grid_images:
-        check_guidance(config.generate, asked_labels(config.generate, classes))
+        check_guidance(config.generate, asked_labels(config.generate, classes), config.generator.class_dropout)

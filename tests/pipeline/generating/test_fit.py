@@ -67,11 +67,14 @@ def test_a_class_that_does_not_exist_is_refused(classes: int, sentence: str) -> 
 
 
 def test_guidance_towards_no_class_is_refused() -> None:
-    check_guidance(GenerateConfig(guidance=2), (0, 1))
-    check_guidance(GenerateConfig(), (-1,))
+    check_guidance(GenerateConfig(guidance=2), (0, 1), 0.1)
+    check_guidance(GenerateConfig(), (-1,), 0.1)
+    check_guidance(GenerateConfig(), (0, 1), 0)
     for name in ("guidance", "position_guidance"):
         with pytest.raises(BadInput, match=f"generate.{name} is 1.5 without classes; expected 1"):
-            check_guidance(GenerateConfig(**{name: 1.5}), (-1,))  # type: ignore[arg-type]
+            check_guidance(GenerateConfig(**{name: 1.5}), (-1,), 0.1)  # type: ignore[arg-type]
+        with pytest.raises(BadInput, match=f"generate.{name} is 1.5 with a generator trained at .* 0; expected 1"):
+            check_guidance(GenerateConfig(**{name: 1.5}), (0, 1), 0)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_a_generator_is_refused(tmp_path: Path) -> None:

@@ -61,6 +61,27 @@ def test_what_training_left_beside_the_run_is_taken(
     inputs.check_generator(config)
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("generator.size=tiny", "has size 'nano'; expected 'tiny', as configured"),
+        ("filter.threshold=0.5", "has cut 'surprisal, 1 rounds, relative 0.6'; expected .* relative 0.5'"),
+    ],
+)
+def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
+    configure: Configure, save_generator: Callable, override: str, sentence: str
+) -> None:
+    config = configure(override)
+    folder = Path(config.run.output) / "smoke-train-generator" / "checkpoint"
+    save_generator(folder, cut="surprisal, 1 rounds, relative 0.6")
+    with pytest.raises(BadInput, match=sentence):
+        inputs.with_generator(config)
+    with pytest.raises(BadInput, match=sentence):
+        inputs.check_generator(config)
+    named = configure(override, f"generator.checkpoint={folder}")
+    assert inputs.with_generator(named).generator.checkpoint == str(folder)
+
+
 def test_damaged_weights_are_refused(configure: Configure, save_generator: Callable) -> None:
     folder = save_generator()
     weights = (folder / "model.safetensors").read_bytes()
