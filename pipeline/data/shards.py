@@ -37,6 +37,10 @@ SCHEMA = pa.schema(
 )
 
 
+class Damaged(BadInput):
+    """A shard or picture is not as preprocess wrote it: whoever reads it meets it, maybe one worker of several."""
+
+
 class ShardDataset:
     """The pictures of one split by number, 0 to `len - 1`, in the order of the manifest.
 
@@ -46,7 +50,7 @@ class ShardDataset:
         memory_bytes: up to this size the split is kept in memory.
 
     Raises:
-        BadInput: no such split, an unusable manifest, or a shard that is missing or has another number of rows.
+        BadInput: no such split, an unusable manifest, or a shard that is missing. Reading raises `Damaged`.
     """
 
     def __init__(self, folder: str | Path, split: str, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -72,7 +76,7 @@ class ShardDataset:
             try:
                 pictures[position] = decode(data)
             except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever broken bytes lead them to
-                raise BadInput(
+                raise Damaged(
                     f"picture {int(indices[position])} of split {self.split!r} in {self._folder.path!r} cannot be "
                     f"decoded ({' '.join(str(error).split())}); expected {size}x{size} pixels, as preprocess wrote them"
                 ) from None
@@ -137,7 +141,7 @@ class ShardDataset:
         with self._whole(shard):
             file = pq.ParquetFile(place.open())
         if file.metadata.num_rows != shard.rows:
-            raise BadInput(f"shard {place.path!r} has {file.metadata.num_rows} rows; expected {shard.rows}")
+            raise Damaged(f"shard {place.path!r} has {file.metadata.num_rows} rows; expected {shard.rows}")
         return file
 
     @contextmanager
@@ -147,7 +151,7 @@ class ShardDataset:
             yield
         except (OSError, KeyError, pa.ArrowException) as error:
             place = (self._folder / shard.file).path
-            raise BadInput(f"shard {place!r} cannot be read ({' '.join(str(error).split())})") from None
+            raise Damaged(f"shard {place!r} cannot be read ({' '.join(str(error).split())})") from None
 
     def _total_bytes(self) -> int:
         infos = self._folder.filesystem.get_file_info([(self._folder / shard.file).path for shard in self._shards])

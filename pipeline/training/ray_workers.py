@@ -1,5 +1,6 @@
 """Ray Train around the worker: one process per worker, DDP between them, restarts after failures."""
 
+import json
 import threading
 import time
 import warnings
@@ -12,13 +13,15 @@ from typing import Any
 
 from pipeline.cluster import connect, most_resources
 from pipeline.config import Config, TrainConfig, config_from_dict
+from pipeline.data.shards import Damaged
 from pipeline.errors import BadInput
-from pipeline.paths import write_atomically
+from pipeline.paths import write_json
 from pipeline.room import OutOfRoom, memory_sentence, storage_sentence
 from pipeline.run import Run
 from pipeline.training.drive import compiled
 
-GAVE_UP = "gave_up"  # file in the run folder: why a worker saw no sense in starting again
+GAVE_UP = "gave_up.json"  # in the run folder: why a worker saw no sense in starting again
+ENDINGS = {"bad_input": BadInput, "not_finite": FloatingPointError, "out_of_room": OutOfRoom}  # that end all workers
 
 
 def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
@@ -70,15 +73,12 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
     try:
         outcome: dict[str, Any] = _fit(trainer).return_value
     except Exception:
-        if sentence := _gave_up(run.folder):
-            raise OutOfRoom(sentence) from None
-        raise
-    if outcome.get("out_of_room"):
-        raise OutOfRoom(outcome["out_of_room"])
-    if outcome.get("bad_input"):
-        raise BadInput(outcome["bad_input"])
-    if outcome.get("not_finite"):
-        raise FloatingPointError(outcome["not_finite"])
+        outcome = _gave_up(run.folder)
+        if not outcome:
+            raise
+    for kind, error in ENDINGS.items():
+        if kind in outcome:
+            raise error(outcome[kind])
     return outcome
 
 
@@ -130,31 +130,38 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
 
     config = config_from_dict(values["config"])
     run = Run(values["stage"], config, Path(values["folder"]), command=["ray-train-worker"])
-    if sentence := _gave_up(run.folder):
-        return {"out_of_room": sentence}
+    if outcome := _gave_up(run.folder):
+        return outcome
     device = ray.train.torch.get_device()
     try:
         wrap = _for_workers(compiled(getattr(config, values["section"])))
         return import_module(values["worker"]).work(run, device, wrap, report=ray.train.report)
-    # Both come to all workers alike, and starting again would not help: the driver raises them.
-    except BadInput as error:
-        return {"bad_input": str(error)}
-    except FloatingPointError as error:
-        return {"not_finite": str(error)}
-    # This may come to one worker alone, while the others wait for it: they end only when it dies. Ray then starts all
-    # again, in vain, so they look for what it said.
     except Exception as error:
-        sentence = memory_sentence(error, config, values["section"]) or storage_sentence(error)
-        if sentence:
+        outcome = _ending(error, config, values["section"])
+        if isinstance(error, BadInput | FloatingPointError) and not isinstance(error, Damaged):
+            return outcome  # as all workers do alike
+        # This may come to one worker alone, while the others wait for it: they end only when it dies. Ray then starts
+        # all again, in vain, so they look for what it said.
+        if outcome:
             with suppress(OSError):
-                write_atomically(run.folder / GAVE_UP, sentence.encode())
+                write_json(run.folder / GAVE_UP, outcome)
         raise
 
 
-def _gave_up(folder: Path) -> str:
-    """Why a worker saw no sense in starting again; '' where none did."""
+def _ending(error: Exception, config: Config, section: str) -> dict[str, str]:
+    """What the driver raises, by its kind in `ENDINGS`; {} where starting again may help."""
+    if isinstance(error, BadInput):
+        return {"bad_input": str(error)}
+    if isinstance(error, FloatingPointError):
+        return {"not_finite": str(error)}
+    full = memory_sentence(error, config, section) or storage_sentence(error)
+    return {"out_of_room": full} if full else {}
+
+
+def _gave_up(folder: Path) -> dict[str, str]:
+    """Why a worker saw no sense in starting again; {} where none did."""
     path = folder / GAVE_UP
-    return path.read_text() if path.exists() else ""
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:

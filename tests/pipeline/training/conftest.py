@@ -58,6 +58,15 @@ def four_photographs(tmp_path) -> Path:
 
 
 @pytest.fixture
+def damaged_shards(tmp_path) -> Path:
+    """Shards whose first training picture is none."""
+    pictures = [picture(number) for number in range(16)]
+    folder = tmp_path / "damaged_shards"
+    folder.mkdir()
+    return write_shards(folder, [b"no picture", *pictures[1:8]], pictures[8:])
+
+
+@pytest.fixture
 def configure(shards, tmp_path):
     """`configure(train={"max_steps": 5})`: the tiny configuration with changes by section."""
 

@@ -231,6 +231,6 @@ def test_fewer_workers_than_asked_for_are_enough_where_the_least_says_so(configu
 def test_workers_that_are_started_again_hear_why_another_one_gave_up(configure, tmp_path):
     from pipeline.training.ray_workers import GAVE_UP, _work
 
-    (tmp_path / GAVE_UP).write_text("memory is full")
+    (tmp_path / GAVE_UP).write_text('{"out_of_room": "memory is full"}')
     values = {"config": configure().to_dict(), "stage": "train", "section": "train", "folder": str(tmp_path)}
     assert _work(values) == {"out_of_room": "memory is full"}

@@ -35,6 +35,15 @@ def test_two_workers_reach_the_loss_of_one(ray_session, configure, run_training,
             torch.testing.assert_close(value, shared[name], atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
+def test_a_picture_that_one_of_two_workers_cannot_read_ends_both(ray_session, configure, run_training, damaged_shards):
+    from pipeline.errors import BadInput
+
+    config = configure(data={"shards": str(damaged_shards)}, train={**STEPS, "num_workers": 2})
+    with pytest.raises(BadInput, match="picture 0 of split 'train' in .* cannot be decoded"):
+        run_training(config, "damaged")
+
+
 def test_a_stop_reaches_the_workers_and_the_run_can_be_resumed(ray_session, configure, run_training):
     from pipeline.errors import Stopped
     from pipeline.run import Run
