@@ -47,13 +47,34 @@ def most_resources(ray: Any) -> dict[str, float]:
     return {kind: max(found.get(kind, 0.0), float(planned.get(kind, 0))) for kind in found | planned}
 
 
+def check_room(resources: dict[str, float], key: str, workers: int, gpu: bool, cpus_per_worker: float = 1.0) -> None:
+    """Refuse workers that a cluster has no room for: Ray would wait for it without end.
+
+    Args:
+        resources: what the cluster has or may grow to, by kind.
+        key: of the number of workers, for messages.
+        workers: that number.
+        gpu: whether each takes a GPU.
+        cpus_per_worker: that each reserves.
+
+    Raises:
+        BadInput: naming `key`, what it asks for and what there is.
+    """
+    for kind, count in (("CPU", workers * cpus_per_worker), ("GPU", workers if gpu else 0)):
+        there = resources.get(kind, 0)
+        if count > there:
+            raise BadInput(
+                f"{key} is {workers}, which needs {count:g} {kind}s; expected at most what the cluster has, {there:g}"
+            )
+
+
 def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
     """Refuse more workers than this machine has CPUs for; a cluster's size is only known once connected.
 
     Raises:
         BadInput: naming `key`, what it asks for and what there is.
     """
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         return
     available = os.cpu_count() or 1
     if workers * cpus_per_worker > available:

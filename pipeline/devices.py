@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.cluster import connect, most_resources
+from pipeline.cluster import check_room, connect, most_resources
 from pipeline.errors import BadInput
 
 if TYPE_CHECKING:  # torch is imported inside functions: a stage's `check` answers without it
@@ -39,14 +39,8 @@ def pick_workers_device(section: str, wanted: str, number: int) -> str:
         BadInput: more workers than the cluster has CPUs, or than GPUs when those are asked for.
     """
     resources = most_resources(connect())
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if number > cpus:
-        raise BadInput(f"{section}.num_workers is {number}; expected at most the cluster's {cpus} CPUs")
-    if wanted == "cuda" and number > gpus:
-        raise BadInput(
-            f"{section}.device is 'cuda' and {section}.num_workers {number}; expected at most the cluster's {gpus} GPUs"
-        )
-    return "cuda" if wanted != "cpu" and gpus >= number else "cpu"
+    check_room(resources, f"{section}.num_workers", number, gpu=wanted == "cuda")
+    return "cuda" if wanted != "cpu" and resources.get("GPU", 0) >= number else "cpu"
 
 
 def uses_bf16(precision: str, device: "torch.device") -> bool:

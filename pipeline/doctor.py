@@ -18,7 +18,9 @@ from urllib.request import urlopen
 
 from pipeline.checkpoints import check_architecture, find
 from pipeline.checks import check_files, check_pictures
+from pipeline.cluster import check_room
 from pipeline.config import Config
+from pipeline.devices import pick_device
 from pipeline.doctor_probe import PREFIX, look
 from pipeline.errors import BadInput
 from pipeline.paths import in_temporary_copy
@@ -228,20 +230,15 @@ def _check_resources(config: Config, resources: dict[str, float]) -> str:
     from pipeline.training.ray_workers import check_resources
 
     for section in ("train", "train_generator"):
-        if getattr(config, section).num_workers:
-            check_resources(resources, config, section)
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    for section in ("train", "evaluate", "tokens", "generate", "train_generator"):
         part = getattr(config, section)
-        workers = max(part.num_workers, 1)
-        if part.device == "cuda" and workers > gpus:
-            raise BadInput(
-                f"{section}.device is 'cuda', which needs {workers} GPUs; "
-                f"expected at most what the cluster has, {gpus:g}"
-            )
-        if section in ("evaluate", "tokens", "generate") and workers > cpus:
-            raise BadInput(f"{section}.num_workers is {workers}; expected at most the cluster's {cpus:g} CPUs")
-    return f"{cpus:g} CPUs, {gpus:g} GPUs"
+        if part.num_workers:
+            check_resources(resources, config, section)
+        else:
+            pick_device(section, part.device)
+    for section in ("evaluate", "tokens", "generate"):
+        part = getattr(config, section)
+        check_room(resources, f"{section}.num_workers", part.num_workers, gpu=part.device == "cuda")
+    return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
 
 
 def check_nodes(nodes: list[dict[str, Any]]) -> str:

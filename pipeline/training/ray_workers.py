@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import connect, most_resources
+from pipeline.cluster import check_room, connect, most_resources
 from pipeline.config import Config, TrainConfig, config_from_dict
 from pipeline.data.shards import Damaged
 from pipeline.errors import BadInput
@@ -103,17 +103,8 @@ def check_resources(resources: dict[str, float], config: Config, section: str = 
         BadInput: more CPUs or GPUs are asked for than the cluster has.
     """
     train = getattr(config, section)
-    least = train.min_workers or train.num_workers
-    wanted = {"CPU": least * train.cpus_per_worker}
-    if train.device == "cuda":
-        wanted["GPU"] = least
-    for kind, count in wanted.items():
-        if count > resources.get(kind, 0):
-            key = "min_workers" if train.min_workers else "num_workers"
-            raise BadInput(
-                f"{section}.{key} is {least}, which needs {count:g} {kind}s; "
-                f"expected at most what the cluster has, {resources.get(kind, 0):g}"
-            )
+    key = "min_workers" if train.min_workers else "num_workers"
+    check_room(resources, f"{section}.{key}", getattr(train, key), train.device == "cuda", train.cpus_per_worker)
 
 
 def _use_gpu(config: TrainConfig, resources: dict[str, float]) -> bool:

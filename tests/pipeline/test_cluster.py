@@ -25,6 +25,9 @@ def test_more_workers_than_cpus_are_refused_with_both_numbers(monkeypatch):
 def test_a_cluster_is_not_measured_by_this_machine(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     check_cpus("train.num_workers", 10_000)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # names none, as `connect` has it
+    with pytest.raises(BadInput):
+        check_cpus("train.num_workers", 10_000)
 
 
 @pytest.mark.usefixtures("ray_session")

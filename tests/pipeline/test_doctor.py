@@ -129,11 +129,23 @@ def test_a_token_that_the_cluster_does_not_take(examine, monkeypatch, tmp_path):
     assert "does not let this process in (AuthenticationError: invalid auth token)" in examine()["ray"]
 
 
-def test_too_few_cpus_and_gpus(examine):
+def test_too_few_cpus_and_gpus(examine, monkeypatch):
     found = examine("train.num_workers=8", "train.global_batch_size=64")
     assert "train.num_workers is 8, which needs 8 CPUs; expected at most what the cluster has, 4" in found["resources"]
-    assert "needs 1 GPUs; expected at most what the cluster has, 0" in examine("train.device=cuda")["resources"]
-    assert "evaluate.num_workers is 5; expected at most" in examine("evaluate.num_workers=5")["resources"]
+    assert "evaluate.num_workers is 5, which needs 5 CPUs" in examine("evaluate.num_workers=5")["resources"]
+    assert "tokens.num_workers is 1, which needs 1 GPUs" in examine("tokens.device=cuda")["resources"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # what trains in this process asks this machine
+    assert (
+        "train.device is 'cuda'; expected cpu or auto on a machine without" in examine("train.device=cuda")["resources"]
+    )
+
+
+def test_the_least_number_of_workers_is_what_has_to_find_room(examine, monkeypatch):
+    workers = ("train.num_workers=8", "train.global_batch_size=64", "train.device=cuda")
+    monkeypatch.setattr(doctor, "_own_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    assert "needs 8 CPUs" in examine(*workers)["resources"]
+    assert "needs 3 GPUs" in examine(*workers, "train.min_workers=3")["resources"]
+    assert "resources" not in examine(*workers, "train.min_workers=2")
 
 
 @pytest.mark.parametrize(
