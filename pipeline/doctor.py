@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.devices import pick_device
 from pipeline.doctor_probe import PREFIX, look
 from pipeline.errors import BadInput
-from pipeline.paths import in_temporary_copy
+from pipeline.paths import INPUT_KEYS, in_temporary_copy
 from pipeline.tracking import check_answers, check_tracking, masked
 
 WEIGHTS = (
@@ -34,7 +34,6 @@ WEIGHTS = (
     "evaluate.lpips_backbone",
     "evaluate.lpips_heads",
 )  # fmt: skip - files that a preset may name
-READ = ("data.source", "data.heldout_source", "data.shards", "tokenizer.checkpoint", "generator.checkpoint", *WEIGHTS)
 UPLOAD_BYTES = 100 * 2**20  # what Ray's dashboard takes of a working directory
 LEAST_BYTES = 2 * 2**30  # of free storage: some checkpoints and shards
 SECONDS = 90  # that a cluster may take to answer
@@ -158,7 +157,7 @@ def _ask(config: Config, address: str, usable: bool) -> dict[str, Any]:
     Raises:
         BadInput: there is no way in.
     """
-    seen = [path for key in READ if (path := _value(config, key)).startswith("/")]
+    seen = sorted({path for key in (*INPUT_KEYS, "data.shards") for path in _paths(config, key) if path[:1] == "/"})
     output = Path(config.run.output)
     written = [str(output)] if usable else []
     made = not output.exists()
@@ -176,9 +175,11 @@ def _ask(config: Config, address: str, usable: bool) -> dict[str, Any]:
             output.rmdir()
 
 
-def _value(config: Config, key: str) -> str:
+def _paths(config: Config, key: str) -> tuple[str, ...]:
+    """What a key names: one, several or ''."""
     section, name = key.split(".")
-    return str(getattr(getattr(config, section), name))
+    found = getattr(getattr(config, section), name)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _check_token(address: str) -> None:

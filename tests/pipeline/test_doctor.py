@@ -55,6 +55,15 @@ def test_a_source_that_is_not_there(examine):
     assert "data.source '/no/pictures' does not exist; expected" in found["pictures"]
 
 
+def test_whatever_a_preset_reads_has_to_be_seen_by_the_nodes(examine, tmp_path):
+    (tmp_path / "inception.pth").touch()
+    found = examine(
+        "tokens.path=/no/tokens", f'evaluate.more_extractors=["{tmp_path}/inception.pth","/no/features.pth"]'
+    )
+    assert "does not see '/no/features.pth'; expected storage that every node mounts" in found["nodes"]
+    assert "does not see '/no/tokens'" in examine("tokens.path=/no/tokens")["nodes"]
+
+
 def test_weights_that_are_not_there(examine):
     found = examine("losses.perceptual_backbone=/no/vgg.pth", "losses.perceptual_heads=/no/heads.pth")
     assert "losses.perceptual_backbone '/no/vgg.pth' does not exist" in found["weights"]
