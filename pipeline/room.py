@@ -39,12 +39,14 @@ def _smaller(config: Config, section: str) -> str:
     """The next smaller number of pictures at a time that divides the batch."""
     train = getattr(config, section)
     share = train.global_batch_size // max(train.num_workers, 1)  # of a worker
-    now = share // train.accumulation
+    now = train.accumulation  # parts of a share
+    if section == "train_generator":  # cut by length too, into as many parts as the larger of the two says
+        now = max(now, config.generator.length_groups)
     said = (
-        f"memory is full with {now} images at a time ({section}.global_batch_size {train.global_batch_size}, "
-        f"num_workers {train.num_workers}, accumulation {train.accumulation})"
+        f"memory is full with {-(-share // now)} images at a time ({section}.global_batch_size "
+        f"{train.global_batch_size}, num_workers {train.num_workers}, a worker's share in {now} parts)"
     )
-    smaller = [parts for parts in range(2 * train.accumulation, share + 1) if share % parts == 0]
+    smaller = [parts for parts in range(2 * now, share + 1) if share % parts == 0]
     if not smaller:
         return f"{said}; expected a smaller model or larger memory"
     parts = smaller[0]

@@ -26,9 +26,8 @@ def by_safetensors(path):  # its own words on a full file system; it would put a
 
 @pytest.mark.parametrize("write", [by_python, by_parquet, by_safetensors])
 def test_full_storage_is_known_whatever_library_met_it(write, tmp_path):
-    (tmp_path / "full").symlink_to(
-        "/dev/full"
-    )  # answers as full storage does; a library may remove or replace the link
+    # Answers as full storage does; a library may remove or replace the link.
+    (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(Exception, match="No space left") as caught:
         write(tmp_path / "full")
     assert storage_sentence(caught.value).startswith("storage is full")
@@ -56,3 +55,13 @@ def test_the_number_of_images_to_try_divides_a_workers_share():
     assert "try train.accumulation=4, 12 at a time" in said
     assert memory_sentence(RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory"), config, "train")
     assert memory_sentence(RuntimeError("something else"), config, "train") == ""
+
+
+def test_a_generators_batch_is_in_parts_by_length_already():
+    keys = ["train_generator.global_batch_size=64", "generator.length_groups=8"]
+    problem = torch.OutOfMemoryError("CUDA out of memory")
+    said = memory_sentence(problem, load_config("cifar10", keys), "train_generator")
+    assert "full with 8 images at a time" in said
+    assert "try train_generator.accumulation=16, 4 at a time" in said
+    more = load_config("cifar10", [*keys, "train_generator.accumulation=16"])
+    assert "full with 4 images at a time" in memory_sentence(problem, more, "train_generator")
