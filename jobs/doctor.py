@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/doctor.py cifar10 data.source=PICTURES
 
 Looks at pictures, weights, tracking, upload size, storage, Ray, resources and nodes for a preset; a line on each. Exits
-with 1 when something is wrong. With --dry-run only what needs neither Ray nor writing.
+with 1 when something is wrong. With --dry-run only what needs neither Ray nor writing, as bad input: with 2.
 """
 
 from pipeline.job import diagnose

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from pipeline.config import Config, load_config
 from pipeline.errors import BadInput, Stopped
@@ -36,9 +36,7 @@ DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 3
 def main(stage: str, module: str, description: str | None) -> NoReturn:
     """Run `stage`, whose functions are in `module`, with the arguments of this process; exits."""
     arguments = _parse(description)
-    # Ray and libraries print where they like: keep the real stdout for the two things that are promised on it.
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    stdout = _own_stdout()
     try:
         config = resolve_paths(load_config(arguments.preset, arguments.overrides))
         steps = import_module(module)
@@ -60,8 +58,7 @@ def main(stage: str, module: str, description: str | None) -> NoReturn:
 def diagnose(description: str | None) -> NoReturn:
     """Tell what is wrong for a preset before anything is run, a line on stdout for each thing; makes no run folder."""
     arguments = _parse(description)
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    stdout = _own_stdout()
     problems = 0
     try:
         config = resolve_paths(load_config(arguments.preset, arguments.overrides))
@@ -136,6 +133,13 @@ def _outcome(problem: BaseException) -> tuple[str, str, int]:
     if full:
         return "failed", full, FAILED
     return "failed", " ".join(f"{type(problem).__name__}: {problem}".split()), FAILED
+
+
+def _own_stdout() -> TextIO:
+    """The real stdout, for what is promised on it; Ray and libraries print where they like, from now on to stderr."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return stdout
 
 
 def _named(config: Config, name: str) -> Config:
