@@ -57,12 +57,12 @@ def wait_for_step(folder: Path, step: int, seconds: float = 400) -> None:
 
 
 def train_workers() -> list[psutil.Process]:
-    """Ray Train's workers below this process's Ray; Ray names its processes by what they do."""
+    """Ray Train's workers below this process, and no other's on this machine; Ray names processes by what they do."""
     found = []
-    for process in psutil.process_iter(["cmdline", "username"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::RayTrainWorker") or "_RayTrainWorker" in title:
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
     return found
 
 
@@ -110,7 +110,7 @@ def start(repository: Path, folder: Path, name: str, *arguments: str) -> "subpro
 
 
 LOSE_A_NODE = """
-import json, os, sys, threading, time, traceback
+import json, os, sys, threading, time, traceback  # reads FOLDER, AT, ADDED_BACK from the environment
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from pipeline.cluster import connect
@@ -118,7 +118,7 @@ from pipeline.config import config_from_dict
 from pipeline.run import Run
 from pipeline.training import stage
 
-folder, at, added_back = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "yes"
+folder, at = Path(os.environ["FOLDER"]), int(os.environ["AT"])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 second = cluster.add_node(num_cpus=1)
 os.environ["RAY_ADDRESS"] = cluster.address
@@ -142,7 +142,7 @@ path = folder / "metrics.jsonl"
 while not ended and (not path.exists() or path.read_text().count("train/loss") < at):
     time.sleep(0.02)
 cluster.remove_node(second, allow_graceful=False)
-if added_back:
+if os.environ["ADDED_BACK"] == "yes":
     cluster.add_node(num_cpus=1)  # only the main thread may
 worker.join()
 cluster.shutdown()
@@ -156,14 +156,12 @@ def test_a_node_lost_at_a_random_step(run_python, configure, run_training, tmp_p
     fsq = {"quantizer": "fsq", "fsq_levels": (4, 4), "codebook_size": 16}  # no entries that are re-drawn
     config = configure(train=train, tokenizer=fsq)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    code = LOSE_A_NODE.replace("sys.argv[1]", repr(str(tmp_path / "lost")))
-    code = code.replace("sys.argv[2]", str(random.randrange(8, 25)))
-    code = code.replace("sys.argv[3]", repr("yes" if added_back else "no"))
-    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_health_check_period_ms": "300"}
-    environment["RAY_raylet_start_wait_time_s"] = "120"
-    said = run_python(code, timeout=600, **environment)
+    environment = {"FOLDER": str(tmp_path / "lost"), "AT": str(random.randrange(8, 25))}
+    environment |= {"ADDED_BACK": "yes" if added_back else "no", "RAY_raylet_start_wait_time_s": "120"}
+    environment |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_health_check_period_ms": "300"}
+    said = run_python(LOSE_A_NODE, timeout=600, **environment)
     assert said.returncode == 0, said.stderr[-3000:]
-    assert steps(tmp_path / "lost") == list(range(1, 31))
+    assert steps(tmp_path / "lost") == list(range(1, 31)), f"lost at step {environment['AT']}"
     whole = run_training(configure(train={**train, "num_workers": 0, "min_workers": 0}, tokenizer=fsq), "whole")
     # Against one process: the same batches and sums in another order, until a code falls on the other side of a border.
     found, expected = losses(tmp_path / "lost"), losses(whole.folder)
