@@ -63,6 +63,7 @@ def test_ours_and_the_control_are_timed_at_every_batch_and_compared(bench, confi
         assert 0 < found[f"{name}_decoding_share"] < 1
     equal = found["tatok_images_per_second"] / found["patch_only_images_per_second"]
     assert found["speedup_equal_batch"] == pytest.approx(equal)
+    assert found["speedup_sampling_equal_batch"] > 0
     best = found["tatok_best_images_per_second"] / found["patch_only_best_images_per_second"]
     assert found["speedup_best_batch"] == pytest.approx(best)
     assert found["share_of_steps_best_batch"] == pytest.approx(best / found["ratio_of_steps"])
