@@ -250,7 +250,7 @@ def _conclusion(results: dict[str, float]) -> str:
     sampling = results["speedup_sampling_equal_batch"]
     return (
         f"{equal:.2f} times {CONTROL}'s images/s at an equal batch, {best:.2f} times at each one's best batch; "
-        f"its steps are {steps:.2f} times as many, of which {min(equal, best) / steps:.0%} arrive (floor: {FLOOR:.0%}); "
+        f"its steps are {steps:.2f} times as many; {min(equal, best) / steps:.0%} of that arrive (floor: {FLOOR:.0%}), "
         f"sampling without decoding is {sampling:.2f} times as fast"
     )
 
