@@ -2,6 +2,7 @@
 
 import copy
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -50,15 +51,27 @@ def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
     assert prepared(cluster)["cluster_name"] == "tatok"
 
 
-@pytest.mark.parametrize("wrong", ["misspelled key", "unknown head", "resources missing"])
-def test_ray_would_tell_a_mistake(cluster: dict[str, Any], wrong: str) -> None:
-    if wrong == "misspelled key":
-        cluster["max_worker"] = cluster.pop("max_workers")
-    elif wrong == "unknown head":
-        cluster["head_node_type"] = "haed"
-    else:
-        del cluster["available_node_types"]["gpu_spot"]["resources"]
-    with pytest.raises(Exception, match="max_worker|head_node_type|resources"):
+def misspell(cluster: dict[str, Any]) -> None:
+    cluster["max_worker"] = cluster.pop("max_workers")
+
+
+def name_an_unknown_head(cluster: dict[str, Any]) -> None:
+    cluster["head_node_type"] = "haed"
+
+
+def leave_out_resources(cluster: dict[str, Any]) -> None:
+    del cluster["available_node_types"]["gpu_spot"]["resources"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [(misspell, "max_worker"), (name_an_unknown_head, "head_node_type"), (leave_out_resources, "resources")],
+)
+def test_ray_would_tell_a_mistake(
+    cluster: dict[str, Any], mistake: Callable[[dict[str, Any]], None], told: str
+) -> None:
+    mistake(cluster)
+    with pytest.raises(Exception, match=told):
         prepared(cluster)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.paths import write_json
-from pipeline.training.resume import check_unchanged, values_of
 from pipeline.tuning.plan import Plan, Trial
 
 FORMAT, VERSION = "tatok-trials", 1
@@ -53,6 +52,8 @@ class Ledger:
         Raises:
             BadInput: the sweep was begun with other trials in mind, or the file is not a ledger.
         """
+        from pipeline.training.resume import check_unchanged  # imports torch
+
         path, begun = plan.folder / "trials.json", _begun(plan)
         if not path.exists():
             return cls(path, begun)
@@ -96,6 +97,8 @@ class Ledger:
 
 
 def _begun(plan: Plan) -> dict[str, Any]:
+    from pipeline.training.resume import values_of
+
     values = plan.config.to_dict()
     named = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in DECIDES}
     cuts = {rule: list(thresholds) for rule, thresholds in plan.cuts.items()}

@@ -15,7 +15,7 @@ from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker, check_answers, check_tracking
 from pipeline.training import stage as training
-from pipeline.tuning.plan import CHECKPOINT, Plan, cuts_in_words
+from pipeline.tuning.plan import CHECKPOINT, Plan, Trial, cuts_in_words
 from pipeline.tuning.room import find_room
 from pipeline.tuning.search import check_search
 
@@ -34,10 +34,12 @@ def check(config: Config) -> None:
     plan = Plan.of(config, Path(config.run.output) / (config.run.name or default_name(config)))
     check_search(plan)
     for trial in plan.samples():
-        for rule in plan.cuts:
-            evaluation.check(plan.evaluation_of(trial, rule, "" if plan.trains else trial.values[CHECKPOINT]))
-        if plan.trains or not trial.values[CHECKPOINT]:
-            training.check(plan.training_of(trial))
+        try:
+            _check_trial(plan, trial)
+        except BadInput as error:
+            if len(config.sweep.checkpoints) < 2:
+                raise
+            raise BadInput(f"of sweep.checkpoints {trial.values[CHECKPOINT]!r}: {error}") from None
     if config.sweep.objective == "bd_rate":
         curve_of(Path(config.sweep.control))
     if config.sweep.scheduler == "asha":
@@ -46,6 +48,13 @@ def check(config: Config) -> None:
         configs = [plan.config_of(trial) for trial in plan.samples()]
         find_room(configs, plan.total, os.cpu_count() or 1, 0)
     check_answers(config)
+
+
+def _check_trial(plan: Plan, trial: Trial) -> None:
+    for rule in plan.cuts:
+        evaluation.check(plan.evaluation_of(trial, rule, "" if plan.trains else trial.values[CHECKPOINT]))
+    if plan.trains or not trial.values[CHECKPOINT]:
+        training.check(plan.training_of(trial))
 
 
 def _check_asha(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,17 +90,8 @@ def configure(shards, tmp_path):
 
 
 @pytest.fixture
-def run_training():
+def run_training(carry_out):
     """`run_training(config, name)` trains in this process; returns the closed run."""
-    from pipeline.run import Run
     from pipeline.training import stage
 
-    def train(config: Config, name: str, resume: bool = False) -> Run:
-        run = Run.open("train", config, name, resume)
-        try:
-            stage.run(run)
-        finally:
-            run.close()
-        return run
-
-    return train
+    return partial(carry_out, "train", stage)

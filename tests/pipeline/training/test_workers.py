@@ -15,14 +15,17 @@ def losses(run):
     return torch.tensor([line["metrics"]["train/l2"] for line in lines if "train/l2" in line["metrics"]])
 
 
-CASES = {
-    "fsq": (FSQ, 1e-3),  # the same sums in another order
-    "vq": ({"dead_code_share": 0.0}, 1e-2),  # the same, and a nearest entry may flip
-    "vq, dead entries re-drawn": ({}, 0.15),  # from other samples of the same batch: a dozen steps are noisy
-}
-
-
-@pytest.mark.parametrize(("tokenizer", "tolerance"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("tokenizer", "tolerance"),
+    [
+        # the same sums in another order
+        pytest.param(FSQ, 1e-3, id="fsq", marks=pytest.mark.slow),
+        # the same, and a nearest entry may flip
+        pytest.param({"dead_code_share": 0.0}, 1e-2, id="vq"),
+        # from other samples of the same batch: a dozen steps are noisy
+        pytest.param({}, 0.15, id="vq, dead entries re-drawn", marks=pytest.mark.slow),
+    ],
+)
 def test_two_workers_reach_the_loss_of_one(ray_session, configure, run_training, tokenizer, tolerance):
     one = run_training(configure(tokenizer=tokenizer, train=STEPS), "one")
     two = run_training(configure(tokenizer=tokenizer, train={**STEPS, "num_workers": 2}), "two")
@@ -44,6 +47,7 @@ def test_a_picture_that_one_of_two_workers_cannot_read_ends_both(ray_session, co
         run_training(config, "damaged")
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_the_workers_and_the_run_can_be_resumed(ray_session, configure, run_training):
     from pipeline.errors import Stopped
     from pipeline.run import Run

@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -64,10 +63,16 @@ class Browser:
         for text in texts:
             self.wait(f"return document.body.innerText.includes({json.dumps(text)})", text)
 
+    def click(self, element: str, what: str) -> None:
+        """On what a JavaScript expression finds, once it is there."""
+        self.wait(f"const found = {element}; found?.click(); return Boolean(found)", what)
+
     def keep(self, name: str) -> None:
         """The picture for docs/, where one is wanted."""
         if folder := os.environ.get("TATOK_SCREENSHOTS"):
-            time.sleep(3)  # for charts to be drawn
+            for label in ("Close", "Toggle sidebar"):  # MLflow's assistant, which takes a fourth of the page, and menus
+                self.run(f"document.querySelector('button[aria-label=\"{label}\"]')?.click()")
+            time.sleep(5)  # for charts to be drawn
             picture = self._ask(f"{self._session}/screenshot", method="GET")
             (Path(folder) / name).write_bytes(base64.b64decode(picture))
 
@@ -144,28 +149,44 @@ def server(store: str, tmp_path: Path) -> Iterator[str]:
     next(running, None)
 
 
-def children_of(store: str) -> tuple[str, list[Any]]:
-    """The experiment, and the children of its newest sweep."""
+def sweep_in(store: str) -> tuple[str, str, list[Any]]:
+    """The experiment, the name of its newest sweep, and that one's children."""
     from mlflow import MlflowClient
 
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("tatok").experiment_id
     (parent, *_) = client.search_runs([experiment], "tags.stage = 'sweep'")
-    return experiment, client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return experiment, parent.info.run_name, children
+
+
+def row(name: str, part: str) -> str:
+    """The part of a run's row in the table of runs, as a JavaScript expression; several rows are drawn for each run."""
+    return (
+        f"[...document.querySelectorAll('.ag-row')].filter(row => row.innerText.includes({json.dumps(name)}))"
+        f".map(row => row.querySelector({json.dumps(part)})).find(Boolean)"
+    )
 
 
 def test_children_are_compared_by_curves_and_parameters_that_bear_their_names(browser, server, store):
-    experiment, children = children_of(store)
+    experiment, sweep, children = sweep_in(store)
     names = sorted(child.info.run_name for child in children)
     assert len(children) == 3
-    trials = quote("tags.stage = 'trial'")
-    browser.open(f"{server}/#/experiments/{experiment}/runs?searchFilter={trials}")
-    browser.wait_for("matching runs")
-    runs = quote(json.dumps([child.info.run_id for child in children]))
-    browser.open(f"{server}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment]))}")
+    runs = f"{server}/#/experiments/{experiment}/runs"
+    browser.open(runs)
+    browser.click(row(sweep, "[col-id='attributes.`Run Name`'] button"), "the sweep, to be unfolded")
+    for name in names:
+        browser.click(row(name, "input.ag-checkbox-input"), name)
+    browser.click("document.querySelector('[data-testid=runs-compare-button]')", "Compare")
     browser.wait_for("Comparing 3 Runs", *names, "tokenizer.global_tokens", "curve/psnr", "objective")
     browser.keep("sweep_compare.png")
-    child = children[0].info.run_id
-    browser.open(f"{server}/#/experiments/{experiment}/runs/{child}/model-metrics")
+    browser.open(f"{runs}?compareRunsMode=CHART")
+    cards = "[...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')]"
+    card = f"{cards}.find(card => card.innerText.startsWith('curve/psnr'))"
+    lines = f"new Set([...{card}?.querySelectorAll('path.js-line') ?? []].map(line => line.getAttribute('d')))"
+    browser.wait(f"{card}?.scrollIntoView(); return {lines}.size === 3", "a line for each trial")
+    legend = browser.run(f"return {card}.innerText")
+    assert [name for name in names if f"{name} (curve/psnr)" in legend] == names
+    browser.keep("sweep_curves.png")
+    browser.open(f"{runs}/{children[0].info.run_id}/model-metrics")
     browser.wait_for("curve", "curve/psnr")
-    browser.keep("sweep_trial.png")

@@ -85,6 +85,15 @@ def test_a_checkpoint_that_is_none_or_lacks_an_entropy_model_is_refused(configur
     TaTok(plain).save_pretrained(tmp_path / "plain")
     with pytest.raises(BadInput, match="filter.score is 'surprisal' with tokenizer.entropy_layers 0"):
         stage.check(configure(*THRESHOLDS, f"sweep.checkpoints=[{tmp_path / 'plain'}]"))
+    with_one = TokenizerConfig(32, 8, "nano", 2, codebook_size=16, codebook_dim=4)
+    TaTok(with_one).save_pretrained(tmp_path / "with")
+    with pytest.raises(BadInput, match="^of sweep.checkpoints '.*/plain': filter.score is 'surprisal'"):
+        stage.check(configure(*THRESHOLDS, f"sweep.checkpoints=[{tmp_path / 'with'}, {tmp_path / 'plain'}]"))
+
+
+def test_checks_import_neither_torch_nor_ray(run_python, repository):
+    code = "import sys, pipeline.tuning.stage; print({'torch', 'ray'} & set(sys.modules))"
+    assert run_python(code, PYTHONPATH=str(repository)).stdout == "set()\n"
 
 
 def test_what_was_not_trained_yet_would_be_trained_first(configure):
