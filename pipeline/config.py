@@ -21,6 +21,8 @@ from tatok_model.filtering_rules import check_cut
 from tatok_model.generator_config import SIZES as GENERATOR_SIZES
 from tatok_model.generator_config import SamplingConfig
 
+BENCHMARKS = ("preprocess", "ingest", "train_step", "encode", "generation", "evaluate", "scaling")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -290,20 +292,25 @@ class GenerateConfig(SamplingConfig):
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Speed, measured side by side in one process."""
+    """Speed, measured side by side in one run."""
 
-    kind: str = "generation"  # generation
+    kind: str = "generation"  # one of BENCHMARKS
     repeats: int = 5  # of everything that is timed; medians are reported
     batch_size: int = 64  # the equal batch
     batch_sizes: tuple[int, ...] = (16, 64, 256)  # among which each one's best is sought
     images: int = 256  # per timing
+    pictures: int = 1000  # preprocess, ingest, scaling's workers: JPEG files of 500x375 made for the run
+    sizes: tuple[int, ...] = (1000, 10000)  # scaling: pictures over which time and memory an image should stay flat
+    workers: tuple[int, ...] = (1, 2, 4)  # scaling: numbers of workers; those beyond the CPUs are left out
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("generation",), "kind", self.kind, "generation")
-        for name in ("repeats", "batch_size", "images"):
+        _require(self.kind in BENCHMARKS, "kind", self.kind, f"one of {', '.join(BENCHMARKS)}")
+        for name in ("repeats", "batch_size", "images", "pictures"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        good = bool(self.batch_sizes) and all(size >= 1 for size in self.batch_sizes)
-        _require(good, "batch_sizes", self.batch_sizes, "numbers of at least 1")
+        for name in ("batch_sizes", "sizes", "workers"):
+            numbers = getattr(self, name)
+            good = bool(numbers) and all(number >= 1 for number in numbers)
+            _require(good, name, numbers, "numbers of at least 1")
         largest = max(self.batch_size, *self.batch_sizes)
         _require(self.images >= largest, "images", self.images, f"at least the largest batch, {largest}")
 

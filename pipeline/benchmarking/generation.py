@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipeline.benchmarking.table import Findings, publish, spread_results
 from pipeline.benchmarking.timing import Spread, take_turns
 from pipeline.config import Config
 from pipeline.devices import pick_device, uses_bf16
 from pipeline.errors import BadInput, Stopped
-from pipeline.evaluation.report import columns, markdown
-from pipeline.paths import write_atomically
-from pipeline.progress import progress, say
+from pipeline.progress import progress
 from pipeline.run import Run
 from pipeline.tracking import Tracker
 
@@ -111,15 +110,9 @@ def run(run: Run) -> None:
     with Tracker.start(
         run, {"generator_sha256": sha256, **{k.replace(" ", "_"): v for k, v in facts.items()}}
     ) as tracker:
-        table = _measure(run, [ours, control_of(ours, device)], device)
-        run.rewind_metrics(-1)  # a resumed run measures anew
-        run.log(run.results, step=0)
-        path = run.folder / "report.md"
-        write_atomically(path, markdown(f"{config.preset}: generation", [], [], facts, table).encode())
-        run.outputs["report"] = str(path)
-        tracker.artifact(path)
-        say(columns(table))
-        say(_conclusion(run.results))
+        found = _measure(run, [ours, control_of(ours, device)], device)
+        found.facts, found.conclusion = facts, _conclusion(found.numbers)
+        publish(run, tracker, found)
 
 
 def control_of(ours: Contender, device: Any) -> Contender:
@@ -136,8 +129,8 @@ def control_of(ours: Contender, device: Any) -> Contender:
     return Contender(CONTROL, Generator(config).to(device).eval(), TaTok(architecture).to(device).eval())
 
 
-def _measure(run: Run, contenders: list[Contender], device: Any) -> list[list[str]]:
-    """Fill `run.results` and give back the table."""
+def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
+    """The table and every number behind it."""
     section, config = run.config.benchmark, run.config
     sizes = sorted({section.batch_size, *section.batch_sizes})
     work = {(contender.name, size): Work() for size in sizes for contender in contenders}
@@ -157,22 +150,24 @@ def _measure(run: Run, contenders: list[Contender], device: Any) -> list[list[st
             turns = {contender.name: partial(timed, contender, size) for contender in contenders}
             for name, seconds in take_turns(turns, section.repeats).items():
                 rates[name, size] = Spread.of([section.images / value for value in seconds])
+    numbers: dict[str, float] = {}
     for contender in contenders:
-        run.results |= _results(contender, section.batch_size, rates, work, config)
-    best = {name: int(run.results[f"{name}_best_batch_size"]) for name in (OURS, CONTROL)}
-    steps = run.results[f"{CONTROL}_steps"] / run.results[f"{OURS}_steps"]
-    run.results |= {
+        numbers |= _results(contender, section.batch_size, rates, work, config)
+    best = {name: int(numbers[f"{name}_best_batch_size"]) for name in (OURS, CONTROL)}
+    steps = numbers[f"{CONTROL}_steps"] / numbers[f"{OURS}_steps"]
+    numbers |= {
         "speedup_equal_batch": _ratio(rates[OURS, section.batch_size], rates[CONTROL, section.batch_size]),
         "speedup_best_batch": _ratio(rates[OURS, best[OURS]], rates[CONTROL, best[CONTROL]]),
         "ratio_of_steps": steps,
     }
     ours, control = (work[name, section.batch_size] for name in (OURS, CONTROL))
-    run.results["speedup_sampling_equal_batch"] = (control.sampling / control.images) / (ours.sampling / ours.images)
-    run.results["share_of_steps_equal_batch"] = run.results["speedup_equal_batch"] / steps
-    run.results["share_of_steps_best_batch"] = run.results["speedup_best_batch"] / steps
+    numbers["speedup_sampling_equal_batch"] = (control.sampling / control.images) / (ours.sampling / ours.images)
+    numbers["share_of_steps_equal_batch"] = numbers["speedup_equal_batch"] / steps
+    numbers["share_of_steps_best_batch"] = numbers["speedup_best_batch"] / steps
     header = ["", "batch", "images/s", "lowest", "highest", "steps", "longest", "decoding", "KV cache MB"]
     named = {contender.name: contender for contender in contenders}
-    return [header, *(_line(named[name], size, rates[name, size], work[name, size], config) for name, size in rates)]
+    lines = [_line(named[name], size, rates[name, size], work[name, size], config) for name, size in rates]
+    return Findings([header, *lines], numbers=numbers)
 
 
 def make_pictures(contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: Work) -> None:
@@ -211,9 +206,7 @@ def _results(
     name = contender.name
     best = max((size for other, size in rates if other == name), key=lambda size: rates[name, size].median)
     return {
-        f"{name}_images_per_second": rates[name, equal].median,
-        f"{name}_images_per_second_low": rates[name, equal].low,
-        f"{name}_images_per_second_high": rates[name, equal].high,
+        **spread_results(f"{name}_images_per_second", rates[name, equal]),
         f"{name}_best_images_per_second": rates[name, best].median,
         f"{name}_best_batch_size": best,
         f"{name}_steps": work[name, equal].steps,

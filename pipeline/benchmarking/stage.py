@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import BENCHMARKS, Config
 from pipeline.run import Run
 from pipeline.tracking import check_tracking
 
-KINDS = {"generation": "pipeline.benchmarking.generation"}
+KINDS = {name: f"pipeline.benchmarking.{name}" for name in BENCHMARKS}  # imported when asked for
 
 
 def check(config: Config) -> None:

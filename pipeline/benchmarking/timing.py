@@ -35,3 +35,13 @@ def take_turns(contenders: Mapping[K, Callable[[], float]], repeats: int) -> dic
         for name in order if number % 2 == 0 else reversed(order):
             found[name].append(contenders[name]())
     return found
+
+
+def ratio(ours: list[float], others: list[float]) -> Spread:
+    """Ours over another's, round by round: what slowed a whole round down is in both.
+
+    Args:
+        ours: rates, one a round.
+        others: of the other contender in the same rounds.
+    """
+    return Spread.of([one / other for one, other in zip(ours, others, strict=True)])
