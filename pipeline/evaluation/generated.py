@@ -153,13 +153,15 @@ class Comparison:
             save_rows(found["nearest_train"], list(np.concatenate([samples[:, None], rows], axis=1)))
         return found
 
-    def _features(self, extractor: Extractor) -> tuple[FeatureSet, FeatureSet]:
+    def _features(self, extractor: Extractor, mirrored: bool = False) -> tuple[FeatureSet, FeatureSet]:
         """Of generated and of held-out pictures."""
-        run, place, own = self.run, str(self.generated.folder), self.run.folder / "features" / extractor.name
-        made = measure_features(run, f"generated, {extractor.name}", self.made, len(self.made), place, extractor, own)
-        shards = run.config.data.shards
-        label = f"held-out, {extractor.name}"
-        return made, measure_features(run, label, self.heldout, self.plan.count, shards, extractor)
+        run, place, shards = self.run, str(self.generated.folder), self.run.config.data.shards
+        name = f"{extractor.name}, mirrored" if mirrored else extractor.name
+        own = run.folder / "features" / name.replace(", ", "-")
+        made = measure_features(run, f"generated, {name}", self.made, len(self.made), place, extractor, own, mirrored)
+        count = self.plan.count
+        real = measure_features(run, f"held-out, {name}", self.heldout, count, shards, extractor, None, mirrored)
+        return made, real
 
     def _distance(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> float:
         reference = self._reference(extractor, real)
@@ -210,19 +212,29 @@ class Comparison:
         return {"tokens_per_image": float(counts.mean()), "tokens_std": float(counts.std())}
 
     def _memorised(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """How near generated and held-out pictures are to training pictures; keeps the nearest for the picture."""
+        """How near generated and held-out pictures, mirrored or not, are to training pictures; keeps the nearest."""
         count, shown = min(len(self.train), TRAIN_IMAGES), self.run.config.evaluate.nearest
         if not shown or count < SHOWN_NEIGHBOURS:
             return {}
         label, shards = f"training, {self.extractor.name}", self.run.config.data.shards
         train = measure_features(self.run, label, self.train, count, shards, self.extractor)
-        distances, indices = nearest(made.features, train.features, SHOWN_NEIGHBOURS)
+        made_mirrored, real_mirrored = self._features(self.extractor, mirrored=True)
+        distances, indices = nearest_either_way(made, made_mirrored, train, SHOWN_NEIGHBOURS)
         closest = distances[:, 0].argsort(stable=True)[:shown]
         self.neighbours = made.places[closest.numpy()], train.places[indices[closest].numpy()]
         ours = float(distances[:, 0].median())
-        theirs = float(nearest(real.features, train.features)[0].median())
+        theirs = float(nearest_either_way(real, real_mirrored, train)[0].median())
         found = {"nearest_train": ours, "nearest_train_real": theirs, "images_train": count}
         return found if theirs == 0 else {**found, "memorisation_ratio": ours / theirs}
+
+
+def nearest_either_way(
+    plain: FeatureSet, mirrored: FeatureSet, train: FeatureSet, k: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `nearest`, for each picture or its mirror image, whichever has the nearer neighbour."""
+    ours, theirs = (nearest(made.features, train.features, k) for made in (plain, mirrored))
+    nearer = theirs[0][:, :1] < ours[0][:, :1]
+    return torch.where(nearer, theirs[0], ours[0]), torch.where(nearer, theirs[1], ours[1])
 
 
 def statistics(features: torch.Tensor) -> FeatureStatistics:

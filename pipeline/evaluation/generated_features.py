@@ -57,6 +57,7 @@ class FeatureWork:
     key: str  # of all that decides features
     shards: str  # folder of the shards, which every node has to see
     batch_size: int
+    mirrored: bool = False  # the pictures, left and right exchanged
     files: ClassVar[str] = "features"  # the folder of what is made
 
     def worker(self, models: Any, device: str) -> "FeatureWorker":
@@ -97,6 +98,7 @@ class FeatureWorker:
         source, rows = self._pictures[task.split], task.rows()
         for first in range(0, len(rows), self._work.batch_size):
             batch = source.images(rows[first : first + self._work.batch_size].tolist())
+            batch = batch[:, :, ::-1] if self._work.mirrored else batch
             images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self._device)
             features, logits = self._network(images)
             yield features.cpu().numpy(), logits.cpu().numpy()
@@ -110,6 +112,7 @@ def measure_features(
     place: str,
     extractor: Extractor,
     folder: Path | None = None,
+    mirrored: bool = False,
 ) -> FeatureSet:
     """Features of `count` pictures, spread evenly over a split; what was computed before is read.
 
@@ -121,6 +124,7 @@ def measure_features(
         place: folder of its shards.
         extractor: the network.
         folder: where the files are kept; None: beside the reference statistics.
+        mirrored: exchange left and right before anything is computed.
 
     Raises:
         Stopped: the run was asked to stop; finished files are kept.
@@ -135,10 +139,11 @@ def measure_features(
         "images_per_file": size,
         "extractor": extractor.name,
         "weights_sha256": extractor.weights_sha256,
+        "mirrored": mirrored,
     }
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     shared = Path(run.config.run.output) / "reference" / f"features-{extractor.name}-{key[:16]}"
-    work = FeatureWork(folder or shared, key, place, batch_size)
+    work = FeatureWork(folder or shared, key, place, batch_size, mirrored)
     ranges = [
         Range(number, source.split, number, start, min(start + size, count), count, len(source))
         for number, start in enumerate(range(0, count, size))

@@ -93,7 +93,7 @@ def rows(results: dict[str, float], extractor: Extractor, generated: Generated) 
         "tokens_mean_difference": "of the means, relative to the real one",
         "tokens_ks": "Kolmogorov-Smirnov distance of generated and real lengths",
         "tokens_mean_difference_worst": "of the class where it is largest",
-        "nearest_train": "median distance to the nearest training picture (unmirrored), generated",
+        "nearest_train": "median distance to the nearest training picture, mirrored or not, generated",
         "nearest_train_real": "the same of held-out originals",
         "memorisation_ratio": "of the two: far below 1 would mean copies of training pictures",
         "images_train": "among which neighbours were sought",

@@ -14,18 +14,22 @@ from PIL import Image
 
 from pipeline.config import Config, load_config
 from pipeline.data.manifest import Manifest, Split, fingerprint
+from pipeline.data.shards import ShardDataset
 from pipeline.data.writer import ShardWriter
 from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation import generated_features, stage
 from pipeline.evaluation.generated import drawn
+from pipeline.evaluation.generated_features import FeatureWork, FeatureWorker
 from pipeline.evaluation.generated_lengths import real_lengths
 from pipeline.generating import generate_stage
 from pipeline.paths import sha256_file
 from pipeline.run import Run
 from pipeline.tokenizing import stage as tokenizing
+from pipeline.tokenizing.plan import Range
 from tatok_model.config import TokenizerConfig
 from tatok_model.generator import Generator
 from tatok_model.generator_config import GeneratorConfig
+from tatok_model.metrics.compact import CompactExtractor
 from tatok_model.metrics.extractor import CIFAR10
 from tatok_model.metrics.manifold import precision_recall
 from tatok_model.tokenizer import TaTok
@@ -162,7 +166,19 @@ def test_what_was_computed_serves_the_next_run(
     assert "reference" in again.inputs
     assert "reference" in evaluated.outputs
     kept = sorted(path.name for path in (evaluated.folder.parent / "reference").iterdir())
-    assert len(kept) == 3, "statistics and features of held-out pictures, features of training pictures"
+    assert len(kept) == 4, "statistics and features of held-out pictures, mirrored too, features of training pictures"
+
+
+def test_mirrored_features_are_those_of_the_mirrored_picture(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    task = Range(0, "train", 0, 0, 4, 4, ROWS["train"])
+    work = FeatureWork(tmp_path, "key", str(made / "shards"), 4, mirrored=True)
+    network = CompactExtractor().eval()
+    FeatureWorker(network, work, "cpu").make(task)
+    images = ShardDataset(made / "shards", "train").images(task.rows().tolist())[:, :, ::-1]
+    with np.load(tmp_path / "features" / f"{task.name}.npz") as file:
+        expected, _ = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+        np.testing.assert_allclose(file["features"], expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
