@@ -173,7 +173,7 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(made: Path, tmp_pat
     (tmp_path / "features").mkdir()
     task = Range(0, "train", 0, 0, 4, 4, ROWS["train"])
     work = FeatureWork(tmp_path, "key", str(made / "shards"), 4, mirrored=True)
-    network = CompactExtractor().eval()
+    network = CompactExtractor().eval().requires_grad_(False)
     FeatureWorker(network, work, "cpu").make(task)
     images = ShardDataset(made / "shards", "train").images(task.rows().tolist())[:, :, ::-1]
     with np.load(tmp_path / "features" / f"{task.name}.npz") as file:
