@@ -83,6 +83,7 @@ def run_tune(config: Config, folder: Path, total: int, at_once: int, take: Take,
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our run folders hold all of it
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its state is not used
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one announces an experiment whatever `verbose` is
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would miss the files that are switched off above
     tuner = tune.Tuner(
         tune.with_resources(in_tune, tune.PlacementGroupFactory([SHARE])),

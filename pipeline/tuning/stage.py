@@ -90,9 +90,14 @@ def run(run: Run) -> None:
     room = find_room([plan.config_of(trial) for trial in plan.samples()], plan.total, *_resources(plan))
     say(room.sentence)
     tags = {"data_fingerprint": manifest.fingerprint, "threshold": cuts_in_words(plan)}
-    with Tracker.start(run, tags) as tracker:
+    with Tracker.start(run, {**tags, "global_tokens": _global_tokens(plan)}) as tracker:
         Driver(run, plan, ledger, tracker.run_id(PARENT_SECONDS), tags).work(room.at_once)
         conclude(run, plan, ledger, tracker)
+
+
+def _global_tokens(plan: Plan) -> str:
+    """Those of the trials: the configuration of a sweep names one number, which its trials need not have."""
+    return ", ".join(map(str, sorted({plan.config_of(trial).tokenizer.global_tokens for trial in plan.samples()})))
 
 
 def check_control(config: Config, manifest: Manifest) -> None:

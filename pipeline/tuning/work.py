@@ -5,6 +5,7 @@ Nothing here talks to MLflow. What the stages leave in their run folders is all 
 
 import fcntl
 import json
+import os
 import threading
 import time
 import traceback
@@ -19,6 +20,7 @@ from pipeline.job import run_nested
 
 METRIC, STEP = "psnr", "step"  # what Tune is told while a trial trains
 VALIDATED = "validation/psnr"  # as training logs it
+STDERR = 2  # file descriptor
 LOOK_SECONDS = 0.5  # between looks at the metrics of a training
 LOCK_SECONDS = 60.0  # how long a run folder may still be held by a worker of a sweep that was killed
 
@@ -82,10 +84,19 @@ def in_tune(task: dict[str, Any]) -> None:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """What is printed goes into a file: of several trials side by side, people could not tell whose it is."""
+    """What is printed goes into a file: of several trials side by side, people could not tell whose it is.
+
+    Ray's C++ part writes to the file descriptor itself.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = os.dup(STDERR)
     with open(path, "a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        yield
+        os.dup2(file.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(before, STDERR)
+            os.close(before)
 
 
 def outcome_of(problem: BaseException) -> dict[str, str]:

@@ -207,6 +207,7 @@ def test_mlflow_has_a_parent_with_closed_children_and_what_the_compare_page_need
     parent = after.pop("sweep")
     assert parent.info.run_id == run.mlflow_run_id
     assert parent.info.status == "FINISHED"
+    assert parent.data.tags["global_tokens"] == "2, 4, 8"
     assert {child.data.tags["mlflow.parentRunId"] for child in after.values()} == {parent.info.run_id}
     stopped = after.pop("trial-00-global_tokens-2")
     assert (stopped.info.status, stopped.data.tags["reason"]) == ("KILLED", "ASHA: behind")

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,14 @@ def test_a_trial_that_does_not_finish_says_why(stages, task, reports, problem, o
     work.in_tune(task)
     assert (reports[-1]["outcome"], reports[-1]["reason"]) == (outcome, reason)
     assert type(problem).__name__ in (Path(task["folder"]) / "output.txt").read_text()
+
+
+def test_what_is_written_past_python_is_kept_with_the_trial_too(tmp_path, capfd):
+    with work._output_to(tmp_path / "trial" / "output.txt"):
+        os.write(2, b"as Ray does\n")
+    os.write(2, b"afterwards\n")
+    assert (tmp_path / "trial" / "output.txt").read_text() == "as Ray does\n"
+    assert capfd.readouterr().err == "afterwards\n"
 
 
 def test_a_folder_that_a_killed_worker_still_holds_is_waited_for(tmp_path, monkeypatch):
