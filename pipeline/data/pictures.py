@@ -104,7 +104,7 @@ def _prepare(data: bytes, config: DataConfig) -> bytes:
         return data
     if turn is not None:
         picture = picture.transpose(turn)
-    return encode(_square(_to_rgb(picture), size), config.encoding, config.quality)
+    return encode(square(_to_rgb(picture), size), config.encoding, config.quality)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -176,7 +176,7 @@ def _from_float(grey: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(grey * 255 if grey.max() <= 1 else grey), 0, 255).astype(np.uint8)
 
 
-def _square(picture: Image.Image, size: int) -> Image.Image:
+def square(picture: Image.Image, size: int) -> Image.Image:
     """Short side to `size`, then the centre, in one step that never makes the whole resized picture.
 
     The same pixels as torchvision's Resize (antialias) and CenterCrop: the long side is rounded down.

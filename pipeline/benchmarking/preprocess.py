@@ -1,0 +1,262 @@
+"""Pictures per second of our preprocess stage, against the same work without it.
+
+All contenders read the same JPEG files of 500x375 pixels, made for the run, with as many workers as there are CPUs, and
+take turns. In every round each works on a few pictures and on many; the steady rate is that of the pictures in between:
+what a run costs once is told beside it, in seconds, and not in the rate.
+
+- tatok: the stage as a job runs it, from the listing of the source to manifest.json, on Ray.
+- its_ranges: the same ranges (checks, split, shard files, checksums) in plain processes, without Ray.
+- threads, processes: only decode, resize and encode (`contenders.convert`). Threads are the limit.
+- ray_data: Ray Data's documented pipeline for images.
+"""
+
+import dataclasses
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import ExitStack, redirect_stderr
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.benchmarking import contenders
+from pipeline.benchmarking.photographs import HEIGHT, WIDTH, make_photographs
+from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
+from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.cluster import connect
+from pipeline.config import Config, DataConfig
+from pipeline.data import preprocess as stage
+from pipeline.data.plan import make_plan, open_sources
+from pipeline.data.ranges import Work, make_part
+from pipeline.data.shards import ShardDataset
+from pipeline.errors import BadInput, Stopped
+from pipeline.evaluation.report import format_value
+from pipeline.progress import progress
+from pipeline.run import Run
+from pipeline.samples import photograph_files
+from pipeline.tracking import Tracker
+
+OURS, RANGES, THREADS, PROCESSES, RAY_DATA = "tatok", "its_ranges", "threads", "processes", "ray_data"
+GOALS = {THREADS: Goal(0.9), RAY_DATA: Goal(1.5)}
+RANGES_PER_WORKER = 8  # so that no worker waits long for the last of them
+FEW = 4  # pictures of a range in the small run, which has a range for each worker
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A folder of pictures and how the stage is to read it."""
+
+    files: list[Path]
+    data: DataConfig
+
+    @property
+    def folder(self) -> Path:
+        """That holds the files."""
+        return self.files[0].parent
+
+
+@dataclass
+class Contender:
+    """Somebody who makes encoded pictures of a sample."""
+
+    work: Callable[[Sample], Any]
+    pictures: Callable[[Any], list[bytes]] | None = None  # of what `work` gave back, in the order of the files' names
+    first: float = 0.0  # seconds of the first call, with a few pictures: what is started and imported is in it
+    few: list[float] = field(default_factory=list)  # seconds with a few pictures in each later call
+
+    def start(self, few: Sample) -> list[bytes]:
+        """Call it for the first time; gives back the pictures."""
+        made, self.first = _timed(self.work, few)
+        return self.pictures(made) if self.pictures else []
+
+    def rate(self, few: Sample, many: Sample) -> float:
+        """Pictures per second of those that `many` has beyond `few`."""
+        seconds = [_timed(self.work, sample)[1] for sample in (few, many)]
+        self.few.append(seconds[0])
+        if seconds[1] <= seconds[0]:  # a machine that stumbled: the whole run is a lower bound of the rate
+            return len(many.files) / seconds[1]
+        return (len(many.files) - len(few.files)) / (seconds[1] - seconds[0])
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work; makes nothing.
+
+    Raises:
+        BadInput: too few pictures to tell a rate from a start, or no photographs to make them from.
+    """
+    photograph_files()
+    least = 4 * FEW * _cpus()
+    if config.benchmark.pictures < least:
+        raise BadInput(f"benchmark.pictures is {config.benchmark.pictures}; expected at least {least} on this machine")
+
+
+def run(run: Run) -> None:
+    """Measure, and leave `report.md` with the table.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    folder = run.folder / "work"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        with Tracker.start(run) as tracker:
+            publish(run, tracker, _measure(run, folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure(run: Run, folder: Path) -> Findings:
+    section, workers = run.config.benchmark, _cpus()
+    rows = min(run.config.data.rows_per_shard, max(1, section.pictures // (RANGES_PER_WORKER * workers)))
+    few = _sample(run.config.data, folder / "few", FEW * workers, FEW)
+    many = _sample(run.config.data, folder / "many", section.pictures, rows)
+    with ExitStack() as stack:
+        thread_pool = stack.enter_context(contenders.threads(workers))
+        process_pool = stack.enter_context(contenders.processes(workers))
+        everyone = {
+            OURS: Contender(_stage(run.config, folder / "runs"), _stored),
+            RANGES: Contender(_ranges(process_pool, folder / "ranges")),
+            THREADS: _bare(thread_pool),
+            PROCESSES: _bare(process_pool),
+            RAY_DATA: _documented(folder / "ray"),
+        }
+        started = {name: contender.start(few) for name, contender in everyone.items()}  # ours first: it starts Ray
+        with progress("benchmark", len(everyone) * (section.repeats + 1), "timings") as shown:
+
+            def timed(contender: Contender) -> float:
+                if run.should_stop:
+                    raise Stopped("the benchmark was asked to stop; --resume measures anew")
+                rate = contender.rate(few, many)
+                shown.advance(1)
+                return rate
+
+            turns = {name: partial(timed, contender) for name, contender in everyone.items()}
+            rates = take_turns(turns, section.repeats)
+    return _findings(rates, everyone, _differences(started), _facts(run.config, few, many, workers))
+
+
+def _findings(
+    rates: dict[str, list[float]], everyone: dict[str, Contender], differences: dict[str, int], facts: dict[str, str]
+) -> Findings:
+    spreads = {name: Spread.of(values) for name, values in rates.items()}
+    numbers: dict[str, float] = {}
+    table = [["", "images/s", "lowest", "highest", f"{OURS} / it", "first run s", "a run's own s"]]
+    for name, spread in spreads.items():
+        own = Spread.of(everyone[name].few).median
+        numbers |= spread_results(f"{name}_images_per_second", spread)
+        numbers |= {f"{name}_first_run_seconds": everyone[name].first, f"{name}_own_seconds": own}
+        values = (spread.median, spread.low, spread.high, spreads[OURS].median / spread.median)
+        table.append([name, *map(format_value, values), f"{everyone[name].first:.2f}", f"{own:.2f}"])
+    numbers |= {f"largest_difference_{name}": value for name, value in differences.items()}
+    ratios = [
+        Ratio(f"{one}_to_{other}", ratio(rates[one], rates[other]), f"{one} / {other}, steady rate", goal)
+        for one, other, goal in (
+            *((OURS, name, GOALS.get(name)) for name in (THREADS, RAY_DATA, PROCESSES, RANGES)),
+            (RANGES, THREADS, None),
+        )
+    ]
+    start = everyone[OURS].first - numbers[f"{OURS}_own_seconds"]
+    conclusion = (
+        f"start-up: {start:.1f} s once for {OURS} (Ray and its workers), {numbers[f'{OURS}_own_seconds']:.1f} s a run; "
+        f"pixels differ from {THREADS} by at most {max(differences.values())} grey levels (tolerance: 0)"
+    )
+    return Findings(table, ratios, numbers | {"startup_seconds": start}, facts, conclusion)
+
+
+def _facts(config: Config, few: Sample, many: Sample, workers: int) -> dict[str, str]:
+    data = many.data
+    size = sum(path.stat().st_size for path in many.files) / len(many.files)
+    return {
+        "pictures": f"{len(many.files)} JPEG files of {WIDTH}x{HEIGHT}, {size / 1000:.0f} KB on average, "
+        f"less {len(few.files)} of the small run",
+        "made": f"{data.image_size} pixels, {data.encoding}, {data.rows_per_shard} rows a shard",
+        "workers": f"{workers}, as many as CPUs",
+        "repeats": str(config.benchmark.repeats),
+        "results": "equal encoded pictures from all contenders; tolerance 0 grey levels",
+    }
+
+
+def _sample(data: DataConfig, folder: Path, pictures: int, rows_per_shard: int) -> Sample:
+    files = make_photographs(folder, pictures)
+    changes: dict[str, Any] = {"source": str(folder), "heldout_source": "", "rows_per_shard": rows_per_shard}
+    return Sample(files, dataclasses.replace(data, **changes, num_workers=0))
+
+
+def _stage(config: Config, folder: Path) -> Callable[[Sample], Path]:
+    """The stage, in a new run folder each time; gives that folder back."""
+
+    def work(sample: Sample) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        section = dataclasses.replace(config.run, output=str(folder.parent), name=folder.name)
+        made = Run.open("preprocess", dataclasses.replace(config, data=sample.data, run=section), folder.name, False)
+        try:
+            with redirect_stderr(io.StringIO()):  # what it says is not for the reader of a benchmark
+                stage.run(made)
+        finally:
+            made.close()
+        return folder
+
+    return work
+
+
+def _stored(folder: Path) -> list[bytes]:
+    """The pictures of both splits by name."""
+    found: dict[str, bytes] = {}
+    for split in ("train", "heldout"):
+        dataset = ShardDataset(folder, split)
+        found |= zip(dataset.ids(range(len(dataset))), dataset.encoded(range(len(dataset))), strict=True)
+    return [found[name] for name in sorted(found)]
+
+
+def _ranges(pool: Executor, folder: Path) -> Callable[[Sample], None]:
+    """What the stage's tasks do, handed to plain processes."""
+
+    def work(sample: Sample) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("shards", "parts"):
+            (folder / name).mkdir(parents=True)
+        sources = open_sources(sample.data)
+        plan = make_plan(sources, sample.data)
+        shared = Work(folder, plan.key, plan.classes, [source.without_listing() for source in sources], sample.data)
+        list(pool.map(make_part, plan.ranges, [shared] * len(plan.ranges)))
+
+    return work
+
+
+def _bare(pool: Executor) -> Contender:
+    return Contender(lambda sample: contenders.convert_all(pool, sample.files, sample.data), lambda made: made)
+
+
+def _documented(folder: Path) -> Contender:
+    def work(sample: Sample) -> Path:
+        contenders.on_ray_data(connect(), sample.folder, folder, sample.data)
+        return folder
+
+    def pictures(made: Path) -> list[bytes]:
+        rows = pq.read_table(made).sort_by("path")
+        return rows.column("image").to_pylist()
+
+    return Contender(work, pictures)
+
+
+def _differences(made: dict[str, list[bytes]]) -> dict[str, int]:
+    """Grey levels by which a contender's pictures differ at most from those of the threads."""
+    return {
+        name: max(map(contenders.largest_difference, made[name], made[THREADS])) for name in (OURS, PROCESSES, RAY_DATA)
+    }
+
+
+def _timed(work: Callable[[Sample], Any], sample: Sample) -> tuple[Any, float]:
+    started = time.perf_counter()
+    made = work(sample)
+    return made, time.perf_counter() - started
+
+
+def _cpus() -> int:
+    return os.cpu_count() or 1
