@@ -140,3 +140,15 @@ def fake_tune(monkeypatch: pytest.MonkeyPatch) -> FakeTune:
     monkeypatch.setattr("pipeline.tuning.driver.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("pipeline.tuning.stage._resources", lambda plan: (2.0, 0.0))
     return fake
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow store for several tests: a new one takes MLflow seconds."""
+    from pipeline.tracking.mlflow_store import MlflowStore
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    store = MlflowStore(uri, "other", None, system_metrics=False)
+    store.open("first", 0.0, {}, {})
+    store.end("FINISHED")
+    return uri

@@ -73,15 +73,14 @@ def test_other_pictures_are_refused(load, wrong):
         load().predict(wrong)
 
 
-def test_mlflow_loads_the_registered_champion_in_a_process_of_its_own(load, pictures, tmp_path, run_python):
+def test_mlflow_loads_the_registered_champion_in_a_process_of_its_own(load, pictures, tmp_path, database, run_python):
     from mlflow import MlflowClient
 
     from pipeline.tracking.mlflow_store import MlflowStore, Refused, save_pyfunc
 
     model = load(rule="count", threshold=5)
     save_pyfunc(tmp_path / "model", champion.__name__, tmp_path / "data", pictures[:2], model.predict(pictures[:2]))
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    store = MlflowStore(uri, "tatok", None, system_metrics=False)
+    store = MlflowStore(database, "champions", None, system_metrics=False)
     store.open("sweep", 0.0, {}, {})
     store.register(str(tmp_path / "model"), "tatok", "champion")
     store.register(str(tmp_path / "model"), "tatok", "champion")  # after a doubt
@@ -90,11 +89,11 @@ def test_mlflow_loads_the_registered_champion_in_a_process_of_its_own(load, pict
     with pytest.raises(Refused, match="name"):
         store.register(str(tmp_path / "model"), "a/b", "champion")
     store.end("FINISHED")
-    assert [version.version for version in MlflowClient(uri).search_model_versions("name='tatok'")] == [1]
+    assert [version.version for version in MlflowClient(database).search_model_versions("name='tatok'")] == [1]
     said = run_python(
         f"""
 import mlflow, numpy as np
-mlflow.set_tracking_uri("{uri}")
+mlflow.set_tracking_uri("{database}")
 model = mlflow.pyfunc.load_model("models:/tatok@champion")
 found = model.predict(model.input_example)
 print(found["tokens"].tolist(), found["reconstructions"].shape, int(found["reconstructions"].sum()))

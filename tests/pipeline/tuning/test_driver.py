@@ -176,18 +176,6 @@ def test_a_control_measured_on_other_pictures_is_refused_before_anything_runs(
     assert fake_tune.given == []
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """Made beforehand: a new one takes MLflow seconds."""
-    from pipeline.tracking.mlflow_store import MlflowStore
-
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    store = MlflowStore(uri, "other", None, system_metrics=False)
-    store.open("first", 0.0, {}, {})
-    store.end("FINISHED")
-    return uri
-
-
 def test_mlflow_has_a_parent_with_closed_children_and_what_the_compare_page_needs(sweep, fake_tune, database):
     from mlflow import MlflowClient
 
@@ -196,11 +184,12 @@ def test_mlflow_has_a_parent_with_closed_children_and_what_the_compare_page_need
     with pytest.raises(RuntimeError, match="Ray Tune ended"):
         sweep(*keys)
     client = MlflowClient(database)
-    before = {run.info.run_name: run for run in client.search_runs(["2"])}
+    experiment = client.get_experiment_by_name("tatok").experiment_id
+    before = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert {run.info.status for run in before.values()} == {"KILLED", "FAILED"}  # nothing is left running
     fake_tune.acts.pop(1)
     run = sweep(*keys, resume=True)
-    after = {run.info.run_name: run for run in client.search_runs(["2"])}
+    after = {run.info.run_name: run for run in client.search_runs([experiment])}
     assert {name: run.info.run_id for name, run in after.items() if name in before} == {
         name: run.info.run_id for name, run in before.items()
     }
