@@ -51,6 +51,7 @@ def test_the_wheel_holds_code_presets_and_weights_and_nothing_else(wheel, reposi
     assert names == expected
 
 
+@pytest.mark.slow
 def test_a_job_runs_from_the_wheel_outside_the_clone(site, tmp_path, repository):
     shutil.copy(repository / "jobs" / "preprocess.py", tmp_path)
     surroundings = {"PYTHONPATH": str(site)}

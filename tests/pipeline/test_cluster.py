@@ -36,6 +36,7 @@ def test_connecting_again_does_nothing():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_connecting_leaves_sigterm_to_the_job(run_python):
     said = run_python(
         "import signal\n"

@@ -260,6 +260,7 @@ def test_checking_does_not_load_torch(two_colours: Path) -> None:
     subprocess.run([sys.executable, "-c", code, *sources], cwd=Path(extractor.__file__).parents[1], check=True)
 
 
+@pytest.mark.slow
 def test_the_job_trains_and_says_where(
     run_job: Callable[..., subprocess.CompletedProcess[str]], two_colours: Path, tmp_path: Path
 ) -> None:
