@@ -82,7 +82,8 @@ class TrainConfig:
     """One training run. Schedules count optimiser steps; `max_minutes` only stops."""
 
     parts: str = "all"  # all | entropy: train the entropy model alone, on the frozen tokenizer.checkpoint
-    num_workers: int = 0  # 0: in this process; n: n Ray Train workers (DDP)
+    num_workers: int = 0  # 0: in this process; n: n Ray Train workers
+    parallel: str = "ddp"  # ddp | fsdp2: each worker holds the whole state, or its part of a tokenizer's
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto (bf16 on GPU, float32 on CPU) | float32 | bf16
     compile: bool = False  # torch.compile the model
@@ -117,6 +118,10 @@ class TrainConfig:
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         most = self.num_workers
         _require(0 <= self.min_workers <= most, "min_workers", self.min_workers, f"0 to num_workers, {most}")
+        _require(self.parallel in ("ddp", "fsdp2"), "parallel", self.parallel, "ddp or fsdp2")
+        if self.parallel == "fsdp2":
+            _require(most >= 2, "num_workers", most, "at least 2 with parallel: fsdp2")
+            _require(not self.compile, "compile", self.compile, "false with parallel: fsdp2")
         _require(self.not_finite in ("stop", "skip"), "not_finite", self.not_finite, "stop or skip")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16")
@@ -430,6 +435,9 @@ class Config:
             raise ValueError(
                 f"losses.gan is {self.losses.gan} with train.parts 'entropy'; expected 0: the tokenizer stays as it is"
             )
+        if self.train_generator.parallel != "ddp":
+            found = self.train_generator.parallel
+            raise ValueError(f"train_generator.parallel is {found!r}; expected 'ddp': only tokenizers are sharded")
         if self.kept_sets.global_tail and self.tokenizer.patch_tokens:
             raise ValueError(
                 f"kept_sets.global_tail is {self.kept_sets.global_tail}; expected 0, or tokenizer.patch_tokens: false"

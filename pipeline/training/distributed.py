@@ -43,6 +43,12 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is spread over the workers (FSDP2), which all have to ask; others as they are."""
+    gathered = getattr(tensor, "full_tensor", None)  # of a DTensor, whose import costs a second that few need
+    return tensor if gathered is None else gathered()
+
+
 def merged(part: T) -> T:
     """What all workers have measured together; `part` has `merge`, `to_arrays` and `from_arrays`."""
     measured: Any = part

@@ -1,4 +1,4 @@
-"""Ray Train around the worker: one process per worker, DDP between them, restarts after failures."""
+"""Ray Train around the worker: one process per worker, DDP or FSDP2 between them, restarts after failures."""
 
 import json
 import threading
@@ -156,13 +156,19 @@ def _gave_up(folder: Path) -> dict[str, str]:
 
 
 def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """DDP around the module. The quantizer keeps its buffers equal itself: broadcasting them would cost every step."""
+    """DDP around the module, unless it is sharded and so adds up its gradients itself.
+
+    The quantizer keeps its buffers equal itself: broadcasting them would cost every step.
+    """
     from torch import distributed
+    from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
     def wrap(module: Any) -> Any:
         if distributed.get_world_size() == 1:
             return compile_module(module)
+        if isinstance(module, FSDPModule):
+            return module
         with warnings.catch_warnings():  # the new name of the option is not known to every torch in our range
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(compile_module(module), broadcast_buffers=False)

@@ -108,15 +108,16 @@ class Recorder:
 
     def validate(self, state: TrainState[Any]) -> None:
         """Measure the averaged model and draw pictures."""
-        self.validated = self.validator.measure(state.average)
+        average = state.averaged()
+        self.validated = self.validator.measure(average)
         self._write(self.validated, state.step)
         if not self.first:
             return
-        if rows := self.validator.examples(state.average):
+        if rows := self.validator.examples(average):
             save_rows(self.run.folder / "pictures" / f"step-{state.step:08d}.png", rows)
         values = ", ".join(f"{k.removeprefix('validation/')} {v:.4g}" for k, v in self.validated.items())
         say(f"step {state.step}: {values}")
-        for text in self.validator.warnings(state.average, self.trained | self.validated):
+        for text in self.validator.warnings(average, self.trained | self.validated):
             say(f"warning: {text}")
 
     def save(self, state: TrainState[Any]) -> None:
@@ -124,6 +125,8 @@ class Recorder:
         if self._checkpoints is not None:
             samples = state.step * self.config.global_batch_size
             self._checkpoints.save(state, samples_seen=samples, seconds=self.seconds(), decides=self.decides)
+        elif state.sharded:
+            state.snapshot()  # the first worker's needs the others' parts
         self.report({**self.validated, "step": state.step})  # all workers meet here
 
     def not_finite(self, step: int) -> str:

@@ -12,7 +12,7 @@ from pipeline.training.state import TrainState
 FREE = {  # keys of a training's section that may change between attempts: they do not decide what a step does
     "num_workers", "device", "compile", "max_steps", "max_minutes", "log_every", "validate_every", "validation_images",
     "grid_images", "checkpoint_every", "keep_checkpoints", "max_failures", "cpus_per_worker", "fused",
-    "min_workers", "not_finite",
+    "min_workers", "not_finite", "parallel",
 }  # fmt: skip
 
 

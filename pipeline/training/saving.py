@@ -1,6 +1,5 @@
 """Checkpoints written beside training: the state is copied to main memory at the step, the files come from a thread."""
 
-import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ class CheckpointThread:
     def save(self, state: TrainState[Any], **record: Any) -> None:
         """Copy the state and return; waits for the checkpoint before, so that at most one copy is kept."""
         self.wait()
-        average, tensors = copy.deepcopy(state.average).cpu(), state.tensors()
+        average, tensors = state.snapshot()
         self._writing = self._thread.submit(
             checkpoints.save, self._folder, state.step, average, tensors, self._keep, **record
         )

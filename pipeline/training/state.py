@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import TrainConfig
+from pipeline.training import distributed
 from pipeline.training.schedule import learning_rate
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,6 +35,7 @@ class TrainState(Generic[Model]):
         self.model = model
         self.average: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(model, config)
+        self.sharded = False  # every worker holds a part of all this
         self._buffers: list[Tensor] = []
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -69,7 +71,7 @@ class TrainState(Generic[Model]):
         if limit:
             # Apart: cross-entropy in bits would otherwise decide how far the tokenizer may move.
             for name, parameters in self.parameter_groups().items():
-                norms[f"gradient_norm{name}"] = nn.utils.clip_grad_norm_(parameters, limit)
+                norms[f"gradient_norm{name}"] = distributed.whole(nn.utils.clip_grad_norm_(parameters, limit))
         if self.skips and not all(math.isfinite(norm) for norm in norms.values()):
             self.skipped = True
             for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
@@ -99,8 +101,16 @@ class TrainState(Generic[Model]):
         for averaged, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
             averaged.copy_(current)  # codebooks are averages already
 
+    def averaged(self) -> Model:
+        """The averaged model, whole, on its device; where the state is sharded a copy, and every worker has to ask."""
+        return self.average
+
+    def snapshot(self) -> tuple[Model, dict[str, Tensor]]:
+        """What a checkpoint keeps, in main memory: the averaged model and `tensors`; as `averaged`."""
+        return copy.deepcopy(self.averaged()).cpu(), self.tensors()
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides the averaged model."""
+        """What a checkpoint keeps besides the averaged model; as `averaged`, for the first worker alone."""
         return prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer_tensors(self.optimizer))
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -132,8 +142,16 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies under `prefix.name`, in main memory: they are written while training goes on."""
-    return {f"{prefix}.{name}": tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    """Copies under `prefix.name`, in main memory: they are written while training goes on, by the first worker.
+
+    Of sharded tensors the other workers give their parts and keep nothing.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        value = distributed.whole(tensor.detach())
+        if distributed.rank() == 0:
+            found[f"{prefix}.{name}"] = value.to("cpu", copy=True)
+    return found
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

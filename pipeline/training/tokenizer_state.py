@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
 from pipeline.pretrained import load_tokenizer
+from pipeline.training import distributed
 from pipeline.training.adversary import Adversary
 from pipeline.training.resume import go_on, values_of
 from pipeline.training.state import TrainState, derive_seed, load_optimizer, optimizer_tensors, prefixed, under
@@ -32,6 +33,7 @@ class TokenizerState(TrainState[TaTok]):
             model.entropy_model.requires_grad_(True)
         super().__init__(model, config.train, TaTok.from_pretrained)
         self.adversary = Adversary(config, device) if config.losses.gan else None
+        self.device = device
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The entropy model's parameters are clipped apart from the rest."""
@@ -51,6 +53,22 @@ class TokenizerState(TrainState[TaTok]):
             values = {name: value for name, value in values.items() if not name.startswith(ENTROPY)} | own
         self.model.load_state_dict(values)
         self.average.load_state_dict(values)
+
+    def shard(self) -> None:
+        """Keep this worker's part alone; what is loaded and what starts anew has to be in place before."""
+        from pipeline.training.sharding import shard  # imports for a second what only FSDP2 needs
+
+        self.optimizer = shard(self.model, self.average, self.optimizer, self.train_config, self.device)
+        self.sharded = True
+
+    def averaged(self) -> TaTok:
+        """Gathered into a plain model where the state is sharded."""
+        if not self.sharded:
+            return self.average
+        gathered = TaTok(self.average.config).to(self.device).eval().requires_grad_(False)
+        values = {name: distributed.whole(value) for name, value in self.average.state_dict().items()}
+        gathered.load_state_dict(values)
+        return gathered
 
     def tensors(self) -> dict[str, Tensor]:
         """With the discriminator's."""

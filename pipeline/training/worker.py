@@ -45,6 +45,8 @@ def work(
     """
     config, train_config = run.config, run.config.train
     state = starting_state(config, run.folder / "checkpoints", device)
+    if train_config.parallel == "fsdp2" and distributed.world_size() > 1:
+        state.shard()
     validator = Validator(
         ShardDataset(config.data.shards, "heldout"),
         train_config.validation_images,
