@@ -73,7 +73,7 @@ def prepare(data: bytes, config: DataConfig) -> bytes:
     if not data:
         raise BadPicture("empty file")
     try:
-        with _without_global_limits():
+        with without_global_limits():
             return _prepare(data, config)
     except BadPicture:
         raise
@@ -119,8 +119,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 @contextmanager
-def _without_global_limits() -> Iterator[None]:
-    """Lift Pillow's process-wide pixel limit, as `data.max_pixels` is ours, and its warnings about odd metadata."""
+def without_global_limits() -> Iterator[None]:
+    """Lift Pillow's process-wide pixel limit, as `data.max_pixels` is ours, and its warnings about odd metadata.
+
+    `prepare` does it for itself; threads that call it need it around all of them, or the last to leave would put back
+    what another one had set.
+    """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -162,7 +166,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(_from_16_bit(np.asarray(picture))).convert("RGB")
     if picture.mode == "F":
         return Image.fromarray(_from_float(np.asarray(picture))).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
 
 
 def _from_16_bit(grey: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ are, and a run that was killed goes on with the ranges that are missing.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def make_or_load_plan(folder: Path, sources: list[Source], data: DataConfig) -> 
     path = folder / "plan.json"
     if not path.exists():
         plan = make_plan(sources, data)
-        write_atomically(path, json.dumps(asdict(plan)).encode())
+        write_atomically(path, json.dumps(vars(plan), default=vars).encode())  # asdict would copy every unit
         return plan
     values = json.loads(path.read_bytes())
     plan = Plan(**{**values, "ranges": [Range(**part) for part in values["ranges"]]})

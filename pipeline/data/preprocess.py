@@ -7,6 +7,7 @@ stage as `pipeline/job.py` describes it: `check`, `default_name`, `run`.
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -82,8 +83,12 @@ def _prepare_folder(folder: Path) -> None:
 
 def _make_parts(run: Run, plan: Plan, work: Work) -> tuple[list[Part], float]:
     """All parts in the order of the plan, and how many pictures a second were worked on."""
-    alone = work.data.num_workers == 1 or len(plan.ranges) == 1  # needs no Ray
-    results = (make_part(task, work) for task in plan.ranges) if alone else _on_ray(connect(), plan.ranges, work)
+    workers = work.data.num_workers
+    results: Iterator[tuple[Part, bool]]
+    if workers == 1 or len(plan.ranges) == 1:  # needs no Ray
+        results = (make_part(task, work, workers or os.cpu_count() or 1) for task in plan.ranges)
+    else:
+        results = _on_ray(connect(), plan.ranges, work)
     parts: dict[int, Part] = {}
     made = 0
     started = time.monotonic()
@@ -101,7 +106,7 @@ def _make_parts(run: Run, plan: Plan, work: Work) -> tuple[list[Part], float]:
 def _on_ray(ray: Any, ranges: list[Range], work: Work) -> Iterator[tuple[Part, bool]]:
     """Results of `make_part` as they come, from one Ray Data task per range."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
-    items = [{"task": json.dumps(asdict(task))} for task in ranges]
+    items = [{"task": json.dumps(vars(task))} for task in ranges]
     tasks = ray.data.from_items(items, override_num_blocks=len(items))  # one block is one Ray task
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would warn that its progress bars are off
     pool = ray.data.TaskPoolStrategy(size=work.data.num_workers or None)  # None: as many as there are CPUs

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -237,7 +238,7 @@ def test_resuming_makes_what_is_missing_or_damaged(
     harm(run.folder)
     remade = []
     make = ranges._make
-    monkeypatch.setattr(ranges, "_make", lambda task, work: remade.append(task.number) or make(task, work))
+    monkeypatch.setattr(ranges, "_make", lambda task, *how: remade.append(task.number) or make(task, *how))
     assert checksums(made(config, "a", resume=True)) == before
     assert 0 < len(remade) < 20  # of 20 ranges
 
@@ -332,6 +333,19 @@ def test_classes_of_both_sources_are_one_table() -> None:
         class_names([Scan(indexed={1: "cat"}), Scan(indexed={1: "dog"})])
     with pytest.raises(BadInput, match="class 'ant' has no index, but others have"):
         class_names([Scan(indexed={1: "cat"}), Scan(names={"ant"})])
+
+
+def test_threads_that_share_the_only_range_give_the_same_bytes_as_one(
+    configured: Callable[..., Config], broken_folder: tuple[Path, set[str], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    alone = made(configured(broken_folder[0], "data.rows_per_shard=100"), "alone")
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(ranges, "READ_AHEAD", 7)
+    for number in ("0", "2"):
+        options = ("data.rows_per_shard=100", f"data.num_workers={number}")
+        assert checksums(made(configured(broken_folder[0], *options), f"threads-{number}")) == checksums(alone)
+    assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == (limit, filters)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data reads its own old settings
