@@ -66,7 +66,8 @@ lock:  ## resolve the dependencies afresh and write requirements.lock
 audit: $(INSTALLED)  ## ask the advisory database about every installed version (needs a network)
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet $(PIP_ARGS) pip-audit
-	build/audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(BIN)/python -m pip list --format=freeze --exclude-editable | sed 's/+.*//' >build/audit.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit.txt
 
 wheel: $(INSTALLED)  ## build dist/*.whl
 	rm -rf build/lib
