@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.run import Run
 from pipeline.tuning import stage
+from pipeline.tuning.plan import Trial
 
 SMALL = ("train.max_steps=12", "train.validate_every=2", "train.validation_images=16", "evaluate.max_images=16")
 
@@ -38,7 +39,7 @@ def test_asha_stops_a_trial_that_is_behind_and_its_child_is_closed_with_the_reas
     stopped = [entry for entry in entries if entry["status"] == "stopped"]
     assert stopped
     assert {entry["status"] for entry in entries} == {"finished", "stopped"}
-    (folder,) = (tmp_path / "sweep").glob(f"trial-{stopped[0]['number']:02d}-learning_rate-1e-*0")
+    folder = tmp_path / "sweep" / Trial(stopped[0]["number"], stopped[0]["values"]).name
     found = json.loads((folder / "summary.json").read_text())
     assert found["status"] == "stopped"
     assert found["error"].startswith("ASHA: after step")
