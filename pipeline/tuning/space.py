@@ -64,6 +64,8 @@ def _domain(key: str, value: Any) -> Domain:
     if isinstance(value, list | tuple):
         if not value:
             raise BadInput(f"sweep.space has {key}: []; expected at least one value")
+        if any(item in value[:i] for i, item in enumerate(value)):
+            raise BadInput(f"sweep.space has {key}: {list(value)}; expected different values")
         return Domain(key, "grid", tuple(value))
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in DRAWN:
         raise BadInput(f"sweep.space has {key}: {value!r}; expected a list, or one of {', '.join(DRAWN)} with a list")
@@ -87,11 +89,12 @@ def _ends(key: str, kind: str, ends: Any) -> tuple[float, float]:
 
 
 def _number(value: Any) -> float | None:
-    """YAML reads 1e-4 as text."""
+    """A finite number, also as text: YAML reads 1e-4 so."""
     try:
-        return None if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def points(domains: list[Domain], samples: int, seed: int) -> list[dict[str, Any]]:
