@@ -7,12 +7,18 @@ given set S. A code never reaches its own prediction, because an open position h
 Shapes: B images, M global tokens, N patch positions, K codebook entries, d code width, W width, n positions asked for.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from tatok_model.vit import Transformer, init_linear, positions
+from tatok_model.vit import Block, Transformer, init_linear, positions
 
 HEAD_WIDTH = 32
+Read = Callable[[Tensor, nn.Linear], Any]  # of (n, W), and the layer that makes (n, K) logits of it
 
 
 class EntropyModel(nn.Module):
@@ -51,8 +57,9 @@ class EntropyModel(nn.Module):
         given_mask: Tensor,
         at: Tensor,
         without_globals: Tensor | None = None,
-    ) -> Tensor:
-        """Unnormalised log q at the positions asked for.
+        read: Read | None = None,
+    ) -> Any:
+        """Unnormalised log q at the positions asked for, or what `read` makes of it.
 
         Args:
             global_codes: (B, M, d) code vectors.
@@ -60,16 +67,100 @@ class EntropyModel(nn.Module):
             given_mask: (B, N) bool, True where the patch code is given.
             at: (B, N) bool, True where the prediction is wanted: n positions in all.
             without_globals: (B,) bool, True for images whose global codes are hidden; None: none.
+            read: one of `predictions`; without gradients only what it needs is computed then.
 
         Returns:
-            (n, K) in the order of the images, then of the positions.
+            (n, K) in the order of the images, then of the positions; or what `read` returns.
         """
         patches = self.from_patch_codes(patch_codes.detach())  # (B, N, W)
         x = torch.where(given_mask[..., None], patches, self.open_position.to(patches.dtype))
         if self.global_tokens:
-            known = self.from_global_codes(global_codes.detach())  # (B, M, W)
-            if without_globals is not None:
-                known = torch.where(without_globals[:, None, None], self.no_globals.to(known.dtype), known)
-            x = torch.cat([known, x], dim=1)  # (B, M + N, W)
-        hidden = self.transformer(x + self.positions)[:, self.global_tokens :]  # (B, N, W)
-        return self.to_logits(hidden[at])
+            x = torch.cat([self._known(global_codes, without_globals), x], dim=1)  # (B, M + N, W)
+        x = x + self.positions
+        if read is None:  # streams are coded by these very numbers
+            return self.to_logits(self.transformer(x)[:, self.global_tokens :][at])
+        if torch.is_grad_enabled():
+            return read(self.transformer(x)[:, self.global_tokens :][at], self.to_logits)
+        *blocks, last = self.transformer.blocks
+        for block in blocks:
+            x = block(x)
+        return read(self._asked(last, x, at), self.to_logits)
+
+    @torch.no_grad()
+    def before_any(self, global_codes: Tensor, read: Read) -> Any:
+        """What `read` makes of q at all positions while no patch code is given; `forward` in fewer operations.
+
+        Open patches are then the same in every image, and the first block looks at them once for all. For the patches
+        of an image they are one more key beside its global codes: with the logarithm of their summed weights as its
+        score, and their mean as its value.
+
+        Args:
+            global_codes: (B, M, d) code vectors.
+            read: of (B * N, W).
+        """
+        m, (first, *others) = self.global_tokens, self.transformer.blocks
+        open_patches = (self.open_position + self.positions[m:])[None]  # (1, N, W)
+        query, key, value = _heads(first, open_patches)  # (1, H, N, h) each
+        scores = (query @ key.mT).float() * key.shape[-1] ** -0.5  # (1, H, N, N)
+        mixed = scores.softmax(-1).to(value.dtype) @ value  # (1, H, N, h)
+        if m:
+            known = self._known(global_codes, None) + self.positions[:m]  # (B, M, W)
+            own_query, own_key, own_value = _heads(first, known)  # (B, H, M, h) each
+            own_scores = (query @ own_key.mT).float() * key.shape[-1] ** -0.5  # (B, H, N, M)
+            total = scores.logsumexp(-1, keepdim=True).expand(len(known), -1, -1, -1)  # (B, H, N, 1)
+            weights = torch.cat([own_scores, total], dim=-1).softmax(-1).to(value.dtype)  # (B, H, N, M + 1)
+            mixed = weights[..., :-1] @ own_value + weights[..., -1:] * mixed
+        x = _finish(
+            first, open_patches, _merge(mixed)
+        )  # (B, N, W), or (1, N, W) where there is nothing to tell images apart
+        if others:
+            if m:
+                keys, values = (
+                    torch.cat([own, shared.expand(len(known), -1, -1, -1)], dim=2)
+                    for own, shared in ((own_key, key), (own_value, value))
+                )
+                x = torch.cat(
+                    [_finish(first, known, _merge(F.scaled_dot_product_attention(own_query, keys, values))), x], dim=1
+                )  # (B, M + N, W)
+            for block in others[:-1]:
+                x = block(x)
+            x = self._asked(others[-1], x, None)
+        else:
+            x = self.transformer.norm(x)
+        hidden = x.expand(len(global_codes), -1, -1).flatten(0, 1)  # (B * N, W)
+        return read(hidden, self.to_logits)
+
+    def _known(self, global_codes: Tensor, without_globals: Tensor | None) -> Tensor:
+        """(B, M, W) of (B, M, d) code vectors."""
+        known = self.from_global_codes(global_codes.detach())
+        if without_globals is None:
+            return known
+        return torch.where(without_globals[:, None, None], self.no_globals.to(known.dtype), known)
+
+    def _asked(self, last: Block, x: Tensor, at: Tensor | None) -> Tensor:
+        """What the last block and the norm make of the positions asked for: (B, M + N, W) -> (n, W), or (B, N, W)."""
+        query, key, value = _heads(last, x)
+        mixed = _merge(F.scaled_dot_product_attention(query[:, :, self.global_tokens :], key, value))  # (B, N, W)
+        x = x[:, self.global_tokens :]
+        if at is not None:
+            mixed, x = mixed[at], x[at]
+        return self.transformer.norm(_finish(last, x, mixed))
+
+
+def _heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block: (B, L, W) -> (B, H, L, h) each."""
+    attention = block.attention
+    query, key, value = rearrange(
+        attention.to_qkv(block.norm1(x)), "b l (three h d) -> three b h l d", three=3, h=attention.heads
+    )
+    return query, key, value
+
+
+def _merge(mixed: Tensor) -> Tensor:
+    return rearrange(mixed, "b h l d -> b l (h d)")
+
+
+def _finish(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a block after its attention; `x` and `mixed` have a row for each position."""
+    x = x + block.attention.to_out(mixed)
+    return x + block.mlp(block.norm2(x))

@@ -1,33 +1,36 @@
 """The order in which an image's patch tokens matter, by any score: the entropy model's, or a control's.
 
-Plain functions of tokens and of `logits`, which asks the entropy model; `TaTok.rank` is their public face.
+Plain functions of tokens and of `predict`, which asks the entropy model; `TaTok.rank` is their public face.
 
 Shapes: B images, N patch positions, K codebook entries, n positions asked for.
 """
 
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tatok_model import orders
 from tatok_model.config import BY_MODEL, KeptSetConfig
-from tatok_model.filtering import conditional_entropy, rank_in_rounds, surprisal, to_units
+from tatok_model.entropy import Read
+from tatok_model.filtering import rank_in_rounds, to_units
 from tatok_model.filtering_rules import SCORES, check_rounds
 from tatok_model.kept_sets import Wanted
+from tatok_model.predictions import read_entropy, read_surprisal
 from tatok_model.tokens import Ranking, Tokens
 
 
-class Logits(Protocol):
+class Predict(Protocol):
     """The entropy model as `TaTok` calls it."""
 
-    def __call__(self, tokens: Tokens, given_mask: Tensor, at: Tensor) -> Tensor:
-        """(n, K) at the True places of `at`, (B, N), from the codes at those of `given_mask`, (B, N)."""
+    def __call__(self, tokens: Tokens, given_mask: Tensor, at: Tensor, read: Read) -> Any:
+        """What `read` makes of q where (B, N) `at` is True, from the codes where (B, N) `given_mask` is."""
         ...
 
 
 def rank(
-    tokens: Tokens, score: str, rounds: int, logits: Logits, patch_size: int, images: Tensor | None = None
+    tokens: Tokens, score: str, rounds: int, predict: Predict, patch_size: int, images: Tensor | None = None
 ) -> Ranking:
     """Order all patch tokens of each image; arguments and errors as `TaTok.rank`."""
     batch, positions = tokens.patch_indices.shape
@@ -37,11 +40,10 @@ def rank(
     if score in ("surprisal", "entropy"):
 
         def units(placed: Tensor) -> Tensor:
-            found = logits(tokens, placed, ~placed)
-            bits = (
-                surprisal(found, tokens.patch_indices[~placed]) if score == "surprisal" else conditional_entropy(found)
-            )
-            return torch.zeros_like(tokens.patch_indices).masked_scatter(~placed, to_units(bits))
+            at = ~placed
+            true_codes = partial(read_surprisal, indices=tokens.patch_indices[at])
+            bits = predict(tokens, placed, at, true_codes if score == "surprisal" else read_entropy)
+            return torch.zeros_like(tokens.patch_indices).masked_scatter(at, to_units(bits))
 
         return Ranking(*rank_in_rounds(units, batch, positions, rounds, tokens.patch_indices.device), score, rounds)
     if rounds != 1:
@@ -65,7 +67,7 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
 
 
 def training_places(
-    tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig, logits: Logits, patch_size: int
+    tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig, predict: Predict, patch_size: int
 ) -> Tensor:
     """(B, N) int64: the place of every position in its image's ranking, 0 where no prefix of a ranking was drawn.
 
@@ -76,7 +78,7 @@ def training_places(
         images: (B, 3, H, W) floats in [0, 1].
         wanted: what was drawn for each sample.
         mix: names the order.
-        logits: the entropy model.
+        predict: the entropy model.
         patch_size: pixels.
     """
     places = torch.zeros_like(tokens.patch_indices)
@@ -87,10 +89,22 @@ def training_places(
     if mix.order not in BY_MODEL:
         order = _fixed_order(part, mix.order, patch_size, images[needed])[0]
     else:
-        at = torch.ones_like(part.kept_mask)
-        found = logits(part, ~at, at).unflatten(0, at.shape)  # (b, N, K)
-        by_entropy = wanted.by_entropy[needed][:, None]
-        bits = torch.where(by_entropy, conditional_entropy(found), surprisal(found, part.patch_indices))
+        bits = _bits_of_all(part, wanted.by_entropy[needed], predict)
         order = to_units(bits).argsort(dim=1, descending=True, stable=True)
     places[needed] = order.argsort(dim=1)
     return places
+
+
+def _bits_of_all(tokens: Tokens, by_entropy: Tensor, predict: Predict) -> Tensor:
+    """(B, N) float32 scores while nothing is given: entropy where (B,) bool `by_entropy` is True, else surprisal."""
+    at = torch.ones_like(tokens.kept_mask)
+
+    def read(hidden: Tensor, head: nn.Linear) -> Tensor:
+        bits = read_surprisal(hidden, head, tokens.patch_indices.flatten()).view(at.shape)
+        rows = by_entropy.nonzero()[:, 0]
+        return bits.index_copy(
+            0, rows, read_entropy(hidden.view(*at.shape, -1)[rows].flatten(0, 1), head).view(-1, at.shape[1])
+        )
+
+    bits: Tensor = predict(tokens, ~at, at, read)
+    return bits

@@ -17,6 +17,7 @@ patch side, n positions asked for.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -25,10 +26,10 @@ from einops import repeat
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from tatok_model import filtering
 from tatok_model.config import BY_MODEL, SIZES, KeptSetConfig, TokenizerConfig, read_config
-from tatok_model.entropy import EntropyModel
+from tatok_model.entropy import EntropyModel, Read
 from tatok_model.kept_sets import KeptSets, draw, kept_sets
+from tatok_model.predictions import read_expected, read_surprisal, read_surprisal_and_expected
 from tatok_model.quantizer import build_quantizer
 from tatok_model.ranking import rank, training_places
 from tatok_model.tokens import Tokens
@@ -132,9 +133,9 @@ class TaTok(
         fill, code_bits = None, images.new_zeros(0)
         if self.entropy_model is not None and kept_mask is None and uniforms is not None:
             at = ~given_mask
-            logits = self._logits(tokens, given_mask, at, without_globals)
-            code_bits = filtering.surprisal(logits, tokens.patch_indices[at])
-            fill = self._fill(logits.detach(), at)
+            read = self._read_bits_and_expected(tokens.patch_indices[at])
+            code_bits, expected = self._predict(tokens, given_mask, at, read, without_globals)
+            fill = self._fill(expected, at)
         elif not bool(tokens.kept_mask.all()):
             fill = self._fill_of(tokens)
         pictures = images
@@ -184,7 +185,7 @@ class TaTok(
             raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
         if not bool(tokens.kept_mask.all()):
             raise ValueError("tokens are cut already; expected every patch token to be known")
-        return replace(tokens, ranking=rank(tokens, score, rounds, self._logits, self.config.patch_size, images))
+        return replace(tokens, ranking=rank(tokens, score, rounds, self._predict, self.config.patch_size, images))
 
     @torch.no_grad()
     def code_lengths(self, tokens: Tokens, schedule: Tensor, without_globals: Tensor | None = None) -> Tensor:
@@ -202,9 +203,9 @@ class TaTok(
             at = tokens.kept_mask & (schedule == number)
             if bool(at.any()):
                 given = tokens.kept_mask & (schedule < number)
-                logits = self._logits(tokens, given, at, without_globals)
-                bits = filtering.surprisal(logits, tokens.patch_indices[at]).double()
-                total.index_add_(0, at.nonzero()[:, 0], bits)
+                read = partial(read_surprisal, indices=tokens.patch_indices[at])
+                bits = self._predict(tokens, given, at, read, without_globals)
+                total.index_add_(0, at.nonzero()[:, 0], bits.double())
         return total
 
     @torch.no_grad()
@@ -225,7 +226,7 @@ class TaTok(
         Raises:
             ValueError: this tokenizer has no entropy model.
         """
-        return self._logits(tokens, given_mask, at, without_globals).float()
+        return self._predict(tokens, given_mask, at, None, without_globals).float()
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
@@ -294,32 +295,50 @@ class TaTok(
         x = self.decoder(x)[:, self.config.global_tokens :]  # (B, N, D)
         return (unpatchify(self.to_pixels(x), self.config.patch_size) + 1) / 2  # (B, 3, H, W)
 
-    def _logits(self, tokens: Tokens, given_mask: Tensor, at: Tensor, without_globals: Tensor | None = None) -> Tensor:
-        """(n, K) logits of the entropy model; see `patch_logits`."""
+    def _predict(
+        self,
+        tokens: Tokens,
+        given_mask: Tensor,
+        at: Tensor,
+        read: Read | None = None,
+        without_globals: Tensor | None = None,
+    ) -> Any:
+        """(n, K) logits of the entropy model, or what `read` makes of them; see `patch_logits`."""
         if self.entropy_model is None or self.patch_quantizer is None:
             raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
         global_codes = self._global_quantizer.codes()[tokens.global_indices] if self.config.global_tokens else None
+        if read is not None and without_globals is None and not torch.is_grad_enabled() and _asks_all(given_mask, at):
+            codes = self.patch_quantizer.codes()
+            no_codes = codes.new_zeros(len(tokens), 0, codes.shape[1])
+            return self.entropy_model.before_any(no_codes if global_codes is None else global_codes, read)
         # Where no code is given there may be anything, also no code at all: entry 0 stands in.
         patch_codes = self.patch_quantizer.codes()[tokens.patch_indices.where(given_mask, 0)]
         if global_codes is None:
             global_codes = patch_codes[:, :0]
-        return self.entropy_model(global_codes, patch_codes, given_mask, at, without_globals)
+        return self.entropy_model(global_codes, patch_codes, given_mask, at, without_globals, read)
 
-    def _fill(self, logits: Tensor, at: Tensor) -> Tensor | None:
-        """(n, K) logits at (B, N) positions -> (B, N, D): the gated expected code where q was asked, 0 elsewhere."""
-        if not self.config.expected_fill or self.patch_quantizer is None:
+    def _read_bits_and_expected(self, indices: Tensor) -> Read:
+        """Reads (n,) surprisal of the true codes and, where the decoder fills, the (n, d) expected code vectors."""
+        codes = self.patch_quantizer.codes() if self.config.expected_fill and self.patch_quantizer else None
+        return partial(read_surprisal_and_expected, indices=indices, codes=codes)
+
+    def _fill(self, expected: Tensor, at: Tensor) -> Tensor | None:
+        """(n, d) expected codes at (B, N) positions -> (B, N, D): gated, 0 elsewhere; None: this decoder has none."""
+        if not self.config.expected_fill:
             return None
-        expected = logits.float().softmax(-1) @ self.patch_quantizer.codes()  # (n, d)
         values = self.fill_gate * self.from_expected(expected)  # (n, D)
         return values.new_zeros(*at.shape, values.shape[-1]).masked_scatter(at[..., None], values)
 
     def _fill_of(self, tokens: Tokens) -> Tensor | None:
         """What q expects where tokens are dropped, given those that are kept."""
-        if self.entropy_model is None or not self.config.expected_fill:
+        if self.entropy_model is None or self.patch_quantizer is None or not self.config.expected_fill:
             return None
+        at = ~tokens.kept_mask
         with torch.no_grad():
-            logits = self._logits(tokens, tokens.kept_mask, ~tokens.kept_mask)
-        return self._fill(logits, ~tokens.kept_mask)
+            expected = self._predict(
+                tokens, tokens.kept_mask, at, partial(read_expected, codes=self.patch_quantizer.codes())
+            )
+        return self._fill(expected, at)
 
     @torch.no_grad()
     def _draw_sets(
@@ -328,7 +347,7 @@ class TaTok(
         """Kept sets of a training step; only samples that need a ranking are ranked."""
         by_model = mix.order in BY_MODEL
         wanted = draw(uniforms, mix, filtering_now and not (by_model and self.entropy_model is None))
-        places = training_places(tokens, images, wanted, mix, self._logits, self.config.patch_size)
+        places = training_places(tokens, images, wanted, mix, self._predict, self.config.patch_size)
         # Older releases of torch keep the weights that autocast has cast here, without gradients, for the pass that
         # needs them (pytorch#112583).
         torch.clear_autocast_cache()
@@ -403,3 +422,8 @@ class TaTok(
                 f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name"
             )
         return super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
+
+
+def _asks_all(given_mask: Tensor, at: Tensor) -> bool:
+    """Whether every position is asked for while no code is given: a ranking's first round."""
+    return bool(at.all()) and not bool(given_mask.any())
