@@ -11,13 +11,12 @@ what a run costs once is told beside it, in seconds, and not in the rate.
 """
 
 import dataclasses
-import io
 import os
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,11 @@ import pyarrow.parquet as pq
 
 from pipeline.benchmarking import contenders
 from pipeline.benchmarking.photographs import HEIGHT, WIDTH, make_photographs
+from pipeline.benchmarking.shards import make_shards
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
 from pipeline.benchmarking.timing import Spread, ratio, take_turns
 from pipeline.cluster import connect
 from pipeline.config import Config, DataConfig
-from pipeline.data import preprocess as stage
 from pipeline.data.plan import make_plan, open_sources
 from pipeline.data.ranges import Work, make_part
 from pipeline.data.shards import ShardDataset
@@ -193,14 +192,7 @@ def _stage(config: Config, folder: Path) -> Callable[[Sample], Path]:
 
     def work(sample: Sample) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
-        section = dataclasses.replace(config.run, output=str(folder.parent), name=folder.name)
-        made = Run.open("preprocess", dataclasses.replace(config, data=sample.data, run=section), folder.name, False)
-        try:
-            with redirect_stderr(io.StringIO()):  # what it says is not for the reader of a benchmark
-                stage.run(made)
-        finally:
-            made.close()
-        return folder
+        return make_shards(config, sample.data, folder)
 
     return work
 

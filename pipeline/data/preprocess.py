@@ -88,7 +88,7 @@ def _make_parts(run: Run, plan: Plan, work: Work) -> tuple[list[Part], float]:
     if workers == 1 or len(plan.ranges) == 1:  # needs no Ray
         results = (make_part(task, work, workers or os.cpu_count() or 1) for task in plan.ranges)
     else:
-        results = _on_ray(connect(), plan.ranges, work)
+        results = make_on_ray(connect(), plan.ranges, work)
     parts: dict[int, Part] = {}
     made = 0
     started = time.monotonic()
@@ -103,7 +103,7 @@ def _make_parts(run: Run, plan: Plan, work: Work) -> tuple[list[Part], float]:
     return [parts[task.number] for task in plan.ranges], made / (time.monotonic() - started)
 
 
-def _on_ray(ray: Any, ranges: list[Range], work: Work) -> Iterator[tuple[Part, bool]]:
+def make_on_ray(ray: Any, ranges: list[Range], work: Work) -> Iterator[tuple[Part, bool]]:
     """Results of `make_part` as they come, from one Ray Data task per range."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
     items = [{"task": json.dumps(vars(task))} for task in ranges]
