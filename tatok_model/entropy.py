@@ -81,10 +81,9 @@ class EntropyModel(nn.Module):
             return self.to_logits(self.transformer(x)[:, self.global_tokens :][at])
         if torch.is_grad_enabled():
             return read(self.transformer(x)[:, self.global_tokens :][at], self.to_logits)
-        *blocks, last = self.transformer.blocks
-        for block in blocks:
+        for block in self._blocks[:-1]:
             x = block(x)
-        return read(self._asked(last, x, at), self.to_logits)
+        return read(self._asked(x, at), self.to_logits)
 
     @torch.no_grad()
     def before_any(self, global_codes: Tensor, read: Read) -> Any:
@@ -98,7 +97,7 @@ class EntropyModel(nn.Module):
             global_codes: (B, M, d) code vectors.
             read: of (B * N, W).
         """
-        m, (first, *others) = self.global_tokens, self.transformer.blocks
+        m, first, others = self.global_tokens, self._blocks[0], self._blocks[1:]
         open_patches = (self.open_position + self.positions[m:])[None]  # (1, N, W)
         query, key, value = _heads(first, open_patches)  # (1, H, N, h) each
         scores = (query @ key.mT).float() * key.shape[-1] ** -0.5  # (1, H, N, N)
@@ -124,7 +123,7 @@ class EntropyModel(nn.Module):
                 )  # (B, M + N, W)
             for block in others[:-1]:
                 x = block(x)
-            x = self._asked(others[-1], x, None)
+            x = self._asked(x, None)
         else:
             x = self.transformer.norm(x)
         hidden = x.expand(len(global_codes), -1, -1).flatten(0, 1)  # (B * N, W)
@@ -137,8 +136,13 @@ class EntropyModel(nn.Module):
             return known
         return torch.where(without_globals[:, None, None], self.no_globals.to(known.dtype), known)
 
-    def _asked(self, last: Block, x: Tensor, at: Tensor | None) -> Tensor:
+    @property
+    def _blocks(self) -> list[Block]:
+        return list(self.transformer.blocks)  # type: ignore[arg-type]
+
+    def _asked(self, x: Tensor, at: Tensor | None) -> Tensor:
         """What the last block and the norm make of the positions asked for: (B, M + N, W) -> (n, W), or (B, N, W)."""
+        last = self._blocks[-1]
         query, key, value = _heads(last, x)
         mixed = _merge(F.scaled_dot_product_attention(query[:, :, self.global_tokens :], key, value))  # (B, N, W)
         x = x[:, self.global_tokens :]

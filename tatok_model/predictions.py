@@ -47,7 +47,7 @@ def read_surprisal_and_expected(
         indices: (n,) int64 true codes.
         codes: (K, d) code vectors; None: d is 0.
     """
-    return _Read.apply(hidden, head.weight, head.bias, indices, codes)  # type: ignore[no-any-return]
+    return _Read.apply(hidden, head.weight, head.bias, indices, codes)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ class _Read(torch.autograd.Function):
         return (log_sums - chosen)[:, 0] / math.log(2), expected
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, indices, log_sums = ctx.saved_tensors
         scale = gradients[0][:, None].float() / math.log(2)
         to_hidden = torch.empty_like(hidden)
