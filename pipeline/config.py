@@ -307,6 +307,7 @@ class BenchmarkConfig:
     pictures: int = 1000  # preprocess, ingest, scaling's workers: JPEG files of 500x375 made for the run
     sizes: tuple[int, ...] = (1000, 10000)  # scaling: pictures over which time and memory an image should stay flat
     workers: tuple[int, ...] = (1, 2, 4)  # scaling: numbers of workers; those beyond the CPUs are left out
+    titok: str = ""  # train_step: folder with TiTok's public code (1d-tokenizer); empty: it is left out
 
     def __post_init__(self) -> None:
         _require(self.kind in BENCHMARKS, "kind", self.kind, f"one of {', '.join(BENCHMARKS)}")
