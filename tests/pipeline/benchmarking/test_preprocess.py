@@ -1,0 +1,65 @@
+"""Our stage against others: what a rate is made of, what is compared, and that all make the same pictures."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.benchmarking import preprocess
+from pipeline.benchmarking.preprocess import Contender, Sample
+from pipeline.config import DataConfig
+from pipeline.errors import BadInput, Stopped
+
+FEW, MANY = (Sample([Path(f"{number}.jpg") for number in range(count)], DataConfig()) for count in (4, 104))
+
+
+def test_a_rate_is_of_the_pictures_between_few_and_many(monkeypatch):
+    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 23.0])
+    monkeypatch.setattr(preprocess.time, "perf_counter", lambda: next(clock))
+    contender = Contender(lambda sample: sample.files, lambda files: [str(path).encode() for path in files])
+    assert contender.start(FEW) == [b"0.jpg", b"1.jpg", b"2.jpg", b"3.jpg"]
+    assert contender.rate(FEW, MANY) == 100 / (3.0 - 1.0)
+    assert (contender.first, contender.few) == (9.0, [1.0])
+
+
+def test_a_machine_that_stumbles_gives_a_lower_bound(monkeypatch):
+    clock = iter([0.0, 5.0, 10.0, 12.0])
+    monkeypatch.setattr(preprocess.time, "perf_counter", lambda: next(clock))
+    assert Contender(id).rate(FEW, MANY) == 104 / 2.0
+
+
+def test_ratios_have_their_goals_and_start_up_stands_apart():
+    names = (preprocess.OURS, preprocess.RANGES, preprocess.THREADS, preprocess.PROCESSES, preprocess.RAY_DATA)
+    everyone = {name: Contender(id, first=7.0, few=[1.0, 2.0, 3.0]) for name in names}
+    rates = dict(zip(names, ([90.0, 99.0], [100.0, 100.0], [100.0, 110.0], [90.0, 90.0], [50.0, 50.0]), strict=True))
+    found = preprocess._findings(rates, everyone, {preprocess.OURS: 0}, {})
+    told = {ratio.name: ratio for ratio in found.ratios}
+    assert told["tatok_to_threads"].spread.median == 0.9
+    assert "goal: at least 0.9, met" in told["tatok_to_threads"].row().note
+    assert told["tatok_to_ray_data"].spread.low == 1.8
+    assert found.results()["startup_seconds"] == 5.0
+    assert found.results()["largest_difference_tatok"] == 0
+    assert [line[0] for line in found.table] == ["", *names]
+
+
+def test_too_few_pictures_tell_no_rate(small, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    preprocess.check(small("preprocess", "benchmark.pictures=32"))
+    with pytest.raises(BadInput, match="benchmark.pictures is 31; expected at least 32"):
+        preprocess.check(small("preprocess", "benchmark.pictures=31"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data reads its own old settings
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_everybody_makes_the_same_pictures_and_is_timed(small, measure, ray_session):
+    config = small("preprocess", "benchmark.pictures=200")
+    run = measure(config)
+    for name in ("tatok", "its_ranges", "threads", "processes", "ray_data"):
+        low, middle, high = (run.results[f"{name}_images_per_second{end}"] for end in ("_low", "", "_high"))
+        assert 0 < low <= middle <= high
+    assert {run.results[f"largest_difference_{name}"] for name in ("tatok", "processes", "ray_data")} == {0}
+    assert "tatok_to_threads" in Path(run.outputs["report"]).read_text()
+    assert not (run.folder / "work").exists()
+    with pytest.raises(Stopped, match="measures anew"):
+        measure(config, resume=True, stop=True)
+    assert not (run.folder / "work").exists()
