@@ -304,7 +304,7 @@ class BenchmarkConfig:
     batch_size: int = 64  # the equal batch
     batch_sizes: tuple[int, ...] = (16, 64, 256)  # among which each one's best is sought
     images: int = 256  # per timing
-    pictures: int = 1000  # preprocess, ingest, scaling's workers: JPEG files of 500x375 made for the run
+    pictures: int = 2000  # preprocess, ingest, scaling's workers: JPEG files of 500x375 made for the run
     sizes: tuple[int, ...] = (1000, 10000)  # scaling: pictures over which time and memory an image should stay flat
     workers: tuple[int, ...] = (1, 2, 4)  # scaling: numbers of workers; those beyond the CPUs are left out
     titok: str = ""  # train_step: folder with TiTok's public code (1d-tokenizer); empty: it is left out

@@ -43,7 +43,7 @@ from pipeline.tracking import Tracker
 
 OURS, RANGES, THREADS, PROCESSES, RAY_DATA = "tatok", "its_ranges", "threads", "processes", "ray_data"
 GOALS = {THREADS: Goal(0.9), RAY_DATA: Goal(1.5)}
-RANGES_PER_WORKER = 8  # so that no worker waits long for the last of them
+RANGES_PER_WORKER = 16  # so that no worker waits long for the last of them
 FEW = 4  # pictures of a range in the small run, which has a range for each worker
 
 

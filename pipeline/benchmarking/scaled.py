@@ -103,10 +103,11 @@ class Tokenize:
     Args:
         config: `data.shards` and `tokenizer.checkpoint` are named.
         folder: for what is made; emptied each time.
+        pictures: of the training split to take, if it has so many.
         rows: pictures of a range.
     """
 
-    def __init__(self, config: Config, folder: Path, rows: int) -> None:
+    def __init__(self, config: Config, folder: Path, pictures: int, rows: int) -> None:
         from pipeline.pretrained import load_tokenizer
         from pipeline.tokenizing.encoding import EncodingWork
         from pipeline.tokenizing.manifest import stream_of
@@ -115,7 +116,7 @@ class Tokenize:
         tokens = dataclasses.replace(config.tokens, batch_size=min(config.tokens.batch_size, rows), flip=False, crops=0)
         self._folder = folder
         self._work = EncodingWork(folder, "", config.data.shards, stream_of(config, sha256), tokens, config.train.seed)
-        total = read_manifest(config.data.shards).splits["train"].rows
+        total = min(read_manifest(config.data.shards).splits["train"].rows, pictures)
         self._ranges = [
             Range(number, "train", number, start, min(start + rows, total), total, total)
             for number, start in enumerate(range(0, total, rows))

@@ -74,7 +74,7 @@ def _measure(run: Run, folder: Path) -> Findings:
     sizes = [_size(run, config, folder / str(size), size) for size in sorted(set(config.benchmark.sizes))]
     rates = _rates(run, config, folder / "workers")
     facts = {
-        "pictures": f"{config.benchmark.pictures} (workers), {', '.join(map(str, sorted(config.benchmark.sizes)))}",
+        "pictures": f"{config.benchmark.pictures} and {_tokenized(config)[0]} (workers), {', '.join(map(str, sorted(config.benchmark.sizes)))}",
         "made": f"{config.data.image_size} pixels, {config.data.encoding}",
         "tokenizer": f"{config.tokenizer.size}, {config.tokenizer.max_tokens} tokens, untrained, ranked by "
         f"{config.filter.score} in {config.filter.rounds}",
@@ -150,7 +150,7 @@ def _rates(run: Run, config: Config, folder: Path) -> Timings:
     config = dataclasses.replace(config, data=dataclasses.replace(data, shards=str(shards)))
     stages: dict[str, Scaled] = {
         "preprocess": Preprocess(config, folder / "preprocess"),
-        "tokenize": Tokenize(config, folder / "tokenize", rows),
+        "tokenize": Tokenize(config, folder / "tokenize", *_tokenized(config)),
     }
     rates: Timings = {}
     with progress("benchmark", len(stages) * 2 * len(workers) * (section.repeats + 1), "timings") as shown:
@@ -167,6 +167,12 @@ def _rates(run: Run, config: Config, folder: Path) -> Timings:
             rates |= take_turns({key: partial(timed, *key) for key in every}, section.repeats)
             scaled.close()
     return rates
+
+
+def _tokenized(config: Config) -> tuple[int, int]:
+    """Pictures to make tokens of, `benchmark.images` for each worker, and those of a range."""
+    pictures = config.benchmark.images * max(_workers(config))
+    return pictures, max(1, pictures // (RANGES_PER_WORKER * max(_workers(config))))
 
 
 def steady_rate(finished: Iterator[int], workers: int) -> float:
