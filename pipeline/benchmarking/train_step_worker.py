@@ -19,7 +19,6 @@ import dataclasses
 import io
 import json
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.benchmarking import titok
+from pipeline.benchmarking.clock import device_facts, now
 from pipeline.benchmarking.timing import take_turns
 from pipeline.benchmarking.train_step import BARE, GLOBAL_ONLY, LOOP, TITOK, steps_of
 from pipeline.config import Config
@@ -83,10 +83,10 @@ class BareLoop:
 
     def rate(self) -> float:
         """Images per second over one pass through the batches."""
-        started = self._now()
+        started = now(self._device)
         for images, uniforms in self._batches:
             self._step(images, uniforms)
-        return sum(len(images) for images, _ in self._batches) / (self._now() - started)
+        return sum(len(images) for images, _ in self._batches) / (now(self._device) - started)
 
     def _step(self, images: Tensor, uniforms: Tensor) -> None:
         pixels = images.float() / 255
@@ -101,11 +101,6 @@ class BareLoop:
         with torch.no_grad():
             averages: list[Tensor] = list(self._average.parameters())
             torch._foreach_lerp_(averages, list(self._plain.parameters()), 1 - self._train.ema_decay)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def work(
@@ -126,14 +121,13 @@ def work(
     turns |= {name: loop.rate for name, loop in loops.items()}
     rates = take_turns(turns, config.benchmark.repeats)
     facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": str(torch.get_num_threads()),
+        **device_facts(device),
         "steps a timing": str(len(batches)),
         "batch": str(config.benchmark.batch_size),
         "precision": "bf16" if uses_bf16(config.train.precision, device) else "float32",
         "tokenizer": f"{config.tokenizer.size}, {config.tokenizer.max_tokens} tokens",
     }
-    return {"rates": rates, "facts": facts | ({"gpu": facts["device"]} if device.type == "cuda" else {})}
+    return {"rates": rates, "facts": facts}
 
 
 def loop_rate(

@@ -1,0 +1,158 @@
+"""Images per second of encode, rank and decode: what each costs, for every batch size and number of rounds.
+
+All take turns in this process on one device, on the same noise: what they cost does not depend on what is seen. A
+tokenizer that no checkpoint names has fresh weights, for the same reason. Decoding is timed with everything kept and
+with half of the patch tokens, where q fills in what it expects.
+
+Shapes: B images of a batch, N patch positions, R rounds.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipeline.benchmarking.clock import device_facts, now
+from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
+from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.checkpoints import check_architecture
+from pipeline.config import Config
+from pipeline.devices import pick_device, uses_bf16
+from pipeline.errors import Stopped
+from pipeline.evaluation.report import format_value
+from pipeline.progress import progress
+from pipeline.run import Run
+from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from torch import Tensor
+
+    from tatok_model.tokenizer import TaTok
+
+ENCODE, DECODE, DECODE_HALF = "encode", "decode", "decode_half"
+ROUNDS = (1, 4, 8)
+COST = Goal(1.15, at_most=True)  # of encode and one-pass rank, over encode
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        BadInput: a checkpoint of another architecture, a GPU that is not there.
+    """
+    check_architecture(config)
+    if config.evaluate.device == "cuda":  # else torch need not be imported
+        pick_device("evaluate", config.evaluate.device)
+
+
+def run(run: Run) -> None:
+    """Measure, and leave `report.md` with the table.
+
+    Raises:
+        BadInput: the tokenizer cannot be used.
+        Stopped: the run was asked to stop.
+    """
+    import torch
+
+    from pipeline.pretrained import load_tokenizer
+    from tatok_model.tokenizer import TaTok
+
+    if run.config.tokenizer.checkpoint:
+        tokenizer, sha256 = load_tokenizer(run.config)
+        run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}
+    else:
+        torch.manual_seed(0)
+        tokenizer = TaTok(run.config.tokenizer.architecture())
+    device = pick_device("evaluate", run.config.evaluate.device)
+    with Tracker.start(run) as tracker:
+        publish(run, tracker, _measure(run, tokenizer.to(device).eval(), device))
+
+
+def _measure(run: Run, tokenizer: "TaTok", device: Any) -> Findings:
+    """Rates of every work at every batch size, and the ratios at the equal batch."""
+    import torch
+
+    section = run.config.benchmark
+    sizes = sorted({section.batch_size, *section.batch_sizes})
+    rates: dict[int, dict[str, list[float]]] = {}
+    with progress("benchmark", len(sizes) * (section.repeats + 1), "rounds") as shown:
+        for size in sizes:
+            batches = max(1, section.images // size)
+            works = works_of(tokenizer, noise(size, tokenizer.config.image_size, device))
+
+            def timed(work: Callable[[], Any], size: int = size, batches: int = batches) -> float:
+                if run.should_stop:
+                    raise Stopped("the benchmark was asked to stop; --resume measures anew")
+                started = now(device)
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, uses_bf16("auto", device)):
+                    for _ in range(batches):
+                        work()
+                return size * batches / (now(device) - started)
+
+            rates[size] = take_turns({name: partial(timed, work) for name, work in works.items()}, section.repeats)
+            shown.advance(section.repeats + 1)
+    facts = {
+        **device_facts(device),
+        "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.global_tokens} global tokens, "
+        f"{tokenizer.config.patch_positions} patches, {tokenizer.config.codebook_size} codes",
+        "entropy model": f"{tokenizer.config.entropy_layers} x {tokenizer.config.entropy_width}",
+    }
+    return findings(rates, section.batch_size, facts)
+
+
+def works_of(tokenizer: "TaTok", images: "Tensor") -> dict[str, Callable[[], Any]]:
+    """What is timed, by name; a tokenizer without an entropy model has nothing to rank.
+
+    Args:
+        tokenizer: on the device of the images.
+        images: (B, 3, H, W) uint8.
+    """
+    tokens = tokenizer.encode(images)
+    works: dict[str, Callable[[], Any]] = {ENCODE: lambda: tokenizer.encode(images)}
+    if tokenizer.entropy_model is not None:
+        positions = tokenizer.config.patch_positions
+        half = tokenizer.rank(tokens).cut("count", positions // 2)
+        for rounds in ROUNDS:
+            if rounds <= positions:
+                works[f"rank_{rounds}"] = partial(tokenizer.rank, tokens, rounds=rounds)
+        works[DECODE_HALF] = lambda: tokenizer.decode(half)
+    works[DECODE] = lambda: tokenizer.decode(tokens)
+    return works
+
+
+def noise(batch: int, side: int, device: Any) -> "Tensor":
+    """(B, 3, H, W) uint8, the same every time."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator).to(device)
+
+
+def findings(rates: dict[int, dict[str, list[float]]], equal: int, facts: dict[str, str]) -> Findings:
+    """What the rates say.
+
+    Args:
+        rates: images per second of every work, one a round, by batch size.
+        equal: the batch size of the ratios.
+        facts: about device and tokenizer.
+    """
+    seconds = {name: [1 / rate for rate in its] for name, its in rates[equal].items()}
+    ratios, numbers = [], {}
+    for name in [name for name in seconds if name.startswith("rank_")]:
+        both = [one + other for one, other in zip(seconds[ENCODE], seconds[name], strict=True)]
+        goal = COST if name == "rank_1" else None
+        meaning = f"encode and {name.replace('_', ' in ')} rounds, over encode"
+        ratios.append(Ratio(f"encode_{name}_over_encode", ratio(both, seconds[ENCODE]), meaning, goal))
+    whole = [name for name in (ENCODE, "rank_1", DECODE) if name in seconds]
+    total = sum(Spread.of(seconds[name]).median for name in whole)
+    for name in whole:
+        numbers[f"{name}_share"] = Spread.of(seconds[name]).median / total
+    header, lines = ["", "batch", "images/s", "lowest", "highest", "ms / image", "of encode"], []
+    for size, its in rates.items():
+        for name, values in its.items():
+            spread, encode = Spread.of(values), Spread.of(its[ENCODE])
+            numbers |= spread_results(f"{name}_images_per_second_batch{size}", spread)
+            shown = [format_value(value) for value in (spread.median, spread.low, spread.high)]
+            lines.append(
+                [name, str(size), *shown, f"{1e3 / spread.median:.3f}", f"{encode.median / spread.median:.2f}"]
+            )
+    return Findings([header, *lines], ratios, numbers, facts)
