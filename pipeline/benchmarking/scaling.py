@@ -74,7 +74,7 @@ def _measure(run: Run, folder: Path) -> Findings:
     sizes = [_size(run, config, folder / str(size), size) for size in sorted(set(config.benchmark.sizes))]
     rates = _rates(run, config, folder / "workers")
     facts = {
-        "pictures": f"{config.benchmark.pictures} and {_tokenized(config)[0]} (workers), {', '.join(map(str, sorted(config.benchmark.sizes)))}",
+        "pictures": f"{config.benchmark.pictures} to preprocess and {_tokenized(config)[0]} to tokenize (workers)",
         "made": f"{config.data.image_size} pixels, {config.data.encoding}",
         "tokenizer": f"{config.tokenizer.size}, {config.tokenizer.max_tokens} tokens, untrained, ranked by "
         f"{config.filter.score} in {config.filter.rounds}",
