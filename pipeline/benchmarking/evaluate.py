@@ -4,6 +4,7 @@ Contenders, on the same held-out pictures at the configured cut, each on as many
 - stage: Ray Data actors, as a job runs them; the rate is that of the ranges after the first, which has the start in it.
 - evaluator: what an actor does (reading, encoding, cutting, decoding, every measurement), in this process.
 - bare: encode, rank and cut where the configuration cuts, decode, features.
+- bare_with_bits: that and the entropy-coded length of what is kept, a pass of q in each coding round.
 
 Shapes: B images of a batch, H = W image side.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     from pipeline.evaluation.plan import Plan
     from tatok_model.tokenizer import TaTok
 
-STAGE, EVALUATOR, BARE = "stage", "evaluator", "bare"
+STAGE, EVALUATOR, BARE, WITH_BITS = "stage", "evaluator", "bare", "bare_with_bits"
 SHARE = Goal(0.9)
 RANGES = 4  # of the run: the rate is that of all but the first
 
@@ -134,6 +135,7 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
         STAGE: stage,
         EVALUATOR: partial(evaluator_rate, evaluator, bench),
         BARE: bare(bench, evaluator, device),
+        WITH_BITS: bare(bench, evaluator, device, bits=True),
     }
     with progress("benchmark", len(turns) * (section.repeats + 1), "timings") as shown:
 
@@ -172,6 +174,7 @@ def findings(rates: dict[str, list[float]], first: Spread, range_size: int, fact
     numbers["start_seconds"] = max(0.0, first.median - range_size / spreads[STAGE].median)
     ratios = [
         Ratio("stage_over_bare", ratio(rates[STAGE], rates[BARE]), "stage, steady, over bare computation", SHARE),
+        Ratio("stage_over_bare_with_bits", ratio(rates[STAGE], rates[WITH_BITS]), "stage over bare with coded bits"),
         Ratio("evaluator_over_bare", ratio(rates[EVALUATOR], rates[BARE]), "the same without Ray, over bare"),
     ]
     told = f"the stage takes {numbers['start_seconds']:.1f} s to start"
@@ -186,8 +189,15 @@ def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
     return bench.plan.count / (time.perf_counter() - started)
 
 
-def bare(bench: "Bench", evaluator: Any, device: Any) -> Callable[[], float]:
-    """Measures the bare computation, in images per second, with the evaluator's networks."""
+def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
+    """Measures the bare computation, in images per second, with the evaluator's networks.
+
+    Args:
+        bench: pictures and cuts.
+        evaluator: an `Evaluator`.
+        device: where its networks are.
+        bits: whether lengths are entropy-coded too.
+    """
     import numpy as np
     import torch
 
@@ -203,6 +213,8 @@ def bare(bench: "Bench", evaluator: Any, device: Any) -> Callable[[], float]:
         for part in images.split(plan.batch_size):
             batch = part.to(device)
             tokens = cuts.operating(cuts.rank(tokenizer, tokenizer.encode(batch), batch))
+            if bits:
+                cuts.bits_coded(tokenizer, tokens)
             made = to_uint8(tokenizer.decode(tokens))
             for extractor in evaluator.extractors.values():
                 extractor(made)

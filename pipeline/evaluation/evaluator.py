@@ -17,6 +17,7 @@ from pipeline.evaluation.measurements import Measurements, PerImage, Pictures, T
 from pipeline.evaluation.picture_codecs import png_bytes
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.replay import ReplayCheck, fallback_bits
+from pipeline.training.batches import read_ahead
 from tatok_model.config import TokenizerConfig
 from tatok_model.filtering_rules import UNITS
 from tatok_model.lpips import LPIPS
@@ -105,12 +106,16 @@ class Evaluator:
         self._measure_batch(self._new(), noise, np.arange(batch))
 
     def measure(self, source: ImageSource, start: int, stop: int) -> Measurements:
-        """Measure the plan's images `start` to before `stop`, batch by batch."""
+        """Measure the plan's images `start` to before `stop`; a thread reads the next batches meanwhile."""
         found = self._new()
         started = time.perf_counter()
-        for first in range(start, stop, self.plan.batch_size):
-            numbers = np.arange(first, min(first + self.plan.batch_size, stop))
-            self._measure_batch(found, source.images(self.plan.indices(numbers)), numbers)
+        batches = np.split(np.arange(start, stop), range(self.plan.batch_size, stop - start, self.plan.batch_size))
+
+        def load(number: int) -> tuple[np.ndarray, np.ndarray]:
+            return source.images(self.plan.indices(batches[number])), batches[number]
+
+        for images, numbers in read_ahead(load, 0, len(batches)):
+            self._measure_batch(found, images, numbers)
         found["totals"].merge(Totals(seconds=time.perf_counter() - started))
         return found
 
