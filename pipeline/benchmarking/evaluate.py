@@ -18,10 +18,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarking.clock import device_facts, now
+from pipeline.benchmarking.pictures import check_named, with_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, rate_table, spread_results
 from pipeline.benchmarking.timing import Spread, ratio, take_turns
 from pipeline.checkpoints import check_architecture
-from pipeline.checks import check_pictures
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
 from pipeline.data.manifest import read_manifest
@@ -29,7 +29,6 @@ from pipeline.errors import BadInput, Stopped
 from pipeline.progress import progress
 from pipeline.run import Run
 from pipeline.tracking import Tracker
-from pipeline.training.stage import with_shards
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.evaluation.bench import Bench
@@ -49,7 +48,7 @@ def check(config: Config) -> None:
     """
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_architecture(config)
-    check_pictures(config)
+    check_named(config)
 
 
 def run(run: Run) -> None:
@@ -65,7 +64,8 @@ def run(run: Run) -> None:
     from pipeline.pretrained import load_tokenizer
     from tatok_model.tokenizer import TaTok
 
-    config = with_shards(run.config)  # with one worker: a bare loop has one process too
+    config = with_pictures(run, heldout_fraction=0.5)
+    # One worker: a bare loop has one process too.
     run.config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_workers=1))
     run.inputs["shards"] = {"path": config.data.shards, "sha256": read_manifest(config.data.shards).fingerprint}
     if config.tokenizer.checkpoint:

@@ -6,6 +6,7 @@ All contenders take turns in one Ray Train worker, on the same pictures. What th
 import dataclasses
 from pathlib import Path
 
+from pipeline.benchmarking.pictures import names_pictures, with_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, rate_table, spread_results
 from pipeline.benchmarking.timing import Spread, ratio
 from pipeline.config import Config
@@ -25,7 +26,9 @@ def check(config: Config) -> None:
     Raises:
         BadInput: as training's `check`; a `benchmark.titok` that is no checkout, or no size that TiTok has.
     """
-    training.check(for_benchmark(config))
+    made = dataclasses.replace(config.data, source="samples")  # as good a name as any for pictures that will be made
+    known = config if names_pictures(config) else dataclasses.replace(config, data=made)
+    training.check(for_benchmark(known))
     if config.benchmark.titok:
         from pipeline.benchmarking import titok
 
@@ -73,7 +76,7 @@ def run(run: Run) -> None:
     """
     from pipeline.training.ray_workers import run_workers
 
-    run.config = for_benchmark(training.with_shards(run.config))
+    run.config = for_benchmark(with_pictures(run, heldout_fraction=0.1))
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint}) as tracker:

@@ -69,11 +69,11 @@ class BareLoop:
         bf16: bool,
         compiled: bool = False,
     ) -> None:
-        self._model: Any = torch.compile(model) if compiled else model
-        self._plain, self._loss_of, self._bf16 = model, loss_of, bf16
+        self._used: Any = torch.compile(model) if compiled else model
+        self.model, self._loss_of, self._bf16 = model, loss_of, bf16
         self._device = next(model.parameters()).device
         self._average = copy.deepcopy(model).requires_grad_(False)
-        self._optimizer = make_optimizer(model, config.train)
+        self.optimizer = make_optimizer(model, config.train)
         self._train = config.train
         self._batches = [(batch.images.to(self._device), batch.uniforms.to(self._device)) for batch in batches]
         q = [p for m in model.modules() if isinstance(m, EntropyModel) for p in m.parameters()]
@@ -91,16 +91,16 @@ class BareLoop:
     def _step(self, images: Tensor, uniforms: Tensor) -> None:
         pixels = images.float() / 255
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            loss = self._loss_of(self._model, pixels, uniforms)
+            loss = self._loss_of(self._used, pixels, uniforms)
         loss.backward()
         if self._train.clip_norm:
             for group in self._groups:
                 nn.utils.clip_grad_norm_(group, self._train.clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             averages: list[Tensor] = list(self._average.parameters())
-            torch._foreach_lerp_(averages, list(self._plain.parameters()), 1 - self._train.ema_decay)
+            torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - self._train.ema_decay)
 
 
 def work(
@@ -137,7 +137,7 @@ def loop_rate(
     report: Callable[[dict[str, float]], None],
 ) -> float:
     """Images per second of a short training in a folder of its own: the rate that it logs of its second half."""
-    folder = run.folder / "work"
+    folder = run.folder / "loop"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     part = Run("train", run.config, folder)

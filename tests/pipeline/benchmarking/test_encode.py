@@ -1,0 +1,73 @@
+"""Speed of encode, rank and decode on a network too small to be fast."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.benchmarking import stage
+from pipeline.benchmarking.encode import findings
+from pipeline.config import load_config
+from pipeline.errors import BadInput, Stopped
+from tatok_model.config import TokenizerConfig
+from tatok_model.tokenizer import TaTok
+
+SHAPE = {"patch_size": 8, "global_tokens": 2, "codebook_size": 16, "codebook_dim": 8, "entropy_width": 32}
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    def make(*more):
+        values = [f"tokenizer.{key}={value}" for key, value in SHAPE.items()]
+        sizes = ["benchmark.repeats=2", "benchmark.batch_size=4", "benchmark.batch_sizes=[2]", "benchmark.images=4"]
+        places = ["data.image_size=16", "tokenizer.size=nano", f"run.output={tmp_path}", "tracking.uri="]
+        return load_config("smoke", ["benchmark.kind=encode", *values, *sizes, *places, *more])
+
+    return make
+
+
+@pytest.fixture
+def bench(carry_out):
+    return lambda config, **how: carry_out("benchmark", stage, config, stage.default_name(config), **how)
+
+
+def test_every_work_is_timed_at_every_batch(bench, config_of):
+    run = bench(config_of())
+    for work in ("encode", "rank_1", "rank_4", "decode", "decode_half"):
+        for size in (2, 4):
+            assert run.results[f"{work}_images_per_second_batch{size}"] > 0
+    assert "rank_8_images_per_second_batch4" not in run.results  # of 4 positions
+    assert run.results["encode_rank_1_over_encode"] > 1
+    shares = [run.results[f"{work}_share"] for work in ("encode", "rank_1", "decode")]
+    assert sum(shares) == pytest.approx(1)
+    assert "goal: at most 1.15" in Path(run.outputs["report"]).read_text()
+
+
+def test_a_tokenizer_without_patch_tokens_has_nothing_to_rank(bench, config_of):
+    found = bench(config_of("tokenizer.patch_tokens=false")).results
+    assert not [name for name in found if "rank" in name]
+    assert found["encode_share"] + found["decode_share"] == pytest.approx(1)
+
+
+def test_a_checkpoint_is_what_is_timed(bench, config_of, tmp_path):
+    TaTok(TokenizerConfig(16, size="nano", **SHAPE)).save_pretrained(tmp_path / "tokenizer")
+    run = bench(config_of(f"tokenizer.checkpoint={tmp_path}/tokenizer"))
+    assert len(run.inputs["tokenizer"]["sha256"]) == 64
+
+
+def test_the_ratio_is_of_seconds_round_by_round():
+    rates = {4: {"encode": [10.0, 20.0], "rank_1": [40.0, 100.0], "decode": [10.0, 20.0]}}
+    found = findings(rates, 4, {})
+    assert found.results()["encode_rank_1_over_encode_low"] == pytest.approx(1.2)
+    assert found.results()["encode_rank_1_over_encode_high"] == pytest.approx(1.25)
+
+
+def test_a_stop_ends_it(bench, config_of):
+    with pytest.raises(Stopped, match="measures anew"):
+        bench(config_of(), stop=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused(bench, config_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="evaluate.device is 'cuda'"):
+        bench(config_of("evaluate.device=cuda"))
