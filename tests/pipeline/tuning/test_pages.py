@@ -16,11 +16,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
+TRIALS, BY = "tags.stage = 'trial'", "metrics.`objective`"  # what one types to see trials, best first
 SECONDS = 240  # for a page to show what it should
+ENTER, ESCAPE = "\ue007", "\ue00c"  # keys of the WebDriver protocol
 SWITCHES = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--window-size=1500,1300",
     "--disable-background-networking", "--disable-sync", "--disable-component-update",
@@ -67,11 +70,18 @@ class Browser:
         """On what a JavaScript expression finds, once it is there."""
         self.wait(f"const found = {element}; found?.click(); return Boolean(found)", what)
 
+    def choose(self, number: int, text: str) -> None:
+        """An entry of the page's list of that number, from 0, by its name."""
+        elements = self._ask(f"{self._session}/elements", {"using": "css selector", "value": "input[role=combobox]"})
+        (element,) = elements[number].values()
+        self._ask(f"{self._session}/element/{element}/value", {"text": text + ENTER + ESCAPE})
+
     def keep(self, name: str) -> None:
         """The picture for docs/, where one is wanted."""
         if folder := os.environ.get("TATOK_SCREENSHOTS"):
-            for label in ("Close", "Toggle sidebar"):  # MLflow's assistant, which takes a fourth of the page, and menus
-                self.run(f"document.querySelector('button[aria-label=\"{label}\"]')?.click()")
+            self.run("document.querySelector('button[aria-label=\"Close\"]')?.click()")  # the assistant: a fourth of it
+            hide = "style.textContent = '.modebar-container {display: none}'"  # there without a mouse on the chart, too
+            self.run(f"const style = document.createElement('style'); {hide}; document.head.append(style)")
             time.sleep(5)  # for charts to be drawn
             picture = self._ask(f"{self._session}/screenshot", method="GET")
             (Path(folder) / name).write_bytes(base64.b64decode(picture))
@@ -179,12 +189,18 @@ def test_children_are_compared_by_curves_and_parameters_that_bear_their_names(br
         browser.click(row(name, "input.ag-checkbox-input"), name)
     browser.click("document.querySelector('[data-testid=runs-compare-button]')", "Compare")
     browser.wait_for("Comparing 3 Runs", *names, "tokenizer.global_tokens", "curve/psnr", "objective")
+    browser.click("[...document.querySelectorAll('button')].find(one => one.innerText === 'Clear All')", "Clear All")
+    browser.choose(0, "tokenizer.global_tokens")
+    browser.choose(1, "objective")
+    browser.run("document.querySelectorAll('button[role=switch]').forEach(one => one.click())")  # Show diff only
+    browser.wait("return document.querySelector('.parcoords')", "a plot of the choice")
     browser.keep("sweep_compare.png")
-    browser.open(f"{runs}?compareRunsMode=CHART")
+    browser.open(f"{runs}?compareRunsMode=CHART&searchFilter={quote(TRIALS)}&orderByKey={quote(BY)}&orderByAsc=false")
+    browser.wait_for("3 matching runs")  # sorted by a metric, runs are not folded into their parents
     cards = "[...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')]"
     card = f"{cards}.find(card => card.innerText.startsWith('curve/psnr'))"
     lines = f"new Set([...{card}?.querySelectorAll('path.js-line') ?? []].map(line => line.getAttribute('d')))"
-    browser.wait(f"{card}?.scrollIntoView(); return {lines}.size === 3", "a line for each trial")
+    browser.wait(f"{card}?.scrollIntoView({{block: 'center'}}); return {lines}.size === 3", "a line for each trial")
     legend = browser.run(f"return {card}.innerText")
     assert [name for name in names if f"{name} (curve/psnr)" in legend] == names
     browser.keep("sweep_curves.png")
