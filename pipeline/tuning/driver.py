@@ -87,8 +87,13 @@ class Driver:
 
     def ended(self, number: int, outcome: str, reason: str) -> None:
         """How a trial ended, from Tune's thread, before it asks for the next one."""
-        trial = self._taken[number]
-        self._queue.learn(trial, self._loss(trial) if outcome == "finished" else None)
+        trial, loss = self._taken[number], None
+        if outcome == FINISHED:
+            try:
+                loss = self._loss(trial)
+            except BadInput as error:  # what it left cannot be read
+                outcome, reason = FAILED, str(error)
+        self._queue.learn(trial, loss)
         self._events.put((trial, outcome, reason))
 
     def _work_here(self) -> None:
@@ -100,7 +105,7 @@ class Driver:
         number, task = given
         try:
             work(task)
-            self.ended(number, "finished", "")
+            self.ended(number, FINISHED, "")
         except (Exception, KeyboardInterrupt) as problem:  # noqa: BLE001 - recorded as the trial's
             self.ended(number, *outcome_of(problem).values())
         self._look(1)
@@ -130,16 +135,17 @@ class Driver:
                 child.look()
 
     def _close(self, trial: Trial, outcome: str, reason: str) -> None:
-        child = self._children.pop(trial.number)
+        child = self._children[trial.number]
         self._seconds.append(time.monotonic() - self._began[trial.number])
         if outcome == "interrupted":
             self._interrupted = True
             child.leave()  # the ledger still says that it runs: a resumed sweep goes on with it
-            return
-        if outcome == FINISHED:
-            child.measured()
-        child.close(outcome, reason)
-        self.ledger.end(trial.number, outcome, reason)
+        else:
+            if outcome == FINISHED:
+                child.measured()
+            child.close(outcome, reason)
+            self.ledger.end(trial.number, outcome, reason)
+        del self._children[trial.number]
 
     def _say(self, what: str, at_once: int) -> None:
         done, running = len(self.ledger.of(FINISHED, FAILED, STOPPED)), len(self._children)

@@ -144,6 +144,7 @@ def _register(run: Run, plan: Plan, best: Trial, config: Config, tracker: Tracke
     example = pictures.images(list(range(min(EXAMPLES, len(pictures)))))
     shutil.rmtree(model, ignore_errors=True)
     save_pyfunc(model, champion.__name__, data, example, champion.load(data).predict(example))
+    shutil.rmtree(data)  # the model holds a copy
     run.outputs["champion"] = str(model)
     name = run.config.sweep.register
     tracker.register(model, name, ALIAS)

@@ -44,7 +44,7 @@ def check(config: Config) -> None:
         curve_of(Path(config.sweep.control))
     if config.sweep.scheduler == "asha":
         _check_asha(config)
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         configs = [plan.config_of(trial) for trial in plan.samples()]
         find_room(configs, plan.total, os.cpu_count() or 1, 0)
     check_answers(config)

@@ -97,6 +97,14 @@ def test_a_trial_that_fails_or_is_stopped_is_recorded_with_its_reason_and_ends_n
     assert "- trial-00-global_tokens-2: failed: out of memory" in (tmp_path / "sweep" / "table.md").read_text()
 
 
+def test_a_trial_that_leaves_no_curve_has_failed(sweep, fake_tune, tmp_path):
+    fake_tune.acts[1] = ("finished", "")  # and nothing in its folder
+    assert sweep().results["trials_finished"] == 2
+    failed = summary(tmp_path / "sweep" / "trial-01-global_tokens-4")
+    assert failed["status"] == "failed"
+    assert "holds no summary.json" in failed["error"]
+
+
 def test_a_sweep_of_which_no_trial_finishes_fails_with_their_reasons(sweep, fake_tune):
     fake_tune.acts |= dict.fromkeys(range(3), ("failed", "out of memory"))
     with pytest.raises(RuntimeError, match="no trial finished; trial-00-global_tokens-2: out of memory; trial-01"):
