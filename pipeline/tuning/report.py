@@ -15,7 +15,7 @@ from pipeline.evaluation.report import columns
 from pipeline.paths import write_atomically
 from pipeline.tuning.ledger import Entry
 from pipeline.tuning.objective import LESS_IS_BETTER, Point, best_cut, budget, leading
-from pipeline.tuning.plan import Plan, Trial
+from pipeline.tuning.plan import CHECKPOINT, Plan, Trial
 
 HEADER = (
     "trial",
@@ -112,8 +112,9 @@ def best_config(plan: Plan, trial: Trial, points: list[Point]) -> Config:
 def write_best(folder: Path, config: Config, trial: Trial, said: str) -> Path:
     """Write `best.yaml`."""
     path = folder / "best.yaml"
+    job = "evaluate" if trial.values.get(CHECKPOINT) else "train"  # what there is would be fine-tuned by train
     head = (
-        f"# The best of a sweep: {trial.name}, {said}.\n#\n#     python jobs/train.py {path}\n#\n"
+        f"# The best of a sweep: {trial.name}, {said}.\n#\n#     python jobs/{job}.py {path}\n#\n"
         "# Expected: the numbers of its trial; data.shards are the sweep's.\n"
     )
     write_atomically(path, (head + config.to_yaml()).encode())

@@ -12,6 +12,8 @@ from pipeline.run import Run
 from pipeline.tuning import stage
 from pipeline.tuning.ledger import Ledger
 from pipeline.tuning.plan import Plan
+from tatok_model.config import TokenizerConfig
+from tatok_model.tokenizer import TaTok
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def test_a_sweep_leaves_a_row_for_each_trial_and_threshold_and_the_best_configur
     assert run.results["best_objective"] == 22 + 4  # at 12 tokens
     best = load_config(run.outputs["best"])
     assert best.tokenizer.global_tokens == 8
+    assert "python jobs/train.py" in Path(run.outputs["best"]).read_text()
     assert best.filter.threshold == pytest.approx(0.74)
     assert best.sweep.kind == "thresholds"
     assert best.run.output == str(tmp_path)
@@ -66,6 +69,19 @@ def test_a_sweep_leaves_a_row_for_each_trial_and_threshold_and_the_best_configur
     assert "trial-02-global_tokens-8, PSNR 26.00 dB at 12 tokens" in page
     assert page.count("| trial-") == 18
     assert Path(run.outputs["rate_distortion"]).stat().st_size > 10_000
+
+
+def test_checkpoints_are_measured_as_they_are_and_the_best_one_is_named(sweep, tmp_path):
+    for name, tokens in (("a", 2), ("b", 8)):
+        config = TokenizerConfig(32, 8, "nano", tokens, codebook_size=16, codebook_dim=4)
+        TaTok(config).save_pretrained(tmp_path / name / "checkpoint")
+    paths = f"[{tmp_path / 'a'}, {tmp_path / 'b' / 'checkpoint'}]"
+    run = sweep("sweep.kind=thresholds", "sweep.space={}", f"sweep.checkpoints={paths}")
+    rows = list(csv.DictReader((tmp_path / "sweep" / "table.csv").read_text().splitlines()))
+    assert {(row["trial"], row["global_tokens"]) for row in rows} == {("trial-00-a", "2"), ("trial-01-b", "8")}
+    text = Path(run.outputs["best"]).read_text()
+    assert "python jobs/evaluate.py" in text  # train would go on with it
+    assert load_config(run.outputs["best"]).tokenizer.checkpoint == str(tmp_path / "b" / "checkpoint")
 
 
 def test_a_trial_shows_its_training_and_its_curve_over_tokens(sweep, tmp_path):
