@@ -1,8 +1,9 @@
 """Pictures per second of our preprocess stage, against the same work without it.
 
 All contenders read the same JPEG files of 500x375 pixels, made for the run, with as many workers as there are CPUs, and
-take turns. In every round each works on a few pictures and on many; the steady rate is that of the pictures in between:
-what a run costs once is told beside it, in seconds, and not in the rate.
+take turns. The steady rate leaves out what a run costs once, which is told beside it, in seconds. Of those who leave
+ranges behind it is counted from when each worker has finished one; the others work on a few pictures and on many in
+every round, and it is that of the pictures in between.
 
 - tatok: the stage as a job runs it, from the listing of the source to manifest.json, on Ray.
 - its_ranges: the same ranges (checks, split, shard files, checksums) in plain processes, without Ray.
@@ -11,6 +12,7 @@ what a run costs once is told beside it, in seconds, and not in the rate.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -28,11 +30,11 @@ from pipeline.benchmarking import contenders
 from pipeline.benchmarking.photographs import HEIGHT, WIDTH, make_photographs
 from pipeline.benchmarking.shards import make_shards
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.benchmarking.timing import Spread, ratio, steady_rate, take_turns
 from pipeline.cluster import connect
 from pipeline.config import Config, DataConfig
 from pipeline.data.plan import make_plan, open_sources
-from pipeline.data.ranges import Work, make_part
+from pipeline.data.ranges import Work, make_part, part_from_dict
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation.report import format_value
@@ -66,8 +68,9 @@ class Contender:
 
     work: Callable[[Sample], Any]
     pictures: Callable[[Any], list[bytes]] | None = None  # of what `work` gave back, in the order of the files' names
+    finished: Callable[[Any], list[tuple[float, int]]] | None = None  # likewise, when ranges were done and their sizes
     first: float = 0.0  # seconds of the first call, with a few pictures: what is started and imported is in it
-    few: list[float] = field(default_factory=list)  # seconds with a few pictures in each later call
+    own: list[float] = field(default_factory=list)  # seconds of each later call beside those of its pictures
 
     def start(self, few: Sample) -> list[bytes]:
         """Call it for the first time; gives back the pictures."""
@@ -75,12 +78,17 @@ class Contender:
         return self.pictures(made) if self.pictures else []
 
     def rate(self, few: Sample, many: Sample) -> float:
-        """Pictures per second of those that `many` has beyond `few`."""
-        seconds = [_timed(self.work, sample)[1] for sample in (few, many)]
-        self.few.append(seconds[0])
-        if seconds[1] <= seconds[0]:  # a machine that stumbled: the whole run is a lower bound of the rate
-            return len(many.files) / seconds[1]
-        return (len(many.files) - len(few.files)) / (seconds[1] - seconds[0])
+        """Pictures per second, without what a run costs once."""
+        made, seconds = _timed(self.work, many)
+        if self.finished:
+            rate = steady_rate(self.finished(made), _cpus())
+        else:
+            _, start = _timed(self.work, few)
+            # Where a machine stumbles, the whole run is a lower bound of the rate.
+            between = len(many.files) - len(few.files)
+            rate = between / (seconds - start) if seconds > start else len(many.files) / seconds
+        self.own.append(max(seconds - len(many.files) / rate, 0.0))
+        return rate
 
 
 def check(config: Config) -> None:
@@ -119,8 +127,8 @@ def _measure(run: Run, folder: Path) -> Findings:
         thread_pool = stack.enter_context(contenders.threads(workers))
         process_pool = stack.enter_context(contenders.processes(workers))
         everyone = {
-            OURS: Contender(_stage(run.config, folder / "runs"), _stored),
-            RANGES: Contender(_ranges(process_pool, folder / "ranges")),
+            OURS: Contender(_stage(run.config, folder / "runs"), _stored, _finished),
+            RANGES: Contender(_ranges(process_pool, folder / "ranges"), finished=_finished),
             THREADS: _bare(thread_pool),
             PROCESSES: _bare(process_pool),
             RAY_DATA: _documented(folder / "ray"),
@@ -137,7 +145,7 @@ def _measure(run: Run, folder: Path) -> Findings:
 
             turns = {name: partial(timed, contender) for name, contender in everyone.items()}
             rates = take_turns(turns, section.repeats)
-    return _findings(rates, everyone, _differences(started), _facts(run.config, few, many, workers))
+    return _findings(rates, everyone, _differences(started), _facts(run.config, many, workers))
 
 
 def _findings(
@@ -147,7 +155,7 @@ def _findings(
     numbers: dict[str, float] = {}
     table = [["", "images/s", "lowest", "highest", f"{OURS} / it", "first run s", "a run's own s"]]
     for name, spread in spreads.items():
-        own = Spread.of(everyone[name].few).median
+        own = Spread.of(everyone[name].own).median
         numbers |= spread_results(f"{name}_images_per_second", spread)
         numbers |= {f"{name}_first_run_seconds": everyone[name].first, f"{name}_own_seconds": own}
         values = (spread.median, spread.low, spread.high, spreads[OURS].median / spread.median)
@@ -168,12 +176,11 @@ def _findings(
     return Findings(table, ratios, numbers | {"startup_seconds": start}, facts, conclusion)
 
 
-def _facts(config: Config, few: Sample, many: Sample, workers: int) -> dict[str, str]:
+def _facts(config: Config, many: Sample, workers: int) -> dict[str, str]:
     data = many.data
     size = sum(path.stat().st_size for path in many.files) / len(many.files)
     return {
-        "pictures": f"{len(many.files)} JPEG files of {WIDTH}x{HEIGHT}, {size / 1000:.0f} KB on average, "
-        f"less {len(few.files)} of the small run",
+        "pictures": f"{len(many.files)} JPEG files of {WIDTH}x{HEIGHT}, {size / 1000:.0f} KB on average",
         "made": f"{data.image_size} pixels, {data.encoding}, {data.rows_per_shard} rows a shard",
         "workers": f"{workers}, as many as CPUs",
         "repeats": str(config.benchmark.repeats),
@@ -206,10 +213,20 @@ def _stored(folder: Path) -> list[bytes]:
     return [found[name] for name in sorted(found)]
 
 
-def _ranges(pool: Executor, folder: Path) -> Callable[[Sample], None]:
-    """What the stage's tasks do, handed to plain processes."""
+def _finished(folder: Path) -> list[tuple[float, int]]:
+    """When each range was done, which is when its part was written, and how many pictures it had; in that order."""
+    seen = []
+    for path in (folder / "parts").glob("*.json"):
+        part = part_from_dict(json.loads(path.read_bytes()))
+        rows = sum(shard.rows for shard in part.shards.values()) + len(part.rejected)
+        seen.append((path.stat().st_mtime, rows))
+    return sorted(seen)
 
-    def work(sample: Sample) -> None:
+
+def _ranges(pool: Executor, folder: Path) -> Callable[[Sample], Path]:
+    """What the stage's workers do, handed to plain processes; gives the folder back."""
+
+    def work(sample: Sample) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("shards", "parts"):
             (folder / name).mkdir(parents=True)
@@ -217,6 +234,7 @@ def _ranges(pool: Executor, folder: Path) -> Callable[[Sample], None]:
         plan = make_plan(sources, sample.data)
         shared = Work(folder, plan.key, plan.classes, [source.without_listing() for source in sources], sample.data)
         list(pool.map(make_part, plan.ranges, [shared] * len(plan.ranges)))
+        return folder
 
     return work
 

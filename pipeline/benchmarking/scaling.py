@@ -21,7 +21,7 @@ from pipeline.benchmarking.photographs import make_photographs
 from pipeline.benchmarking.scaled import Preprocess, Scaled, Tokenize
 from pipeline.benchmarking.shards import make_shards, run_quietly
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.benchmarking.timing import Spread, ratio, steady_rate, take_turns
 from pipeline.config import Config, DataConfig
 from pipeline.data.preprocess import check as check_preprocess
 from pipeline.errors import BadInput, Stopped
@@ -158,7 +158,8 @@ def _rates(run: Run, config: Config, folder: Path) -> Timings:
         def timed(stage: str, contender: str, number: int) -> float:
             _go_on(run)
             scaled = stages[stage]
-            rate = steady_rate((scaled.ours if contender == OURS else scaled.plain)(number), number)
+            ranges = (scaled.ours if contender == OURS else scaled.plain)(number)
+            rate = steady_rate([(time.perf_counter(), pictures) for pictures in ranges], number)
             shown.advance(1)
             return rate
 
@@ -173,18 +174,6 @@ def _tokenized(config: Config) -> tuple[int, int]:
     """Pictures to make tokens of, `benchmark.images` for each worker, and those of a range."""
     pictures = config.benchmark.images * max(_workers(config))
     return pictures, max(1, pictures // (RANGES_PER_WORKER * max(_workers(config))))
-
-
-def steady_rate(finished: Iterator[int], workers: int) -> float:
-    """Pictures per second from when each of the workers has finished a range.
-
-    Args:
-        finished: pictures of each range, as ranges finish; more ranges than workers.
-        workers: that share them.
-    """
-    seen = [(time.perf_counter(), pictures) for pictures in finished]
-    begun = workers - 1  # the range whose end starts the clock
-    return sum(pictures for _, pictures in seen[begun + 1 :]) / (seen[-1][0] - seen[begun][0])
 
 
 def _findings(rates: Timings, sizes: list[Size], facts: dict[str, str]) -> Findings:

@@ -37,6 +37,17 @@ def take_turns(contenders: Mapping[K, Callable[[], float]], repeats: int) -> dic
     return found
 
 
+def steady_rate(finished: list[tuple[float, int]], workers: int) -> float:
+    """Pictures per second from when each of the workers has finished a range: starting them is not in it.
+
+    Args:
+        finished: when a range was done, in seconds, and its pictures; in order, more of them than workers.
+        workers: that share the ranges.
+    """
+    begun = workers - 1  # the range whose end starts the clock
+    return sum(pictures for _, pictures in finished[begun + 1 :]) / (finished[-1][0] - finished[begun][0])
+
+
 def ratio(ours: list[float], others: list[float]) -> Spread:
     """Ours over another's, round by round: what slowed a whole round down is in both.
 

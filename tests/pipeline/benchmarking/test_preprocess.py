@@ -13,23 +13,32 @@ FEW, MANY = (Sample([Path(f"{number}.jpg") for number in range(count)], DataConf
 
 
 def test_a_rate_is_of_the_pictures_between_few_and_many(monkeypatch):
-    clock = iter([0.0, 9.0, 10.0, 11.0, 20.0, 23.0])
+    clock = iter([0.0, 9.0, 10.0, 13.0, 20.0, 21.0])
     monkeypatch.setattr(preprocess.time, "perf_counter", lambda: next(clock))
     contender = Contender(lambda sample: sample.files, lambda files: [str(path).encode() for path in files])
     assert contender.start(FEW) == [b"0.jpg", b"1.jpg", b"2.jpg", b"3.jpg"]
     assert contender.rate(FEW, MANY) == 100 / (3.0 - 1.0)
-    assert (contender.first, contender.few) == (9.0, [1.0])
+    assert (contender.first, contender.own) == (9.0, [pytest.approx(3.0 - 104 / 50)])
 
 
 def test_a_machine_that_stumbles_gives_a_lower_bound(monkeypatch):
-    clock = iter([0.0, 5.0, 10.0, 12.0])
+    clock = iter([0.0, 2.0, 10.0, 15.0])
     monkeypatch.setattr(preprocess.time, "perf_counter", lambda: next(clock))
     assert Contender(id).rate(FEW, MANY) == 104 / 2.0
 
 
+def test_a_rate_of_ranges_is_counted_from_when_every_worker_has_finished_one(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    clock = iter([0.0, 12.0])
+    monkeypatch.setattr(preprocess.time, "perf_counter", lambda: next(clock))
+    contender = Contender(lambda sample: [(6.0, 26), (7.0, 26), (9.0, 26), (11.0, 26)], finished=list)
+    assert contender.rate(FEW, MANY) == 52 / 4.0
+    assert contender.own == [12.0 - 104 / 13.0]
+
+
 def test_ratios_have_their_goals_and_start_up_stands_apart():
     names = (preprocess.OURS, preprocess.RANGES, preprocess.THREADS, preprocess.PROCESSES, preprocess.RAY_DATA)
-    everyone = {name: Contender(id, first=7.0, few=[1.0, 2.0, 3.0]) for name in names}
+    everyone = {name: Contender(id, first=7.0, own=[1.0, 2.0, 3.0]) for name in names}
     rates = dict(zip(names, ([90.0, 99.0], [100.0, 100.0], [100.0, 110.0], [90.0, 90.0], [50.0, 50.0]), strict=True))
     found = preprocess._findings(rates, everyone, {preprocess.OURS: 0}, {})
     told = {ratio.name: ratio for ratio in found.ratios}

@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.benchmarking import scaling
-from pipeline.benchmarking.scaling import OURS, PLAIN, Size, steady_rate
+from pipeline.benchmarking.scaling import OURS, PLAIN, Size
 from pipeline.errors import BadInput, Stopped
-
-
-def test_the_clock_runs_from_when_every_worker_has_finished_a_range(monkeypatch):
-    clock = iter([3.0, 4.0, 5.0, 6.0])
-    monkeypatch.setattr(scaling.time, "perf_counter", lambda: next(clock))
-    assert steady_rate(iter([10, 10, 20, 30]), 2) == 50 / 2.0
 
 
 def test_efficiency_is_against_as_many_single_workers_and_growth_is_for_a_picture():

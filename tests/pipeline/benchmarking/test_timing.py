@@ -1,4 +1,4 @@
-from pipeline.benchmarking.timing import Spread, take_turns
+from pipeline.benchmarking.timing import Spread, steady_rate, take_turns
 
 
 def test_contenders_take_turns_after_one_call_each_to_warm_up():
@@ -19,3 +19,8 @@ def test_contenders_take_turns_after_one_call_each_to_warm_up():
 def test_a_spread_is_the_median_with_its_extremes():
     assert Spread.of([3.0, 1.0, 10.0]) == Spread(3.0, 1.0, 10.0)
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_the_clock_runs_from_when_every_worker_has_finished_a_range():
+    assert steady_rate([(3.0, 10), (4.0, 10), (5.0, 20), (6.0, 30)], workers=2) == 50 / 2.0
+    assert steady_rate([(3.0, 10), (5.0, 20)], workers=1) == 20 / 2.0
