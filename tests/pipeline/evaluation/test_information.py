@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput
@@ -18,20 +18,31 @@ from tatok_model.tokens import Tokens
 PLACES = np.arange(12)
 
 
+def predicting(logits: Any) -> Any:
+    """`TaTok._predict` of given logits, of 16 codes: what reads them is told of a head that changes nothing."""
+    same = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+    nn.init.eye_(same.weight)
+
+    def predict(tokens: Tokens, given: Tensor, at: Tensor, read: Any, without_globals: Tensor | None = None) -> Any:
+        return read(logits(tokens, given, at), same)
+
+    return predict
+
+
 def planted(tokenizer: TaTok, monkeypatch: pytest.MonkeyPatch, bits: Any) -> TaTok:
     """The tokenizer with an entropy model under which true codes cost `bits(global_indices, given)` each, (B,)."""
     model = TaTok(tokenizer.config)
     model.load_state_dict(tokenizer.state_dict())
     model.eval()
 
-    def logits(tokens: Any, given: Tensor, at: Tensor, without_globals: Tensor | None = None) -> Tensor:
+    def logits(tokens: Tokens, given: Tensor, at: Tensor) -> Tensor:
         wanted = bits(tokens.global_indices, given)[:, None].expand(at.shape)[at]  # (n,)
         true = tokens.patch_indices[at]
         p = 2.0 ** -wanted.double()
         q = ((1 - p) / 15)[:, None].expand(-1, 16).clone()
         return q.scatter(1, true[:, None], p[:, None]).log()
 
-    monkeypatch.setattr(model, "_logits", logits)
+    monkeypatch.setattr(model, "_predict", predicting(logits))
     return model
 
 
@@ -73,9 +84,9 @@ class Enumerated:
         return Tokens(globals_, patches, torch.ones_like(patches, dtype=torch.bool))
 
     def exact(self, sees_globals: bool) -> Any:
-        """The true conditional distribution as `TaTok._logits`; what cannot be costs 40 bits."""
+        """The true conditional distribution in logits; what cannot be costs 40 bits."""
 
-        def logits(tokens: Tokens, given: Tensor, at: Tensor, without_globals: Tensor | None = None) -> Tensor:
+        def logits(tokens: Tokens, given: Tensor, at: Tensor) -> Tensor:
             q = torch.full((len(given), 16), 1 / 16, dtype=torch.float64)
             if sees_globals:
                 palette = tokens.global_indices[:, :1]
@@ -92,8 +103,8 @@ def test_known_entropies_redundancy_and_mutual_information_are_found(
 ) -> None:
     world = Enumerated()
     monkeypatch.setattr(tokenizer, "encode", world.encode)
-    monkeypatch.setattr(tokenizer, "_logits", world.exact(sees_globals=True))
-    monkeypatch.setattr(blind_weights, "_logits", world.exact(sees_globals=False))
+    monkeypatch.setattr(tokenizer, "_predict", predicting(world.exact(sees_globals=True)))
+    monkeypatch.setattr(blind_weights, "_predict", predicting(world.exact(sees_globals=False)))
     found = measure_information(tokenizer, blind_weights, world, np.arange(16), 5)
     known = {
         "sum_h_ci_given_g_bits": 16,
@@ -136,7 +147,7 @@ def test_global_tokens_of_another_image_tell_nothing(
         return torch.where((global_indices == torch.tensor(first)).all(1), 2.0, 3.0)
 
     model = planted(tokenizer, monkeypatch, bits)
-    monkeypatch.setattr(blind_weights, "_logits", model._logits)
+    monkeypatch.setattr(blind_weights, "_predict", model._predict)
     found = measure_information(model, blind_weights, heldout, PLACES[:4], 4)
     # Whose global tokens are used changes who is cheap, not how many are: the mean stays.
     assert found["information_mutual_null_bits"] == pytest.approx(0, abs=1e-6)
