@@ -18,12 +18,17 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3000)]
 HEADING = "## On a cluster"
 SECONDS = 1500  # for a command, the demo's training among them
-AGENT = 52365  # port of the agent that takes jobs, which listens only after `ray start --head` has returned
 
 
 def answers(port: int) -> bool:
     with socket.socket() as attempt:
         return attempt.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def wait_for(port: int, seconds: float = 200) -> None:
@@ -56,9 +61,11 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def run(repository: Path, folder: Path):
     """Runs a command in the checkout as somebody who has set the README's variables; returns what it said."""
-    for port in (6379, 8265, AGENT):
+    for port in (6379, 8265):
         if answers(port):
             pytest.skip(f"needs port {port}, which `ray start` takes, and which is taken here")
+    from ray.util import get_node_ip_address  # `ray start --head` prints it
+
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -66,7 +73,7 @@ def run(repository: Path, folder: Path):
         "RAY_TMPDIR": str(folder),
         "RAY_raylet_start_wait_time_s": "120",
         "SHARED": str(folder / "shared"),
-        "HEAD": socket.gethostbyname(socket.gethostname()),
+        "HEAD": get_node_ip_address(),
         "PRESET": "smoke",
     }
 
@@ -85,9 +92,17 @@ def test_the_commands_run_as_they_stand_there(commands, run, folder):
     said = {}
     for command in commands[1:]:
         begun = time.monotonic()
-        said[command] = run(f"{commands[0]}\n{command}")
-        if "--head" in command:  # or the second node's agent may take the port, on this one machine
-            wait_for(AGENT)
+        if " ray start " in command:
+            # On one machine each node needs what is its own on two: the port of the agent that takes jobs, and a folder
+            # for the copies of working directories, which nodes otherwise take away from each other's jobs.
+            port = free_port()
+            own = f"--dashboard-agent-listen-port={port}"
+            if "--head" not in command:
+                own += f" --temp-dir={folder}/second"
+            said[command] = run(f"{commands[0]}\n{command} {own}")
+            wait_for(port)  # it comes after `ray start` has returned
+        else:
+            said[command] = run(f"{commands[0]}\n{command}")
         print(f"{time.monotonic() - begun:.0f} s: {command}")
     doctor, train, evaluate, bare = (text for command, text in said.items() if command.startswith("ray job submit"))
     assert "nodes      2 nodes" in doctor
