@@ -85,6 +85,7 @@ def run_tune(config: Config, folder: Path, total: int, at_once: int, take: Take,
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its state is not used
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one announces an experiment whatever `verbose` is
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would miss the files that are switched off above
+    _make_actors_of_ray_data()
     tuner = tune.Tuner(
         tune.with_resources(in_tune, tune.PlacementGroupFactory([SHARE])),
         tune_config=tune.TuneConfig(
@@ -104,6 +105,18 @@ def run_tune(config: Config, folder: Path, total: int, at_once: int, take: Take,
     thread = threading.Thread(target=tuner.fit, daemon=True, name="ray-tune")
     thread.start()
     return thread
+
+
+def _make_actors_of_ray_data() -> None:
+    """Made by a trial, they would lie in its placement group and end with it, while the trial beside it uses them.
+
+    That one then fails with ActorUnschedulableError (seen with Ray 2.60); Ray Data has no public call for this.
+    """
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
 
 
 def _scheduler(config: Config) -> Any:

@@ -1,11 +1,13 @@
-"""What Tune is told and what it says, without a cluster."""
+"""What Tune is told and what it says."""
 
 import pickle
+import time
+from pathlib import Path
 
 import pytest
 from ray.tune.search import Searcher
 
-from pipeline.tuning.launch import QueueSearcher, _scheduler, grace_steps
+from pipeline.tuning.launch import QueueSearcher, _scheduler, grace_steps, run_tune
 
 
 @pytest.fixture
@@ -50,3 +52,41 @@ def test_asha_grants_every_trial_its_grace_and_lets_none_reach_its_own_end(confi
     scheduler = _scheduler(config)
     assert scheduler._max_t > config.train.max_steps
     assert scheduler._reduction_factor == 2
+
+
+@pytest.mark.slow
+def test_a_trial_that_ends_does_not_take_ray_datas_actors_from_the_one_beside_it(
+    ray_session, configure, tmp_path, monkeypatch
+):
+    def trial(task):  # a function inside a test: Ray sends it by value
+        import ray
+        from ray import tune
+        from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+
+        def wait_for(name):
+            while not (Path(task["folder"]) / name).exists():
+                time.sleep(0.05)
+
+        if task["number"] == 1:
+            wait_for("made by 0")
+        tracker = get_or_create_actor_location_tracker()
+        ray.get(tracker.get_actor_locations.remote(("a",)))
+        (Path(task["folder"]) / f"made by {task['number']}").touch()
+        wait_for("made by 1")
+        if task["number"] == 1:
+            wait_for("ended")
+            for _ in range(50):  # the placement group of the other one goes a little after it
+                ray.get(tracker.get_actor_locations.remote(("a",)))
+                time.sleep(0.1)
+        tune.report({"step": 1, "psnr": 1.0, "outcome": "finished", "reason": ""})
+
+    monkeypatch.setattr("pipeline.tuning.launch.in_tune", trial)
+    tasks = [(number, {"number": number, "folder": str(tmp_path)}) for number in (0, 1)]
+    ends = []
+
+    def end(number, outcome, reason):
+        ends.append((number, outcome))
+        (tmp_path / "ended").touch()
+
+    run_tune(configure("train.max_failures=0"), tmp_path, 2, 2, lambda: tasks.pop(0) if tasks else None, end).join()
+    assert ends == [(0, "finished"), (1, "finished")]
