@@ -113,6 +113,16 @@ def test_a_trial_that_fails_or_is_stopped_is_recorded_with_its_reason_and_ends_n
     assert "- trial-00-global_tokens-2: failed: out of memory" in (tmp_path / "sweep" / "table.md").read_text()
 
 
+def test_a_failed_trial_whose_status_is_set_back_runs_again(sweep, fake_tune, tmp_path):
+    fake_tune.acts[1] = ("failed", "a disk was full")
+    sweep()
+    fake_tune.acts.clear()
+    path = tmp_path / "sweep" / "trials.json"
+    path.write_text(path.read_text().replace('"failed"', '"running"'))
+    assert sweep(resume=True).results["trials_finished"] == 3
+    assert fake_tune.given == [0, 1, 2, 1]
+
+
 def test_a_trial_that_leaves_no_curve_has_failed(sweep, fake_tune, tmp_path):
     fake_tune.acts[1] = ("finished", "")  # and nothing in its folder
     assert sweep().results["trials_finished"] == 2
