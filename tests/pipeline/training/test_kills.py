@@ -125,7 +125,7 @@ os.environ["RAY_ADDRESS"] = cluster.address
 
 config = config_from_dict(json.loads((folder.parent / "config.json").read_text()))
 run = Run.open("train", config, folder.name, resume=False)
-connect()
+ray = connect()
 ended = []
 
 def work():
@@ -145,6 +145,7 @@ cluster.remove_node(second, allow_graceful=False)
 if os.environ["ADDED_BACK"] == "yes":
     cluster.add_node(num_cpus=1)  # only the main thread may
 worker.join()
+ray.shutdown()  # a node that this driver is connected to would not be removed
 cluster.shutdown()
 sys.exit(ended[0])
 """
