@@ -12,12 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarking.clock import device_facts, now
+from pipeline.benchmarking.models import tokenizer_of
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.benchmarking.timing import Spread, go_on, ratio, take_turns
 from pipeline.checkpoints import check_architecture
 from pipeline.config import Config
 from pipeline.devices import pick_device, uses_bf16
-from pipeline.errors import Stopped
 from pipeline.evaluation.report import format_value
 from pipeline.progress import progress
 from pipeline.run import Run
@@ -51,20 +51,10 @@ def run(run: Run) -> None:
         BadInput: the tokenizer cannot be used.
         Stopped: the run was asked to stop.
     """
-    import torch
-
-    from pipeline.pretrained import load_tokenizer
-    from tatok_model.tokenizer import TaTok
-
-    if run.config.tokenizer.checkpoint:
-        tokenizer, sha256 = load_tokenizer(run.config)
-        run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}
-    else:
-        torch.manual_seed(0)
-        tokenizer = TaTok(run.config.tokenizer.architecture())
+    tokenizer = tokenizer_of(run)
     device = pick_device("evaluate", run.config.evaluate.device)
     with Tracker.start(run) as tracker:
-        publish(run, tracker, _measure(run, tokenizer.to(device).eval(), device))
+        publish(run, tracker, _measure(run, tokenizer.to(device), device))
 
 
 def _measure(run: Run, tokenizer: "TaTok", device: Any) -> Findings:
@@ -80,8 +70,7 @@ def _measure(run: Run, tokenizer: "TaTok", device: Any) -> Findings:
             works = works_of(tokenizer, noise(size, tokenizer.config.image_size, device))
 
             def timed(work: Callable[[], Any], size: int = size, batches: int = batches) -> float:
-                if run.should_stop:
-                    raise Stopped("the benchmark was asked to stop; --resume measures anew")
+                go_on(run)
                 started = now(device)
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, uses_bf16("auto", device)):
                     for _ in range(batches):

@@ -18,14 +18,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarking.clock import device_facts, now
-from pipeline.benchmarking.pictures import check_named, with_pictures
+from pipeline.benchmarking.models import tokenizer_of
+from pipeline.benchmarking.shards import check_named, scratch, take_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, rate_table, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.benchmarking.timing import Spread, go_on, ratio, take_turns
 from pipeline.checkpoints import check_architecture
 from pipeline.cluster import check_cpus
 from pipeline.config import Config
-from pipeline.data.manifest import read_manifest
-from pipeline.errors import BadInput, Stopped
+from pipeline.errors import BadInput
 from pipeline.progress import progress
 from pipeline.run import Run
 from pipeline.tracking import Tracker
@@ -58,24 +58,15 @@ def run(run: Run) -> None:
         BadInput: the tokenizer cannot be used, or there are too few held-out pictures.
         Stopped: the run was asked to stop.
     """
-    import torch
-
     from pipeline.evaluation.bench import Bench
-    from pipeline.pretrained import load_tokenizer
-    from tatok_model.tokenizer import TaTok
 
-    config = with_pictures(run, heldout_fraction=0.5)
-    # One worker: a bare loop has one process too.
-    run.config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_workers=1))
-    run.inputs["shards"] = {"path": config.data.shards, "sha256": read_manifest(config.data.shards).fingerprint}
-    if config.tokenizer.checkpoint:
-        tokenizer, sha256 = load_tokenizer(config)
-        run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
-    else:
-        torch.manual_seed(0)
-        tokenizer = TaTok(config.tokenizer.architecture())
-    with Tracker.start(run) as tracker:
-        publish(run, tracker, _measure(run, Bench.set_up(run), tokenizer.eval()))
+    with scratch(run) as folder:
+        take_pictures(run, folder, heldout_fraction=0.5)
+        # One worker: a bare loop has one process too.
+        run.config = dataclasses.replace(run.config, evaluate=dataclasses.replace(run.config.evaluate, num_workers=1))
+        tokenizer = tokenizer_of(run)
+        with Tracker.start(run) as tracker:
+            publish(run, tracker, _measure(run, Bench.set_up(run), tokenizer))
 
 
 def plan_of(plan: "Plan", images: int) -> "Plan":
@@ -140,8 +131,7 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
     with progress("benchmark", len(turns) * (section.repeats + 1), "timings") as shown:
 
         def timed(measure: Callable[[], float]) -> float:
-            if run.should_stop:
-                raise Stopped("the benchmark was asked to stop; --resume measures anew")
+            go_on(run)
             rate = measure()
             shown.advance(1)
             return rate

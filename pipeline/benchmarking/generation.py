@@ -10,16 +10,16 @@ Shapes: B pictures of a batch, N patch positions.
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipeline.benchmarking.clock import device_facts, now
 from pipeline.benchmarking.table import Findings, publish, spread_results
-from pipeline.benchmarking.timing import Spread, take_turns
+from pipeline.benchmarking.timing import Spread, go_on, take_turns
 from pipeline.config import Config
 from pipeline.devices import pick_device, uses_bf16
-from pipeline.errors import BadInput, Stopped
+from pipeline.errors import BadInput
 from pipeline.progress import progress
 from pipeline.run import Run
 from pipeline.tracking import Tracker
@@ -101,7 +101,7 @@ def run(run: Run) -> None:
     device = pick_device("generate", config.generate.device)
     ours = Contender(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
     facts = {
-        "device": _told(device),
+        **device_facts(device),
         "generator": f"{generator.config.size}, {sum(p.numel() for p in generator.parameters())} parameters",
         "pictures a timing": str(config.benchmark.images),
         "repeats": str(config.benchmark.repeats),
@@ -138,8 +138,7 @@ def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
     with progress("benchmark", len(work) * (section.repeats + 1), "timings") as shown:
 
         def timed(contender: Contender, size: int) -> float:
-            if run.should_stop:
-                raise Stopped("the benchmark was asked to stop; --resume measures anew")
+            go_on(run)
             done = work[contender.name, size]
             before = done.sampling + done.decoding
             make_pictures(contender, size, section.images, config, device, done)
@@ -182,13 +181,13 @@ def make_pictures(contender: Contender, batch_size: int, images: int, config: Co
     for first in range(0, images, batch_size):
         numbers = torch.arange(first, min(first + batch_size, images), device=device)
         labels = asked[numbers % len(asked)]
-        started = _now(device)
+        started = now(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16("auto", device)):
             sequences = sample(generator, labels, numbers, config.generate.seed, config.generate)
-            sampled = _now(device)
+            sampled = now(device)
             tokenizer.decode(sequences.to_tokens(tokenizer.config.patch_positions, tokenizer.config.global_tokens))
         work.sampling += sampled - started
-        work.decoding += _now(device) - sampled
+        work.decoding += now(device) - sampled
         lengths = sequences.lengths()
         work.images += len(numbers)
         work.batches += 1
@@ -250,20 +249,3 @@ def _conclusion(results: dict[str, float]) -> str:
 
 def _ratio(ours: Spread, control: Spread) -> float:
     return ours.median / control.median
-
-
-def _now(device: Any) -> float:
-    """The time when everything asked of the device is done."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _told(device: Any) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"

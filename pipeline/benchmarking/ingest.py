@@ -6,7 +6,6 @@ steps have neither perceptual nor adversarial terms, so that they hide less of t
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,18 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.benchmarking.memory import in_fresh_process
-from pipeline.benchmarking.shards import with_shards
+from pipeline.benchmarking.shards import check_named, scratch, take_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, take_turns
+from pipeline.benchmarking.timing import Spread, go_on, ratio, take_turns
 from pipeline.config import Config
-from pipeline.data.manifest import read_manifest
 from pipeline.data.shards import MEMORY_BYTES
 from pipeline.devices import pick_device, uses_bf16
-from pipeline.errors import Stopped
 from pipeline.evaluation.report import format_value
 from pipeline.progress import progress
 from pipeline.run import Run
-from pipeline.samples import photograph_files
 from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
@@ -44,13 +40,9 @@ def check(config: Config) -> None:
     """Refuse what cannot work; reads no pictures.
 
     Raises:
-        BadInput: no shards and no photographs to make them from, shards of another size, or a GPU that is not there.
+        BadInput: pictures that cannot be used, or a GPU that is not there.
     """
-    from pipeline.data.manifest import check_shards
-
-    check_shards(config)
-    if not config.data.shards:
-        photograph_files()
+    check_named(config)
     if config.train.device == "cuda":  # else torch need not be imported
         pick_device("train", config.train.device)
 
@@ -71,18 +63,11 @@ def run(run: Run) -> None:
     Raises:
         Stopped: the run was asked to stop.
     """
-    folder = run.folder / "work"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    try:
-        run.config = _reduced(with_shards(run.config, folder))
-        run.inputs["shards"] = {
-            "path": run.config.data.shards,
-            "sha256": read_manifest(run.config.data.shards).fingerprint,
-        }
+    with scratch(run) as folder:
+        take_pictures(run, folder, run.config.data.heldout_fraction)
+        run.config = _reduced(run.config)
         with Tracker.start(run) as tracker:
             publish(run, tracker, _measure(run))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reduced(config: Config) -> Config:
@@ -105,8 +90,7 @@ def _measure(run: Run) -> Findings:
     with progress("benchmark", len(everyone) * (section.repeats + 1), "timings") as shown:
 
         def timed(contender: Contender) -> float:
-            if run.should_stop:
-                raise Stopped("the benchmark was asked to stop; --resume measures anew")
+            go_on(run)
             rate = _rate(contender, objective, same, steps, device)
             shown.advance(1)
             return rate

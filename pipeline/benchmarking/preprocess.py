@@ -28,15 +28,15 @@ import pyarrow.parquet as pq
 
 from pipeline.benchmarking import contenders
 from pipeline.benchmarking.photographs import HEIGHT, WIDTH, make_photographs
-from pipeline.benchmarking.shards import make_shards
+from pipeline.benchmarking.shards import emptied, make_shards, scratch
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, steady_rate, take_turns
+from pipeline.benchmarking.timing import Spread, go_on, ratio, steady_rate, take_turns
 from pipeline.cluster import connect
 from pipeline.config import Config, DataConfig
 from pipeline.data.plan import make_plan, open_sources
 from pipeline.data.ranges import Work, make_part, part_from_dict
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput, Stopped
+from pipeline.errors import BadInput
 from pipeline.evaluation.report import format_value
 from pipeline.progress import progress
 from pipeline.run import Run
@@ -109,13 +109,8 @@ def run(run: Run) -> None:
     Raises:
         Stopped: the run was asked to stop.
     """
-    folder = run.folder / "work"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    try:
-        with Tracker.start(run) as tracker:
-            publish(run, tracker, _measure(run, folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch(run) as folder, Tracker.start(run) as tracker:
+        publish(run, tracker, _measure(run, folder))
 
 
 def _measure(run: Run, folder: Path) -> Findings:
@@ -137,8 +132,7 @@ def _measure(run: Run, folder: Path) -> Findings:
         with progress("benchmark", len(everyone) * (section.repeats + 1), "timings") as shown:
 
             def timed(contender: Contender) -> float:
-                if run.should_stop:
-                    raise Stopped("the benchmark was asked to stop; --resume measures anew")
+                go_on(run)
                 rate = contender.rate(few, many)
                 shown.advance(1)
                 return rate
@@ -227,9 +221,7 @@ def _ranges(pool: Executor, folder: Path) -> Callable[[Sample], Path]:
     """What the stage's workers do, handed to plain processes; gives the folder back."""
 
     def work(sample: Sample) -> Path:
-        shutil.rmtree(folder, ignore_errors=True)
-        for name in ("shards", "parts"):
-            (folder / name).mkdir(parents=True)
+        emptied(folder, "shards", "parts")
         sources = open_sources(sample.data)
         plan = make_plan(sources, sample.data)
         shared = Work(folder, plan.key, plan.classes, [source.without_listing() for source in sources], sample.data)

@@ -5,13 +5,13 @@ with the same code and share nothing; what Ray costs is the difference.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.benchmarking.shards import emptied
 from pipeline.cluster import connect
 from pipeline.config import Config
 from pipeline.data import preprocess
@@ -92,7 +92,7 @@ class Preprocess:
         self._pools.close()
 
     def _work(self, workers: int) -> pictures_ranges.Work:
-        _emptied(self._folder, "shards", "parts")
+        emptied(self._folder, "shards", "parts")
         data = dataclasses.replace(self._data, num_workers=workers)
         return pictures_ranges.Work(self._folder, self._plan.key, self._plan.classes, self._sources, data)
 
@@ -127,7 +127,7 @@ class Tokenize:
         """See `Scaled`."""
         from pipeline.tokenizing.actors import make_here, make_on_actors
 
-        _emptied(self._folder, "tokens", "parts")
+        emptied(self._folder, "tokens", "parts")
         made = (
             make_here(self._tokenizer, self._work, self._ranges, "cpu")
             if workers == 1
@@ -138,7 +138,7 @@ class Tokenize:
 
     def plain(self, workers: int) -> Iterator[int]:
         """See `Scaled`."""
-        _emptied(self._folder, "tokens", "parts")
+        emptied(self._folder, "tokens", "parts")
         pool = self._pools.of(workers)
         for done in as_completed([pool.submit(_tokenize, task) for task in self._ranges]):
             yield done.result()
@@ -160,9 +160,3 @@ def _tokenize(task: Range) -> int:
 
     work, worker = _loaded
     return make_part(work.folder, work.key, task, worker.make).file.rows
-
-
-def _emptied(folder: Path, *names: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in names:
-        (folder / name).mkdir(parents=True)

@@ -19,12 +19,12 @@ from pathlib import Path
 from pipeline.benchmarking.memory import in_fresh_process
 from pipeline.benchmarking.photographs import make_photographs
 from pipeline.benchmarking.scaled import Preprocess, Scaled, Tokenize
-from pipeline.benchmarking.shards import make_shards, run_quietly
+from pipeline.benchmarking.shards import make_shards, run_quietly, scratch
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
-from pipeline.benchmarking.timing import Spread, ratio, steady_rate, take_turns
+from pipeline.benchmarking.timing import Spread, go_on, ratio, steady_rate, take_turns
 from pipeline.config import Config, DataConfig
 from pipeline.data.preprocess import check as check_preprocess
-from pipeline.errors import BadInput, Stopped
+from pipeline.errors import BadInput
 from pipeline.evaluation.report import format_value
 from pipeline.progress import progress
 from pipeline.run import Run
@@ -60,13 +60,8 @@ def run(run: Run) -> None:
     Raises:
         Stopped: the run was asked to stop.
     """
-    folder = run.folder / "work"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    try:
-        with Tracker.start(run) as tracker:
-            publish(run, tracker, _measure(run, folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch(run) as folder, Tracker.start(run) as tracker:
+        publish(run, tracker, _measure(run, folder))
 
 
 def _measure(run: Run, folder: Path) -> Findings:
@@ -116,7 +111,7 @@ def _size(run: Run, config: Config, folder: Path, pictures: int) -> Size:
         ("preprocess", (preprocess, config, data, folder / "shards")),
         ("tokenize", (tokenize, named, folder / "tokens")),
     ):
-        _go_on(run)
+        go_on(run)
         seconds[stage], mib[stage] = in_fresh_process(*arguments)
     shutil.rmtree(folder)
     return Size(pictures, seconds, mib)
@@ -156,7 +151,7 @@ def _rates(run: Run, config: Config, folder: Path) -> Timings:
     with progress("benchmark", len(stages) * 2 * len(workers) * (section.repeats + 1), "timings") as shown:
 
         def timed(stage: str, contender: str, number: int) -> float:
-            _go_on(run)
+            go_on(run)
             scaled = stages[stage]
             ranges = (scaled.ours if contender == OURS else scaled.plain)(number)
             rate = steady_rate([(time.perf_counter(), pictures) for pictures in ranges], number)
@@ -222,8 +217,3 @@ def _once(value: float) -> Spread:
 def _workers(config: Config) -> list[int]:
     """The numbers of workers that there are CPUs for."""
     return [number for number in sorted(set(config.benchmark.workers)) if number <= (os.cpu_count() or 1)] or [1]
-
-
-def _go_on(run: Run) -> None:
-    if run.should_stop:
-        raise Stopped("the benchmark was asked to stop; --resume measures anew")

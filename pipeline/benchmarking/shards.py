@@ -1,30 +1,76 @@
-"""Shards for a benchmark: the ones that are named, else made of photographs for the run."""
+"""Pictures for a benchmark: those that the configuration names, else photographs that are made for the run."""
 
 import dataclasses
 import io
-from contextlib import redirect_stderr
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from pipeline.benchmarking.photographs import make_photographs
+from pipeline.checks import check_pictures
 from pipeline.config import Config, DataConfig
 from pipeline.data import preprocess
+from pipeline.data.manifest import read_manifest
 from pipeline.run import Run
+from pipeline.samples import photograph_files
+from pipeline.training import stage as training
 
 
-def with_shards(config: Config, folder: Path) -> Config:
-    """The configuration with `data.shards`.
+@contextmanager
+def scratch(run: Run) -> Iterator[Path]:
+    """A new folder in the run's, not made yet, that goes when the benchmark ends, however it ends."""
+    folder = run.folder / "work"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def names_pictures(config: Config) -> bool:
+    """Whether there are shards or a source."""
+    return bool(config.data.shards or config.data.source)
+
+
+def check_named(config: Config) -> None:
+    """Refuse pictures that cannot be used.
+
+    Raises:
+        BadInput: as `check_pictures`; none are named and there are no photographs to make them of.
+    """
+    if names_pictures(config):
+        check_pictures(config)
+    else:
+        photograph_files()
+
+
+def take_pictures(run: Run, folder: Path, heldout_fraction: float) -> None:
+    """Give the run `data.shards`, and say in its inputs what they are.
 
     Args:
-        config: of the run.
-        folder: a new one, for the photographs and the shards that are made where none are named.
+        run: of the benchmark.
+        folder: a new one, for the photographs and shards that are made where no pictures are named.
+        heldout_fraction: of what is made.
     """
-    if config.data.shards:
-        return config
-    make_photographs(folder / "photographs", config.benchmark.pictures)
-    data = dataclasses.replace(config.data, source=str(folder / "photographs"), heldout_source="")
-    shards = make_shards(config, data, folder / "shards")
-    return dataclasses.replace(config, data=dataclasses.replace(data, shards=str(shards)))
+    if names_pictures(run.config):
+        run.config = training.with_shards(run.config)
+    else:
+        make_photographs(folder / "photographs", run.config.benchmark.pictures)
+        changes: dict[str, Any] = {"source": str(folder / "photographs"), "heldout_source": ""}
+        data = dataclasses.replace(run.config.data, **changes, heldout_fraction=heldout_fraction)
+        shards = make_shards(run.config, data, folder / "shards")
+        run.config = dataclasses.replace(run.config, data=dataclasses.replace(data, shards=str(shards)))
+    place = run.config.data.shards
+    run.inputs["shards"] = {"path": place, "sha256": read_manifest(place).fingerprint}
+
+
+def emptied(folder: Path, *names: str) -> None:
+    """Make the folder anew, with folders of these names and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        (folder / name).mkdir(parents=True)
 
 
 def make_shards(config: Config, data: DataConfig, folder: Path) -> Path:

@@ -5,6 +5,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pipeline.errors import Stopped
+from pipeline.run import Run
+
 K = TypeVar("K", bound=Hashable)
 
 
@@ -20,6 +23,16 @@ class Spread:
     def of(cls, values: list[float]) -> "Spread":
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
+
+
+def go_on(run: Run) -> None:
+    """Called before each timing.
+
+    Raises:
+        Stopped: the run was asked to stop.
+    """
+    if run.should_stop:
+        raise Stopped("the benchmark was asked to stop; --resume measures anew")
 
 
 def take_turns(contenders: Mapping[K, Callable[[], float]], repeats: int) -> dict[K, list[float]]:

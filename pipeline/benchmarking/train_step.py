@@ -6,11 +6,10 @@ All contenders take turns in one Ray Train worker, on the same pictures. What th
 import dataclasses
 from pathlib import Path
 
-from pipeline.benchmarking.pictures import names_pictures, with_pictures
+from pipeline.benchmarking.shards import names_pictures, scratch, take_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, rate_table, spread_results
 from pipeline.benchmarking.timing import Spread, ratio
 from pipeline.config import Config
-from pipeline.data.manifest import read_manifest
 from pipeline.run import Run
 from pipeline.tracking import Tracker
 from pipeline.training import stage as training
@@ -76,12 +75,12 @@ def run(run: Run) -> None:
     """
     from pipeline.training.ray_workers import run_workers
 
-    run.config = for_benchmark(with_pictures(run, heldout_fraction=0.1))
-    manifest = read_manifest(run.config.data.shards)
-    run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
-    with Tracker.start(run, {"data_fingerprint": manifest.fingerprint}) as tracker:
-        outcome = run_workers(run, "train", WORKER)
-        publish(run, tracker, findings(run.config, outcome["rates"], outcome["facts"]))
+    with scratch(run) as folder:
+        take_pictures(run, folder, heldout_fraction=0.1)
+        run.config = for_benchmark(run.config)
+        with Tracker.start(run, {"data_fingerprint": run.inputs["shards"]["sha256"]}) as tracker:
+            outcome = run_workers(run, "train", WORKER)
+            publish(run, tracker, findings(run.config, outcome["rates"], outcome["facts"]))
 
 
 def findings(config: Config, rates: dict[str, list[float]], facts: dict[str, str]) -> Findings:

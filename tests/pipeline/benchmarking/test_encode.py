@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.benchmarking import stage
 from pipeline.benchmarking.encode import findings
 from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
@@ -26,13 +25,8 @@ def config_of(tmp_path):
     return make
 
 
-@pytest.fixture
-def bench(carry_out):
-    return lambda config, **how: carry_out("benchmark", stage, config, stage.default_name(config), **how)
-
-
-def test_every_work_is_timed_at_every_batch(bench, config_of):
-    run = bench(config_of())
+def test_every_work_is_timed_at_every_batch(measure, config_of):
+    run = measure(config_of())
     for work in ("encode", "rank_1", "rank_4", "decode", "decode_half"):
         for size in (2, 4):
             assert run.results[f"{work}_images_per_second_batch{size}"] > 0
@@ -43,15 +37,15 @@ def test_every_work_is_timed_at_every_batch(bench, config_of):
     assert "goal: at most 1.15" in Path(run.outputs["report"]).read_text()
 
 
-def test_a_tokenizer_without_patch_tokens_has_nothing_to_rank(bench, config_of):
-    found = bench(config_of("tokenizer.patch_tokens=false")).results
+def test_a_tokenizer_without_patch_tokens_has_nothing_to_rank(measure, config_of):
+    found = measure(config_of("tokenizer.patch_tokens=false")).results
     assert not [name for name in found if "rank" in name]
     assert found["encode_share"] + found["decode_share"] == pytest.approx(1)
 
 
-def test_a_checkpoint_is_what_is_timed(bench, config_of, tmp_path):
+def test_a_checkpoint_is_what_is_timed(measure, config_of, tmp_path):
     TaTok(TokenizerConfig(16, size="nano", **SHAPE)).save_pretrained(tmp_path / "tokenizer")
-    run = bench(config_of(f"tokenizer.checkpoint={tmp_path}/tokenizer"))
+    run = measure(config_of(f"tokenizer.checkpoint={tmp_path}/tokenizer"))
     assert len(run.inputs["tokenizer"]["sha256"]) == 64
 
 
@@ -62,12 +56,12 @@ def test_the_ratio_is_of_seconds_round_by_round():
     assert found.results()["encode_rank_1_over_encode_high"] == pytest.approx(1.25)
 
 
-def test_a_stop_ends_it(bench, config_of):
+def test_a_stop_ends_it(measure, config_of):
     with pytest.raises(Stopped, match="measures anew"):
-        bench(config_of(), stop=True)
+        measure(config_of(), stop=True)
 
 
-def test_a_gpu_that_is_not_there_is_refused(bench, config_of, monkeypatch):
+def test_a_gpu_that_is_not_there_is_refused(measure, config_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="evaluate.device is 'cuda'"):
-        bench(config_of("evaluate.device=cuda"))
+        measure(config_of("evaluate.device=cuda"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.benchmarking import generation, stage
+from pipeline.benchmarking import generation
 from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.paths import sha256_file
@@ -43,14 +43,8 @@ def config_of(folders, tmp_path):
     return make
 
 
-@pytest.fixture
-def bench(carry_out):
-    """`bench(config)` measures in this process; returns the closed run."""
-    return lambda config, **how: carry_out("benchmark", stage, config, stage.default_name(config), **how)
-
-
-def test_ours_and_the_control_are_timed_at_every_batch_and_compared(bench, config_of):
-    run = bench(config_of())
+def test_ours_and_the_control_are_timed_at_every_batch_and_compared(measure, config_of):
+    run = measure(config_of())
     found = run.results
     assert run.folder.name == "smoke-benchmark-generation"
     assert found["patch_only_steps"] == found["patch_only_longest"] == 16
@@ -72,21 +66,21 @@ def test_ours_and_the_control_are_timed_at_every_batch_and_compared(bench, confi
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["metrics"]["ratio_of_steps"]
 
 
-def test_the_cache_of_longer_sequences_and_of_guidance_is_larger(bench, config_of):
-    found = bench(config_of("benchmark.batch_sizes=[4]", "benchmark.repeats=1")).results
+def test_the_cache_of_longer_sequences_and_of_guidance_is_larger(measure, config_of):
+    found = measure(config_of("benchmark.batch_sizes=[4]", "benchmark.repeats=1")).results
     width_layers = 128 * (4 + 1)  # nano, and the layer of the code head
     assert found["tatok_kv_cache_bytes"] == 4 * 2 * width_layers * (1 + 2 + 12) * 4
     assert found["patch_only_kv_cache_bytes"] == 4 * 2 * width_layers * (1 + 16) * 4
 
 
-def test_guidance_doubles_the_cache(bench, config_of):
-    found = bench(config_of("benchmark.batch_sizes=[4]", "benchmark.repeats=1", "generate.guidance=2")).results
+def test_guidance_doubles_the_cache(measure, config_of):
+    found = measure(config_of("benchmark.batch_sizes=[4]", "benchmark.repeats=1", "generate.guidance=2")).results
     assert found["patch_only_kv_cache_bytes"] == 2 * 4 * 2 * 128 * 5 * 17 * 4
 
 
-def test_a_stop_ends_it(bench, config_of):
+def test_a_stop_ends_it(measure, config_of):
     with pytest.raises(Stopped, match="measures anew"):
-        bench(config_of(), stop=True)
+        measure(config_of(), stop=True)
 
 
 def test_a_tokenizer_without_patch_tokens_has_no_control(config_of):
@@ -94,10 +88,10 @@ def test_a_tokenizer_without_patch_tokens_has_no_control(config_of):
         generation.check(config_of("tokenizer.patch_tokens=false", "kept_sets.global_tail=0"))
 
 
-def test_a_gpu_that_is_not_there_is_refused(bench, config_of, monkeypatch):
+def test_a_gpu_that_is_not_there_is_refused(measure, config_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="generate.device is 'cuda'"):
-        bench(config_of("generate.device=cuda"))
+        measure(config_of("generate.device=cuda"))
 
 
 @pytest.mark.parametrize(

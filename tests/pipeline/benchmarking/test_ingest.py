@@ -20,7 +20,9 @@ def here(monkeypatch):
 
 
 def test_both_ways_of_reading_are_compared_with_the_mock(small, measure, here):
-    config = small("ingest", "benchmark.pictures=24", "benchmark.images=16", "train.global_batch_size=8")
+    config = small(
+        "ingest", "data.source=", "benchmark.pictures=24", "benchmark.images=16", "train.global_batch_size=8"
+    )
     run = measure(config)
     found = run.results
     for name in ("in_memory", "from_files"):
@@ -40,7 +42,7 @@ def test_both_ways_of_reading_are_compared_with_the_mock(small, measure, here):
 
 def test_a_stop_ends_it(small, measure, here):
     with pytest.raises(Stopped, match="measures anew"):
-        measure(small("ingest", "benchmark.pictures=24"), stop=True)
+        measure(small("ingest", "data.source=", "benchmark.pictures=24"), stop=True)
 
 
 def test_a_gpu_that_is_not_there_and_shards_of_another_size_are_refused(small, measure, here, tmp_path, monkeypatch):
