@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarking.clock import device_facts, now
 from pipeline.benchmarking.models import tokenizer_of
-from pipeline.benchmarking.shards import check_named, scratch, take_pictures
+from pipeline.benchmarking.scratch import scratch
+from pipeline.benchmarking.shards import check_named, take_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, rate_table, spread_results
 from pipeline.benchmarking.timing import Spread, go_on, ratio, take_turns
 from pipeline.checkpoints import check_architecture

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.benchmarking.memory import in_fresh_process
-from pipeline.benchmarking.shards import check_named, scratch, take_pictures
+from pipeline.benchmarking.scratch import scratch
+from pipeline.benchmarking.shards import check_named, take_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
 from pipeline.benchmarking.timing import Spread, go_on, ratio, take_turns
 from pipeline.config import Config

@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 
 from pipeline.benchmarking import contenders
 from pipeline.benchmarking.photographs import HEIGHT, WIDTH, make_photographs
-from pipeline.benchmarking.shards import emptied, make_shards, scratch
-from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
+from pipeline.benchmarking.scratch import emptied, publish_measured
+from pipeline.benchmarking.shards import make_shards
+from pipeline.benchmarking.table import Findings, Goal, Ratio, spread_results
 from pipeline.benchmarking.timing import Spread, go_on, ratio, steady_rate, take_turns
 from pipeline.cluster import connect
 from pipeline.config import Config, DataConfig
@@ -41,7 +42,6 @@ from pipeline.evaluation.report import format_value
 from pipeline.progress import progress
 from pipeline.run import Run
 from pipeline.samples import photograph_files
-from pipeline.tracking import Tracker
 
 OURS, RANGES, THREADS, PROCESSES, RAY_DATA = "tatok", "its_ranges", "threads", "processes", "ray_data"
 GOALS = {THREADS: Goal(0.9), RAY_DATA: Goal(1.5)}
@@ -104,13 +104,8 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table.
-
-    Raises:
-        Stopped: the run was asked to stop.
-    """
-    with scratch(run) as folder, Tracker.start(run) as tracker:
-        publish(run, tracker, _measure(run, folder))
+    """Measure, and leave `report.md` with the table; `Stopped` where the run was asked to stop."""
+    publish_measured(run, _measure)
 
 
 def _measure(run: Run, folder: Path) -> Findings:

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.benchmarking.shards import emptied
+from pipeline.benchmarking.scratch import emptied
 from pipeline.cluster import connect
 from pipeline.config import Config
 from pipeline.data import preprocess

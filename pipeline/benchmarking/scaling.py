@@ -19,8 +19,9 @@ from pathlib import Path
 from pipeline.benchmarking.memory import in_fresh_process
 from pipeline.benchmarking.photographs import make_photographs
 from pipeline.benchmarking.scaled import Preprocess, Scaled, Tokenize
-from pipeline.benchmarking.shards import make_shards, run_quietly, scratch
-from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, spread_results
+from pipeline.benchmarking.scratch import publish_measured
+from pipeline.benchmarking.shards import make_shards, run_quietly
+from pipeline.benchmarking.table import Findings, Goal, Ratio, spread_results
 from pipeline.benchmarking.timing import Spread, go_on, ratio, steady_rate, take_turns
 from pipeline.config import Config, DataConfig
 from pipeline.data.preprocess import check as check_preprocess
@@ -29,7 +30,6 @@ from pipeline.evaluation.report import format_value
 from pipeline.progress import progress
 from pipeline.run import Run
 from pipeline.samples import photograph_files
-from pipeline.tracking import Tracker
 
 STAGES = ("preprocess", "tokenize")
 OURS, PLAIN = "tatok", "processes"
@@ -55,13 +55,8 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table.
-
-    Raises:
-        Stopped: the run was asked to stop.
-    """
-    with scratch(run) as folder, Tracker.start(run) as tracker:
-        publish(run, tracker, _measure(run, folder))
+    """Measure, and leave `report.md` with the table; `Stopped` where the run was asked to stop."""
+    publish_measured(run, _measure)
 
 
 def _measure(run: Run, folder: Path) -> Findings:

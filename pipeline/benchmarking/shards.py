@@ -2,9 +2,7 @@
 
 import dataclasses
 import io
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,6 @@ from pipeline.data.manifest import read_manifest
 from pipeline.run import Run
 from pipeline.samples import photograph_files
 from pipeline.training import stage as training
-
-
-@contextmanager
-def scratch(run: Run) -> Iterator[Path]:
-    """A new folder in the run's, not made yet, that goes when the benchmark ends, however it ends."""
-    folder = run.folder / "work"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def names_pictures(config: Config) -> bool:
@@ -64,13 +51,6 @@ def take_pictures(run: Run, folder: Path, heldout_fraction: float) -> None:
         run.config = dataclasses.replace(run.config, data=dataclasses.replace(data, shards=str(shards)))
     place = run.config.data.shards
     run.inputs["shards"] = {"path": place, "sha256": read_manifest(place).fingerprint}
-
-
-def emptied(folder: Path, *names: str) -> None:
-    """Make the folder anew, with folders of these names and nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in names:
-        (folder / name).mkdir(parents=True)
 
 
 def make_shards(config: Config, data: DataConfig, folder: Path) -> Path:

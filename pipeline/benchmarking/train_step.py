@@ -6,7 +6,8 @@ All contenders take turns in one Ray Train worker, on the same pictures. What th
 import dataclasses
 from pathlib import Path
 
-from pipeline.benchmarking.shards import names_pictures, scratch, take_pictures
+from pipeline.benchmarking.scratch import scratch
+from pipeline.benchmarking.shards import names_pictures, take_pictures
 from pipeline.benchmarking.table import Findings, Goal, Ratio, publish, rate_table, spread_results
 from pipeline.benchmarking.timing import Spread, ratio
 from pipeline.config import Config

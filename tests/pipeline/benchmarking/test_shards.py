@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.benchmarking.shards import check_named, emptied, scratch, take_pictures
+from pipeline.benchmarking.scratch import emptied, scratch
+from pipeline.benchmarking.shards import check_named, take_pictures
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import BadInput
 from pipeline.run import Run
