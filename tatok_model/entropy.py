@@ -109,18 +109,15 @@ class EntropyModel(nn.Module):
             total = scores.logsumexp(-1, keepdim=True).expand(len(known), -1, -1, -1)  # (B, H, N, 1)
             weights = torch.cat([own_scores, total], dim=-1).softmax(-1).to(value.dtype)  # (B, H, N, M + 1)
             mixed = weights[..., :-1] @ own_value + weights[..., -1:] * mixed
-        x = _finish(
-            first, open_patches, _merge(mixed)
-        )  # (B, N, W), or (1, N, W) where there is nothing to tell images apart
+        x = _finish(first, open_patches, _merge(mixed))  # (B, N, W); (1, N, W) where nothing tells images apart
         if others:
             if m:
                 keys, values = (
                     torch.cat([own, shared.expand(len(known), -1, -1, -1)], dim=2)
                     for own, shared in ((own_key, key), (own_value, value))
                 )
-                x = torch.cat(
-                    [_finish(first, known, _merge(F.scaled_dot_product_attention(own_query, keys, values))), x], dim=1
-                )  # (B, M + N, W)
+                own = _merge(F.scaled_dot_product_attention(own_query, keys, values))
+                x = torch.cat([_finish(first, known, own), x], dim=1)  # (B, M + N, W)
             for block in others[:-1]:
                 x = block(x)
             x = self._asked(x, None)

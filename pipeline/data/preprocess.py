@@ -120,7 +120,8 @@ def make_on_ray(ray: Any, ranges: list[Range], work: Work) -> Iterator[tuple[Par
 
 def _pool(ray: Any, ranges: int, work: Work) -> Any:
     """As many actors as are asked for, else one for each CPU, those that the cluster may grow by included."""
-    there, most = int(ray.cluster_resources()["CPU"]), int(most_resources(ray)["CPU"])
+    # Ray leaves out what there is none of: a head node without CPUs, before its workers come, has no such entry.
+    there, most = (int(found.get("CPU", 0)) for found in (ray.cluster_resources(), most_resources(ray)))
     if work.data.num_workers:
         there = most = min(work.data.num_workers, most)
     sizes = {"min_size": max(1, min(there, ranges)), "max_size": max(1, min(most, ranges))}

@@ -17,7 +17,7 @@ from pipeline.evaluation.measurements import Measurements, PerImage, Pictures, T
 from pipeline.evaluation.picture_codecs import png_bytes
 from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.replay import ReplayCheck, fallback_bits
-from pipeline.training.batches import read_ahead
+from pipeline.read_ahead import read_ahead
 from tatok_model.config import TokenizerConfig
 from tatok_model.filtering_rules import UNITS
 from tatok_model.lpips import LPIPS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generating.token_data import TokenDataset
-from pipeline.training.batches import read_ahead
+from pipeline.read_ahead import read_ahead
 from pipeline.training.order import SampleOrder, keyed_uniform
 from tatok_model.sequences import Sequences
 
