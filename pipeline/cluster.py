@@ -6,6 +6,7 @@ A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on thi
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import BadInput
@@ -45,6 +46,12 @@ def most_resources(ray: Any) -> dict[str, float]:
     found = dict(ray.cluster_resources())
     planned = state.get_max_resources_from_cluster_config() or {}
     return {kind: max(found.get(kind, 0.0), float(planned.get(kind, 0))) for kind in found | planned}
+
+
+def as_they_finish(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a Ray dataset, each when its block is finished; `iter_rows` holds a block until the next is there."""
+    for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from block.to_pylist()
 
 
 def check_room(resources: dict[str, float], key: str, workers: int, gpu: bool, cpus_per_worker: float = 1.0) -> None:

@@ -1,7 +1,8 @@
 """Images per second of the evaluation stage, against the bare computation on pictures that are in memory.
 
-Contenders, on the same held-out pictures at the configured cut, each on as many threads as an actor has:
+Contenders, on held-out pictures at the configured cut, each on as many threads as an actor has:
 - stage: Ray Data actors, as a job runs them; the rate is that of the ranges after the first, which has the start in it.
+  The others take the pictures of that first range: their rates do not depend on how many there are.
 - evaluator: what an actor does (reading, encoding, cutting, decoding, every measurement), in this process.
 - bare: encode, rank and cut where the configuration cuts, decode, features.
 - bare_with_bits: that and the entropy-coded length of what is kept, a pass of q in each coding round.
@@ -140,7 +141,7 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
         rates = take_turns({name: partial(timed, measure) for name, measure in turns.items()}, section.repeats)
     facts = {
         **device_facts(device),
-        "pictures a timing": str(bench.plan.count),
+        "pictures a timing": f"{bench.plan.count} (stage), {bench.plan.range_size} (the others)",
         "batch": str(bench.plan.batch_size),
         "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.max_tokens} tokens",
         "cut": f"{run.config.filter.rule} {run.config.filter.threshold:g}",
@@ -173,15 +174,14 @@ def findings(rates: dict[str, list[float]], first: Spread, range_size: int, fact
 
 
 def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
-    """Images per second of an actor's work, done here."""
+    """Images per second of an actor's work on one range, done here."""
     started = time.perf_counter()
-    for start, stop in bench.plan.ranges():
-        evaluator.measure(bench.pictures, start, stop)
-    return bench.plan.count / (time.perf_counter() - started)
+    evaluator.measure(bench.pictures, 0, bench.plan.range_size)
+    return bench.plan.range_size / (time.perf_counter() - started)
 
 
 def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
-    """Measures the bare computation, in images per second, with the evaluator's networks.
+    """Measures the bare computation on one range, in images per second, with the evaluator's networks.
 
     Args:
         bench: pictures and cuts.
@@ -195,7 +195,7 @@ def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Cal
     from tatok_model.metrics.images import to_uint8
 
     plan, cuts, tokenizer = bench.plan, bench.cuts, evaluator.codec
-    pictures = bench.pictures.images(plan.indices(np.arange(plan.count)).tolist())
+    pictures = bench.pictures.images(plan.indices(np.arange(plan.range_size)).tolist())
     images = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))  # (B, 3, H, W) uint8
 
     @torch.inference_mode()
@@ -209,6 +209,6 @@ def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Cal
             made = to_uint8(tokenizer.decode(tokens))
             for extractor in evaluator.extractors.values():
                 extractor(made)
-        return plan.count / (now(device) - started)
+        return plan.range_size / (now(device) - started)
 
     return rate

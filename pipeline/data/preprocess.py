@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster import check_cpus, connect, most_resources
+from pipeline.cluster import as_they_finish, check_cpus, connect, most_resources
 from pipeline.config import Config
 from pipeline.data.manifest import SPLITS, Manifest, Split, fingerprint
 from pipeline.data.plan import Plan, Range, make_or_load_plan, open_sources, short_hash
@@ -112,9 +112,8 @@ def make_on_ray(ray: Any, ranges: list[Range], work: Work) -> Iterator[tuple[Par
     items = [{"task": json.dumps(vars(task))} for task in ranges]
     rows = ray.data.from_items(items, override_num_blocks=len(items))  # one block is one range
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would warn that its progress bars are off
-    for row in rows.map(
-        RangeActor, fn_kwargs={"work": work}, num_cpus=1, compute=_pool(ray, len(items), work)
-    ).iter_rows():
+    parts = rows.map(RangeActor, fn_kwargs={"work": work}, num_cpus=1, compute=_pool(ray, len(items), work))
+    for row in as_they_finish(parts):
         yield part_from_dict(json.loads(row["part"])), row["is_new"]
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.cluster import connect
+from pipeline.cluster import as_they_finish, connect
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Evaluator, Instruments
@@ -63,5 +63,5 @@ def measure_on_actors(
         num_cpus=1,
         num_gpus=1 if device == "cuda" else 0,
     )
-    for row in rows.iter_rows():
+    for row in as_they_finish(rows):
         yield row["number"], Measurements.from_bytes(row["measurements"])

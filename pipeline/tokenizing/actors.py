@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.cluster import connect
+from pipeline.cluster import as_they_finish, connect
 from pipeline.config import Config
 from pipeline.data.manifest import Shard
 from pipeline.tokenizing.parts import Made, Part, Seconds, make_part, part_from_dict
@@ -115,5 +115,5 @@ def make_on_actors(models: Any, work: Work, ranges: list[Range], device: str, wo
         num_cpus=1,
         num_gpus=1 if device == "cuda" else 0,
     )
-    for row in rows.iter_rows():
+    for row in as_they_finish(rows):
         yield part_from_dict(json.loads(row["part"]))

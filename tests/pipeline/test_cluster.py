@@ -3,12 +3,13 @@
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster import check_cpus, connect, most_resources
+from pipeline.cluster import as_they_finish, check_cpus, connect, most_resources
 from pipeline.errors import BadInput
 
 
@@ -68,3 +69,30 @@ def test_a_cluster_that_died_is_not_waited_for(run_python):
     said = run_python(code, RAY_TMPDIR=str(folder))
     shutil.rmtree(folder, ignore_errors=True)
     assert said.stdout.splitlines()[-1:] == ["True"], said.stderr
+
+
+class WaitsForTheReader:
+    """Its second row is not finished before the file is there, for which it waits a while."""
+
+    def __init__(self, place: str) -> None:
+        self.place, self.rows = Path(place), 0
+
+    def __call__(self, row: dict) -> dict:
+        self.rows += 1
+        until = time.monotonic() + 20
+        while self.rows == 2 and not self.place.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        return {"number": row["number"], "seen": self.place.exists()}
+
+
+@pytest.mark.ray
+def test_rows_come_when_they_are_finished_and_not_when_the_next_is(tmp_path, ray_session):
+    ray = connect()
+    items = ray.data.from_items([{"number": 0}, {"number": 1}], override_num_blocks=2)
+    place = tmp_path / "read"
+    pool = ray.data.ActorPoolStrategy(size=1)
+    seen = []
+    for row in as_they_finish(items.map(WaitsForTheReader, fn_constructor_args=(str(place),), compute=pool)):
+        seen.append(row["seen"])
+        place.touch()
+    assert seen == [False, True]
