@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
 
 STAGE, EVALUATOR, BARE, WITH_BITS = "stage", "evaluator", "bare", "bare_with_bits"
 SHARE = Goal(0.9)
-RANGES = 4  # of the run: the rate is that of all but the first
+RANGES = 3  # of the run: the rate is that of all but the first
 
 
 def check(config: Config) -> None:

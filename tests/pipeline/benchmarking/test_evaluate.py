@@ -25,16 +25,16 @@ def config(small, noise_shards):
     return small("evaluate", f"data.shards={noise_shards}", "evaluate.batch_size=4", "evaluate.max_images=0", *values)
 
 
-@pytest.mark.parametrize(("count", "images", "expected"), [(10000, 256, 2400), (10000, 5000, 4800), (900, 256, 800)])
+@pytest.mark.parametrize(("count", "images", "expected"), [(10000, 256, 1800), (10000, 5000, 4800), (900, 256, 900), (890, 256, 600)])
 def test_ranges_are_those_of_an_evaluation_where_pictures_suffice(count, images, expected):
     found = plan_of(Plan(count, 10000, 100, 600, 8), images)
-    assert (found.count, found.range_size, len(found.ranges())) == (expected, expected // 4, 4)
+    assert (found.count, found.range_size, len(found.ranges())) == (expected, expected // 3, 3)
     assert found.range_size % found.batch_size == 0
 
 
 def test_too_few_pictures_are_refused():
-    with pytest.raises(BadInput, match="300 held-out pictures would be measured; expected at least 400"):
-        plan_of(Plan(300, 300, 100, 600, 8), 256)
+    with pytest.raises(BadInput, match="200 held-out pictures would be measured; expected at least 300"):
+        plan_of(Plan(200, 200, 100, 600, 8), 256)
 
 
 def test_the_bare_computation_sees_each_picture_of_a_range_and_codes_lengths_when_asked(
@@ -42,7 +42,7 @@ def test_the_bare_computation_sees_each_picture_of_a_range_and_codes_lengths_whe
 ):
     bench = Bench.set_up(Run("benchmark", config, tmp_path))
     bench = dataclasses.replace(bench, plan=plan_of(bench.plan, 8))
-    assert (bench.plan.count, bench.plan.range_size) == (32, 8)
+    assert (bench.plan.count, bench.plan.range_size) == (24, 8)
     evaluator = Evaluator(
         TaTok(config.tokenizer.architecture()), bench.instruments, bench.plan, False, "cpu", bench.cuts
     )
