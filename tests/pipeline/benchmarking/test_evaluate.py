@@ -55,7 +55,7 @@ def test_the_bare_computation_sees_each_picture_of_a_range_and_codes_lengths_whe
     assert coded == []
     assert bare(bench, evaluator, torch.device("cpu"), bits=True)() > 0
     assert sum(coded) == 8
-    pictures = bench.pictures.images(list(range(8)))
+    pictures = bench.pictures.images(bench.plan.indices(np.arange(8)).tolist())
     assert np.array_equal(torch.cat(seen[:2]).permute(0, 2, 3, 1).numpy(), pictures)
     assert evaluator_rate(evaluator, bench) > 0
 
