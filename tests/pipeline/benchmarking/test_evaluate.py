@@ -25,7 +25,9 @@ def config(small, noise_shards):
     return small("evaluate", f"data.shards={noise_shards}", "evaluate.batch_size=4", "evaluate.max_images=0", *values)
 
 
-@pytest.mark.parametrize(("count", "images", "expected"), [(10000, 256, 1800), (10000, 5000, 4800), (900, 256, 900), (890, 256, 600)])
+@pytest.mark.parametrize(
+    ("count", "images", "expected"), [(10000, 256, 1800), (10000, 5000, 4800), (900, 256, 900), (890, 256, 600)]
+)
 def test_ranges_are_those_of_an_evaluation_where_pictures_suffice(count, images, expected):
     found = plan_of(Plan(count, 10000, 100, 600, 8), images)
     assert (found.count, found.range_size, len(found.ranges())) == (expected, expected // 3, 3)
