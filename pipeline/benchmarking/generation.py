@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarking.clock import device_facts, now
-from pipeline.benchmarking.table import Findings, publish, spread_results
-from pipeline.benchmarking.timing import Spread, go_on, take_turns
+from pipeline.benchmarking.table import Findings, Ratio, publish, spread_results
+from pipeline.benchmarking.timing import Spread, go_on, ratio, take_turns
 from pipeline.config import Config
 from pipeline.devices import pick_device, uses_bf16
 from pipeline.errors import BadInput
@@ -111,7 +111,7 @@ def run(run: Run) -> None:
         run, {"generator_sha256": sha256, **{k.replace(" ", "_"): v for k, v in facts.items()}}
     ) as tracker:
         found = _measure(run, [ours, control_of(ours, device)], device)
-        found.facts, found.conclusion = facts, _conclusion(found.numbers)
+        found.facts, found.conclusion = facts, _conclusion(found.results())
         publish(run, tracker, found)
 
 
@@ -134,7 +134,7 @@ def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
     section, config = run.config.benchmark, run.config
     sizes = sorted({section.batch_size, *section.batch_sizes})
     work = {(contender.name, size): Work() for size in sizes for contender in contenders}
-    rates: dict[tuple[str, int], Spread] = {}
+    measured: dict[tuple[str, int], list[float]] = {}  # images/s, one a round
     with progress("benchmark", len(work) * (section.repeats + 1), "timings") as shown:
 
         def timed(contender: Contender, size: int) -> float:
@@ -148,25 +148,31 @@ def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
         for size in sizes:  # ratios compare what ran side by side: the contenders of one batch size take turns
             turns = {contender.name: partial(timed, contender, size) for contender in contenders}
             for name, seconds in take_turns(turns, section.repeats).items():
-                rates[name, size] = Spread.of([section.images / value for value in seconds])
+                measured[name, size] = [section.images / value for value in seconds]
+    rates = {key: Spread.of(values) for key, values in measured.items()}
     numbers: dict[str, float] = {}
     for contender in contenders:
         numbers |= _results(contender, section.batch_size, rates, work, config)
     best = {name: int(numbers[f"{name}_best_batch_size"]) for name in (OURS, CONTROL)}
     steps = numbers[f"{CONTROL}_steps"] / numbers[f"{OURS}_steps"]
-    numbers |= {
-        "speedup_equal_batch": _ratio(rates[OURS, section.batch_size], rates[CONTROL, section.batch_size]),
-        "speedup_best_batch": _ratio(rates[OURS, best[OURS]], rates[CONTROL, best[CONTROL]]),
-        "ratio_of_steps": steps,
-    }
+    ratios = [
+        Ratio(f"speedup_{kind}_batch", ratio(measured[OURS, one], measured[CONTROL, other]), f"images/s, {meaning}")
+        for kind, one, other, meaning in (
+            ("equal", section.batch_size, section.batch_size, f"both at {section.batch_size} pictures"),
+            ("best", best[OURS], best[CONTROL], f"{best[OURS]} against {best[CONTROL]} pictures, each one's best"),
+        )
+    ]
     ours, control = (work[name, section.batch_size] for name in (OURS, CONTROL))
-    numbers["speedup_sampling_equal_batch"] = (control.sampling / control.images) / (ours.sampling / ours.images)
-    numbers["share_of_steps_equal_batch"] = numbers["speedup_equal_batch"] / steps
-    numbers["share_of_steps_best_batch"] = numbers["speedup_best_batch"] / steps
+    numbers |= {
+        "ratio_of_steps": steps,
+        "speedup_sampling_equal_batch": (control.sampling / control.images) / (ours.sampling / ours.images),
+        "share_of_steps_equal_batch": ratios[0].spread.median / steps,
+        "share_of_steps_best_batch": ratios[1].spread.median / steps,
+    }
     header = ["", "batch", "images/s", "lowest", "highest", "steps", "longest", "decoding", "KV cache MB"]
     named = {contender.name: contender for contender in contenders}
     lines = [_line(named[name], size, rates[name, size], work[name, size], config) for name, size in rates]
-    return Findings([header, *lines], numbers=numbers)
+    return Findings([header, *lines], ratios, numbers)
 
 
 def make_pictures(contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: Work) -> None:
@@ -242,10 +248,6 @@ def _conclusion(results: dict[str, float]) -> str:
     sampling = results["speedup_sampling_equal_batch"]
     return (
         f"{equal:.2f} times {CONTROL}'s images/s at an equal batch, {best:.2f} times at each one's best batch; "
-        f"its steps are {steps:.2f} times as many; {min(equal, best) / steps:.0%} of that arrive (floor: {FLOOR:.0%}), "
-        f"sampling without decoding is {sampling:.2f} times as fast"
+        f"{CONTROL} takes {steps:.2f} times as many steps; {min(equal, best) / steps:.0%} of that arrive "
+        f"(floor: {FLOOR:.0%}), sampling without decoding is {sampling:.2f} times as fast"
     )
-
-
-def _ratio(ours: Spread, control: Spread) -> float:
-    return ours.median / control.median

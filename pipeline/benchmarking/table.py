@@ -54,7 +54,7 @@ class Findings:
     ratios: list[Ratio] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)  # further results, by name
     facts: dict[str, str] = field(default_factory=dict)  # what the numbers depend on
-    conclusion: str = ""  # a line below the table in the terminal
+    conclusion: str = ""  # a line below the tables
 
     def results(self) -> dict[str, float]:
         """For summary.json: the ratios with their lowest and highest, and the other numbers."""
@@ -99,7 +99,8 @@ def publish(run: Run, tracker: Tracker, found: Findings) -> None:
     rows = [ratio.row() for ratio in found.ratios]
     title = f"{run.config.preset}: {run.config.benchmark.kind}"
     path = run.folder / "report.md"
-    write_atomically(path, markdown(title, rows, [], found.facts, found.table).encode())
+    told = f"\n{found.conclusion}\n" if found.conclusion else ""
+    write_atomically(path, (markdown(title, rows, [], found.facts, found.table) + told).encode())
     run.outputs["report"] = str(path)
     tracker.artifact(path)
     say(columns(found.table))

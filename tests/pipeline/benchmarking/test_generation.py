@@ -55,13 +55,16 @@ def test_ours_and_the_control_are_timed_at_every_batch_and_compared(measure, con
         low, middle, high = (found[f"{name}_images_per_second{end}"] for end in ("_low", "", "_high"))
         assert 0 < low <= middle <= high
         assert 0 < found[f"{name}_decoding_share"] < 1
-    equal = found["tatok_images_per_second"] / found["patch_only_images_per_second"]
-    assert found["speedup_equal_batch"] == pytest.approx(equal)
+    least = found["tatok_images_per_second_low"] / found["patch_only_images_per_second_high"]
+    most = found["tatok_images_per_second_high"] / found["patch_only_images_per_second_low"]
+    low, equal, high = (found[f"speedup_equal_batch{end}"] for end in ("_low", "", "_high"))
+    assert least <= low <= equal <= high <= most
     assert found["speedup_sampling_equal_batch"] > 0
-    best = found["tatok_best_images_per_second"] / found["patch_only_best_images_per_second"]
-    assert found["speedup_best_batch"] == pytest.approx(best)
+    best = found["speedup_best_batch"]
     assert found["share_of_steps_best_batch"] == pytest.approx(best / found["ratio_of_steps"])
     report = Path(run.outputs["report"]).read_text()
+    assert f"| speedup_best_batch | {best:.4g} |" in report
+    assert f"{best:.2f} times at each one's best batch" in report
     assert report.count("| tatok |") == report.count("| patch_only |") == 3
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])["metrics"]["ratio_of_steps"]
 
