@@ -16,6 +16,7 @@ from pipeline.errors import Stopped
 from pipeline.progress import say
 from pipeline.training import distributed
 from pipeline.training.finite import MOST_SKIPPED, FiniteWatch, NotFinite
+from pipeline.training.heap import HeapTrim
 from pipeline.training.state import TrainState
 
 STOP_EVERY = 10  # steps between questions whether another worker wants to stop
@@ -86,7 +87,7 @@ def train(objective: Objective[Batch], batches: Batches[Batch], config: TrainCon
         NotFinite: a term is no number, or ten steps in a row were left out; no checkpoint has it.
     """
     state = objective.state
-    meter, guard = Meter(config), Guard(hooks)
+    meter, guard, trim = Meter(config), Guard(hooks), HeapTrim()
     deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else float("inf")
     if state.step >= config.max_steps:  # ended before, but not yet exported
         hooks.validate(state)
@@ -100,6 +101,7 @@ def train(objective: Objective[Batch], batches: Batches[Batch], config: TrainCon
             hooks.log(metrics | guard.count(), state.step)
             hooks.advance(meter.images, metrics.get("train/loss", float("nan")))
             meter.reset()
+            trim()
         reason = "" if done else _stop_reason(hooks, state.step, batches.world, deadline, objective.device)
         if _due(state.step, config.checkpoint_every) or done or reason:
             guard.check()
