@@ -16,15 +16,15 @@ class HeapTrim:
     """Gives back what is free, when asked and not too often."""
 
     def __init__(self, seconds_between: float = SECONDS_BETWEEN) -> None:
-        self._between, self._last = seconds_between, time.monotonic()
+        self._between, self._due = seconds_between, time.monotonic() + seconds_between
 
     def __call__(self) -> bool:
         """Give back, unless the last time is too near; whether it did. Nothing happens where there is no glibc."""
-        trim, now = _malloc_trim(), time.monotonic()
-        if trim is None or now - self._last < self._between:
+        trim = _malloc_trim()
+        if trim is None or time.monotonic() < self._due:
             return False
         trim(0)
-        self._last = time.monotonic()
+        self._due = time.monotonic() + self._between
         return True
 
 
