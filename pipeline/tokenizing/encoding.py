@@ -86,8 +86,7 @@ class Encoder:
 
     def _tables(self, task: Range, watch: Stopwatch) -> Iterator[pa.Table]:
         if task.split not in self._pictures:
-            # Not in memory: a range is read from one end to the other, which a split in memory would not make faster.
-            self._pictures[task.split] = ShardDataset(self._work.shards, task.split, memory_bytes=0)
+            self._pictures[task.split] = ShardDataset(self._work.shards, task.split)
         source, numbers = self._pictures[task.split], task.pictures()
         batch = self._work.config.batch_size
         for first in range(0, len(numbers), batch):

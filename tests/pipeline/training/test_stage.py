@@ -11,7 +11,7 @@ from pipeline import checkpoints
 from pipeline.config import load_config
 from pipeline.errors import BadInput, Stopped
 from pipeline.run import Run
-from pipeline.training import stage
+from pipeline.training import loop, stage
 from pipeline.training.drive import compiled, export
 from pipeline.training.tokenizer_state import TokenizerState
 from tatok_model import TaTok
@@ -316,7 +316,7 @@ for name in ("ray", "mlflow"): sys.modules[name] = None
 from pathlib import Path
 from pipeline.config import config_from_dict
 from pipeline.run import Run
-from pipeline.training import stage
+from pipeline.training import loop, stage
 config = config_from_dict({config.to_dict()!r})
 run = Run.open("train", config, "bare", resume=False)
 stage.run(run)
@@ -324,3 +324,11 @@ print(int(run.results["steps"]))
 """
     found = run_python(code)
     assert found.stdout.strip().endswith("2"), found.stderr
+
+
+def test_freed_memory_is_given_back_when_metrics_are_logged(trained, configure, run_training, monkeypatch):
+    times = []
+    monkeypatch.setattr(loop, "HeapTrim", lambda: lambda: times.append(1))
+    run = run_training(configure(), "trimmed")
+    assert len(times) == 4  # 8 steps, logged every second one
+    assert equal(weights(run), weights(trained))
