@@ -60,7 +60,7 @@ lock:  ## resolve the dependencies afresh and write requirements.lock
 	build/lock/bin/python -m pip install $(PIP_ARGS) --editable '.[dev]'
 	sed '/^[^#]/d' requirements.lock >build/requirements.lock
 	build/lock/bin/python -m pip freeze --all --exclude-editable | \
-		sed -E '/^(pip==|cuda|nvidia|triton)/d; s/^torch==.*/torch>=2.6,<2.14/' >>build/requirements.lock
+		sed -E '/^(pip==|cuda|nvidia|triton)/d; s/^torch==.*/torch>=2.9,<2.14/' >>build/requirements.lock
 	mv build/requirements.lock requirements.lock
 
 audit: $(INSTALLED)  ## ask the advisory database about every installed version (needs a network)

@@ -6,6 +6,7 @@ from pipeline.config import Config
 from pipeline.data import preprocess
 from pipeline.data.manifest import check_shards
 from pipeline.errors import BadInput
+from tatok_model.filtering_rules import SCORES
 
 SMALLEST = 11  # pixels a side: the window of SSIM, which validation and evaluation measure
 
@@ -31,11 +32,11 @@ def check_score(config: Config) -> None:
         BadInput: naming the score.
     """
     tokenizer = config.tokenizer
-    asks = config.filter.score in ("surprisal", "entropy") and tokenizer.patch_tokens
+    asks = SCORES[config.filter.score].asks_entropy_model and tokenizer.patch_tokens
     if asks and not tokenizer.has_entropy_model:
         raise BadInput(
             f"filter.score is {config.filter.score!r} with tokenizer.entropy_layers 0; "
-            "expected a tokenizer with an entropy model, or pixel_entropy, random or grid"
+            "expected a tokenizer with an entropy model, or error, pixel_entropy, random or grid"
         )
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.errors import BadInput
 from tatok_model.config import KeptSetConfig, LossConfig, TokenizerConfig
-from tatok_model.filtering_rules import check_cut
+from tatok_model.filtering_rules import SCORES, check_cut
 from tatok_model.generator_config import SIZES as GENERATOR_SIZES
 from tatok_model.generator_config import SamplingConfig
 
@@ -92,6 +92,7 @@ class TrainConfig:
     max_minutes: float = 0.0  # stop (resumable) after this many minutes; 0: no limit
     global_batch_size: int = 64  # images per optimiser step over all workers
     accumulation: int = 1  # micro-batches per optimiser step; the codebook averages move with each of them
+    optimizer: str = "adamw"  # adamw | muon: Muon moves the hidden matrices, AdamW the rest
     learning_rate: float = 1e-3  # peak
     min_learning_rate: float = 1e-5  # at the end of the cosine
     warmup_steps: int = 100  # linear warm-up
@@ -111,7 +112,7 @@ class TrainConfig:
     min_workers: int = 0  # go on with so many where the cluster has no room for num_workers; 0: wait for all
     not_finite: str = "stop"  # stop | skip: a step whose gradient is no number ends the run, or is left out and counted
     cpus_per_worker: float = 1.0  # CPUs that each worker reserves (num_workers > 0)
-    fused: bool = True  # fused AdamW
+    fused: bool = True  # fused AdamW; Muon has no such choice
 
     def __post_init__(self) -> None:
         _require(self.parts in ("all", "entropy"), "parts", self.parts, "all or entropy")
@@ -123,6 +124,7 @@ class TrainConfig:
             _require(most >= 2, "num_workers", most, "at least 2 with parallel: fsdp2")
             _require(not self.compile, "compile", self.compile, "false with parallel: fsdp2")
         _require(self.not_finite in ("stop", "skip"), "not_finite", self.not_finite, "stop or skip")
+        _require(self.optimizer in ("adamw", "muon"), "optimizer", self.optimizer, "adamw or muon")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         _require(self.precision in ("auto", "float32", "bf16"), "precision", self.precision, "auto, float32 or bf16")
         for name in (
@@ -151,21 +153,23 @@ class TrainConfig:
 class FilterConfig:
     """Dynamic token filtering: how patch tokens are ranked, and where a ranking is cut."""
 
-    score: str = "surprisal"  # surprisal | entropy | pixel_entropy | random | grid
-    rounds: int = 1  # R: open positions are scored anew in every round; more than 1 for surprisal and entropy only
-    rule: str = "relative"  # relative | residual | marginal | count
-    threshold: float = 1.0  # tau (a share), bits, bits or patch tokens, as the rule has it
+    score: str = "distortion"  # distortion | error | surprisal | entropy | pixel_entropy | random | grid
+    rounds: int = 1  # R: open positions are scored anew in every round; more than 1 for the first four scores only
+    rule: str = "relative"  # relative | residual | marginal | count | quality
+    threshold: float = 1.0  # tau (a share), the score's unit twice, patch tokens or dB, as the rule has it
     replay: bool = False  # score entropy: decoders repeat the ranking, positions are not sent
     coding_rounds: int = 8  # rounds in which kept codes are entropy-coded, for bits_coded
     mean_tokens: float = 0.0  # calibrate: wanted mean of tokens per image, global ones counted
+    mean_psnr: float = 0.0  # calibrate: wanted mean PSNR in dB instead
 
     def __post_init__(self) -> None:
         check_cut(self.score, self.rule, self.threshold, positions=2**31)
         _require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         _require(self.coding_rounds >= 1, "coding_rounds", self.coding_rounds, "at least 1")
         _require(self.mean_tokens >= 0, "mean_tokens", self.mean_tokens, "0 or more")
-        asks = self.score in ("surprisal", "entropy")
-        _require(asks or self.rounds == 1, "rounds", self.rounds, f"1 for the score {self.score!r}")
+        _require(self.mean_psnr >= 0, "mean_psnr", self.mean_psnr, "0 or more dB")
+        in_rounds = SCORES[self.score].in_rounds
+        _require(in_rounds or self.rounds == 1, "rounds", self.rounds, f"1 for the score {self.score!r}")
         _require(not self.replay or self.score == "entropy", "replay", self.replay, "false unless score is entropy")
 
 

@@ -36,6 +36,32 @@ def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
         ) from None
 
 
+def check_quality(config: Config, tokenizer: "TaTok") -> None:
+    """Refuse the rule `quality` where this tokenizer cannot predict it, or does not reach it.
+
+    Raises:
+        BadInput: not calibrated for the score and rounds, or more dB than all tokens give, at any of the cuts.
+    """
+    from tatok_model.quality import line_of
+
+    section = config.filter
+    if section.rule != "quality" or not config.tokenizer.patch_tokens:
+        return
+    line = line_of(tokenizer.quality_lines, section.score, section.rounds)
+    if line is None:
+        raise BadInput(
+            f"filter.rule is 'quality' and tokenizer.checkpoint {config.tokenizer.checkpoint!r} has no line from "
+            f"{section.score} in {section.rounds} rounds to dB; expected one that jobs/calibrate.py has fitted"
+        )
+    for key, number in [("filter.threshold", section.threshold)] + [
+        ("evaluate.thresholds", found) for found in config.evaluate.thresholds
+    ]:
+        try:
+            line.residual_at(number)
+        except ValueError as error:
+            raise BadInput(f"{key}: {error}") from None
+
+
 def tokenizer_sha256(config: Config) -> str:
     """Of the weights of `tokenizer.checkpoint`; raises as `load_tokenizer` where they cannot be had."""
     return sha256_file(_tokenizer_folder(config) / "model.safetensors")
@@ -51,7 +77,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "quality.json"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(

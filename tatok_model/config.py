@@ -27,6 +27,7 @@ class TokenizerConfig:
     image_size: int = 32  # pixels, square
     patch_size: int = 4  # pixels, square
     size: str = "tiny"  # a key of SIZES
+    trunk_layers: int = 0  # leading decoder blocks that see only global and kept patch tokens; 0: all see the whole grid
     global_tokens: int = 8  # M, learnable tokens that carry what patches share
     patch_tokens: bool = True  # False: the patches are read but only global tokens are written
     quantizer: str = "vq"  # vq | fsq
@@ -52,6 +53,11 @@ class TokenizerConfig:
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size is {self.image_size}; expected a multiple of patch_size, {self.patch_size}")
+        if not 0 <= self.trunk_layers < SIZES[self.size][2]:
+            raise ValueError(
+                f"trunk_layers is {self.trunk_layers}; expected 0 to {SIZES[self.size][2] - 1}, "
+                f"one decoder block of size {self.size!r} less, which sees the whole grid"
+            )
         if self.global_tokens < 0:
             raise ValueError(f"global_tokens is {self.global_tokens}; expected 0 or more")
         if not self.patch_tokens and self.global_tokens == 0:
@@ -165,8 +171,8 @@ class LossConfig:
             raise ValueError(f"gan_start_step is {self.gan_start_step}; expected 0 or more")
 
 
-ORDERS = ("filter", "surprisal", "entropy", "grid", "pixel_entropy")
-BY_MODEL = ORDERS[:3]  # need an entropy model
+ORDERS = ("distortion", "surprisal", "entropy", "filter", "error", "grid", "pixel_entropy")
+BY_MODEL = ORDERS[:4]  # need an entropy model
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ class KeptSetConfig:
     random: float = 0.40  # a random set of uniform size
     blocks: float = 0.15  # a square block of uniform size
     filtered: float = 0.25  # a prefix of uniform length of `order`
-    order: str = "filter"  # filter (by surprisal or entropy at random) | surprisal | entropy | grid | pixel_entropy
+    order: str = "distortion"  # distortion | error | surprisal | entropy | filter (by surprisal or entropy at random) |
+    # grid | pixel_entropy
     warmup_steps: int = 500  # steps in which `filtered` sets are random, while the entropy model learns
     hide_globals: float = 0.10  # share of samples whose entropy model sees no global tokens; taken from `all`, so
     # that none are where `all` is 0

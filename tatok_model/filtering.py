@@ -1,10 +1,11 @@
 """Dynamic token filtering: rank the patch tokens of an image, then cut.
 
-Pure functions on tensors, for all images of a batch at once. Rank: every step of an order has a score, in bits, of what
-that token adds. Cut: keep the first t. Scores are integers in 1/1024 bit, so that they add up alike everywhere: with
-the cumulative curve C(t) = h_1 + ... + h_t no cut depends on the order of a sum or on the other images of the batch.
-The entropy model that gives the scores lives in `entropy.py`, the orders that look at no code in `orders.py`, what may
-be asked for in `filtering_rules.py`.
+Pure functions on tensors, for all images of a batch at once. Rank: every step of an order has a score of what that
+token adds. Cut: keep the first t. Scores are whole numbers of score units (`Score.resolution` of them make a bit, or
+whatever the score is measured in), so that they add up alike everywhere: with the cumulative curve
+C(t) = h_1 + ... + h_t no cut depends on the order of a sum or on the other images of the batch. The entropy model that
+gives the scores lives in `entropy.py`, the orders that look at no code in `orders.py`, what may be asked for in
+`filtering_rules.py`; docs/filtering.md has the theory.
 
 Shapes: B images, N patch positions, K codebook entries, T kept tokens.
 
@@ -42,9 +43,9 @@ def conditional_entropy(logits: Tensor) -> Tensor:
     return -(log_q.exp() * log_q).sum(-1) / math.log(2)
 
 
-def to_units(bits: Tensor) -> Tensor:
-    """Bits as integers in 1/1024 bit, at least 0: int64 of the same shape."""
-    return (bits.double() * UNITS).round().clamp(min=0).long()
+def to_units(values: Tensor, resolution: int = UNITS) -> Tensor:
+    """Scores as whole score units, `resolution` of which make 1, at least 0: int64 of the same shape."""
+    return (values.double() * resolution).round().clamp(min=0).long()
 
 
 def rank_in_rounds(
@@ -53,8 +54,8 @@ def rank_in_rounds(
     """Order all positions by score, re-scoring what is open after every round.
 
     Args:
-        score: (B, N) bool mask of what is placed already -> (B, N) int64 scores in 1/1024 bit; values at placed
-            positions do not matter.
+        score: (B, N) bool mask of what is placed already -> (B, N) int64 score units; values at placed positions do
+            not matter.
         batch: B.
         positions: N.
         rounds: R, at least 1; a round places N / R positions, the best of the open ones, best first. Ties go to the
@@ -89,19 +90,21 @@ def round_bounds(positions: int, rounds: int) -> list[int]:
     return [number * positions // rounds for number in range(rounds + 1)]
 
 
-def kept_counts(score_units: Tensor, rule: str, threshold: float) -> Tensor:
+def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: int = UNITS) -> Tensor:
     """T of each image: the length at which a rule cuts.
 
     With C(t) the sum of the first t scores:
         relative: the smallest t with C(t) >= threshold * C(N); by definition 0 keeps none and 1 keeps all.
-        residual: the smallest t with C(N) - C(t) <= threshold bits: what is left unsaid is bounded.
-        marginal: up to the first score below threshold bits.
+        residual: the smallest t with C(N) - C(t) <= threshold: what is left unsaid is bounded.
+        marginal: up to the first score below threshold: one water level for all images.
         count: threshold tokens.
+    `quality` is a residual whose threshold follows from dB, see `quality.py`.
 
     Args:
-        score_units: (B, N) int64 scores in the order of ranking, in 1/1024 bit.
-        rule: one of RULES.
-        threshold: a share, bits, bits, a number of tokens.
+        score_units: (B, N) int64 scores in the order of ranking.
+        rule: one of RULES, `quality` aside.
+        threshold: a share, the score's unit, the score's unit, a number of tokens.
+        resolution: score units in the score's unit, see `filtering_rules.Score`.
 
     Returns:
         (B,) int64, from 0 to N.
@@ -113,15 +116,17 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float) -> Tensor:
     check_threshold(rule, threshold, positions)
     if rule == "count":
         return torch.full_like(score_units[:, 0], int(threshold)) if positions else score_units.sum(1)
+    if rule == "quality":
+        raise ValueError("rule is 'quality'; expected a residual that QualityLine.residual_at gave")
     if rule == "marginal":
-        return (score_units.double() >= threshold * UNITS).long().cumprod(dim=1).sum(dim=1)
+        return (score_units.double() >= threshold * resolution).long().cumprod(dim=1).sum(dim=1)
     if rule == "relative" and threshold == 1:  # scores of 0 at the end would be cut, and 1 means all
         return torch.full_like(score_units[:, 0], positions)
     said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
     if rule == "relative":
         enough = said.double() >= threshold * said[:, -1:].double()
     else:
-        enough = (said[:, -1:] - said).double() <= threshold * UNITS
+        enough = (said[:, -1:] - said).double() <= threshold * resolution
     return positions + 1 - enough.sum(dim=1)  # C does not fall: what is enough is a tail
 
 
@@ -131,13 +136,35 @@ def kept_mask_of(order: Tensor, counts: Tensor) -> Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, steps < counts[:, None])
 
 
-def calibrate(score_units: Tensor, rule: str, mean_tokens: float) -> float:
+def rate_bits(score_units: Tensor, counts: Tensor, rule_threshold: float, resolution: int, dimensions: int) -> Tensor:
+    """R(theta) of reverse water-filling, in bits: (B,) float64.
+
+    The sum over the kept tokens of (d / 2) log2(s / theta): what independent Gaussian components of total variance s
+    each, spread evenly over d dimensions, cost at the distortion theta. A step below theta that an order in rounds has
+    kept counts nothing.
+
+    Args:
+        score_units: (B, N) int64 scores in the order of ranking, of a score that is a squared error.
+        counts: (B,) int64, T.
+        rule_threshold: theta, in the score's unit, more than 0.
+        resolution: score units in the score's unit.
+        dimensions: d, numbers that a token's score adds up.
+
+    Source: Cover and Thomas, Elements of Information Theory, 10.3.3.
+    """
+    kept = torch.arange(score_units.shape[1], device=score_units.device) < counts[:, None]
+    ratios = (score_units.double() / (rule_threshold * resolution)).clamp(min=1)
+    return (ratios.log2() * kept).sum(dim=1) * (dimensions / 2)
+
+
+def calibrate(score_units: Tensor, rule: str, mean_tokens: float, resolution: int = UNITS) -> float:
     """The threshold at which images keep `mean_tokens` patch tokens on average, by bisection.
 
     Args:
         score_units: (B, N) int64 scores of validation images, in the order of ranking.
-        rule: one of RULES.
+        rule: one of RULES, `quality` aside.
         mean_tokens: wanted mean of T, 0 to N; global tokens are not counted.
+        resolution: score units in the score's unit.
 
     Returns:
         The threshold whose mean is nearest; T is a whole number per image, so the mean moves in steps.
@@ -153,16 +180,20 @@ def calibrate(score_units: Tensor, rule: str, mean_tokens: float) -> float:
     if rule == "count":
         return float(round(mean_tokens))
     highest = score_units.sum(dim=1).max() if rule == "residual" else score_units.max()
-    low, high = 0.0, 1.0 if rule == "relative" else (int(highest) + 1) / UNITS
-    grows = rule == "relative"  # the others keep less when they are raised
+    low, high = 0.0, 1.0 if rule == "relative" else (int(highest) + 1) / resolution
 
     def mean(threshold: float) -> float:
-        return float(kept_counts(score_units, rule, threshold).double().mean())
+        return float(kept_counts(score_units, rule, threshold, resolution).double().mean())
 
+    return bisect(mean, mean_tokens, low, high, grows=rule == "relative")  # the others keep less when they are raised
+
+
+def bisect(measure: Callable[[float], float], wanted: float, low: float, high: float, grows: bool) -> float:
+    """Where between `low` and `high` a monotone `measure` is nearest to `wanted`; `grows`: it does not fall."""
     for _ in range(60):
         middle = (low + high) / 2
-        if (mean(middle) < mean_tokens) == grows:
+        if (measure(middle) < wanted) == grows:
             low = middle
         else:
             high = middle
-    return min((low, high), key=lambda threshold: abs(mean(threshold) - mean_tokens))
+    return min((low, high), key=lambda value: abs(measure(value) - wanted))

@@ -8,23 +8,40 @@ from dataclasses import dataclass
 
 UNITS = 1024  # score units in a bit
 CHECK_BITS = 32  # the hash that guards replayed positions
-RULES = ("relative", "residual", "marginal", "count")
+RULES = ("relative", "residual", "marginal", "count", "quality")
 
 
 @dataclass(frozen=True)
 class Score:
-    """What an order of patch tokens is made by."""
+    """What an order of patch tokens is made by.
 
-    needs_image: bool  # False: the decoder knows the order without being told
-    in_bits: bool  # False: its steps have no score, only `count` can cut it
+    Steps are kept as whole numbers, so that they add up alike everywhere: `resolution` of them make one `unit`. Powers
+    of two that float32 holds exactly up to the largest step there can be.
+    """
+
+    unit: str = ""  # of a step's score; "": steps have none, only `count` can cut the order
+    resolution: int = UNITS  # score units in one unit
+    in_rounds: bool = False  # what is kept already changes what is open: R rounds may differ from one
+    asks_entropy_model: bool = False
+    needs_image: bool = True  # False: the decoder knows the order without being told
+    in_signal: bool = False  # a squared error of what is dropped, which a picture's quality can be predicted from
 
 
 SCORES = {
-    "surprisal": Score(needs_image=True, in_bits=True),  # -log2 q of the true code
-    "entropy": Score(needs_image=True, in_bits=True),  # of q, from what is kept already
-    "pixel_entropy": Score(needs_image=True, in_bits=True),  # of the patch's grey levels
-    "random": Score(needs_image=False, in_bits=False),  # keyed by the global tokens
-    "grid": Score(needs_image=False, in_bits=False),  # the same for every image, evenly spread
+    # |c - E_q[c]|^2 between the true code vector and what q expects there
+    "distortion": Score("squared distance", 2**16, in_rounds=True, asks_entropy_model=True, in_signal=True),
+    # mean squared error of the patch in [0, 1], as decoded from what is kept so far
+    "error": Score("squared error", 2**20, in_rounds=True, in_signal=True),
+    # -log2 q of the true code
+    "surprisal": Score("bits", in_rounds=True, asks_entropy_model=True),
+    # of q, from what is kept already
+    "entropy": Score("bits", in_rounds=True, asks_entropy_model=True),
+    # of the patch's grey levels
+    "pixel_entropy": Score("bits"),
+    # keyed by the global tokens
+    "random": Score(needs_image=False),
+    # the same for every image, evenly spread
+    "grid": Score(needs_image=False),
 }
 
 
@@ -51,15 +68,19 @@ def check_threshold(rule: str, threshold: float, positions: int) -> None:
     if rule == "relative" and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share from 0 to 1 for the rule relative")
     if rule in ("residual", "marginal") and not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold is {threshold}; expected at least 0 bits for the rule {rule}")
+        raise ValueError(f"threshold is {threshold}; expected at least 0, in the score's unit, for the rule {rule}")
+    if rule == "quality" and not 0 < threshold < math.inf:
+        raise ValueError(f"threshold is {threshold}; expected more than 0 dB for the rule quality")
     if rule == "count" and not (float(threshold).is_integer() and 0 <= threshold <= positions):
         raise ValueError(f"threshold is {threshold}; expected 0 to {positions} whole tokens for the rule count")
 
 
 def check_cut(score: str, rule: str, threshold: float, positions: int) -> None:
-    """Raises ValueError as `check_threshold`, or when the score has no bits that the rule could add up."""
+    """Raises ValueError as `check_threshold`, or when the score has no steps that the rule could cut by."""
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; expected one of {', '.join(SCORES)}")
     check_threshold(rule, threshold, positions)
-    if rule != "count" and not SCORES[score].in_bits:
-        raise ValueError(f"rule is {rule!r}; expected count for the score {score!r}, whose steps have no bits")
+    if rule != "count" and not SCORES[score].unit:
+        raise ValueError(f"rule is {rule!r}; expected count for the score {score!r}, whose steps have no scores")
+    if rule == "quality" and not SCORES[score].in_signal:
+        raise ValueError(f"rule is 'quality'; expected the score distortion or error, not {score!r}, to predict dB from")

@@ -59,6 +59,16 @@ def read_expected(hidden: Tensor, head: nn.Linear, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def read_distortion(hidden: Tensor, head: nn.Linear, indices: Tensor, codes: Tensor) -> Tensor:
+    """|c - E_q[c]|^2 of the true codes, without gradients: (n,) float32, in squared units of the code vectors.
+
+    How far off the decoder's stand-in for a dropped token is; estimates the conditional variance of the token. Arguments
+    as above, (K, d) `codes` needed.
+    """
+    return (codes[indices].float() - read_expected(hidden, head, codes)).square().sum(-1)
+
+
+@torch.no_grad()
 def read_entropy(hidden: Tensor, head: nn.Linear) -> Tensor:
     """Entropy of q in bits, without gradients: (n,) float32."""
     found = [conditional_entropy(head(hidden[rows])) for rows in _parts(len(hidden), head.weight)]

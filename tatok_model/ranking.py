@@ -1,10 +1,13 @@
-"""The order in which an image's patch tokens matter, by any score: the entropy model's, or a control's.
+"""The order in which an image's patch tokens matter, by any score: the models', or a control's.
 
-Plain functions of tokens and of `predict`, which asks the entropy model; `TaTok.rank` is their public face.
+Plain functions of tokens and of the two models that can be asked: `predict` is the entropy model, `decode` the decoder.
+`TaTok.rank` is their public face.
 
-Shapes: B images, N patch positions, K codebook entries, n positions asked for.
+Shapes: B images, N patch positions, K codebook entries, d code width, n positions asked for, P patch side.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,8 +20,10 @@ from tatok_model.entropy import Read
 from tatok_model.filtering import rank_in_rounds, to_units
 from tatok_model.filtering_rules import SCORES, check_rounds
 from tatok_model.kept_sets import Wanted
-from tatok_model.predictions import read_entropy, read_surprisal
+from tatok_model.predictions import read_distortion, read_entropy, read_surprisal
+from tatok_model.quality import QualityLine, line_of
 from tatok_model.tokens import Ranking, Tokens
+from tatok_model.vit import patchify
 
 
 class Predict(Protocol):
@@ -29,26 +34,67 @@ class Predict(Protocol):
         ...
 
 
-def rank(
-    tokens: Tokens, score: str, rounds: int, predict: Predict, patch_size: int, images: Tensor | None = None
-) -> Ranking:
-    """Order all patch tokens of each image; arguments and errors as `TaTok.rank`."""
-    batch, positions = tokens.patch_indices.shape
+@dataclass(frozen=True)
+class Models:
+    """What a ranking may ask.
+
+    Attributes:
+        predict: the entropy model.
+        decode: tokens to (B, 3, H, W) pictures in [0, 1].
+        codes: (K, d) code vectors of the patch tokens.
+        patch_size: P.
+        lines: of rankings whose pictures' quality can be predicted.
+    """
+
+    predict: Predict
+    decode: Callable[[Tokens], Tensor]
+    codes: Tensor
+    patch_size: int
+    lines: tuple[QualityLine, ...] = ()
+
+
+def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor | None = None) -> Ranking:
+    """Order all patch tokens of each image; arguments and errors as `TaTok.rank`, floats in [0, 1] as `images`."""
+    (batch, positions), device = tokens.patch_indices.shape, tokens.patch_indices.device
     check_rounds(rounds, positions)
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; expected one of {', '.join(SCORES)}")
-    if score in ("surprisal", "entropy"):
+    if not SCORES[score].in_rounds:
+        if rounds != 1:
+            raise ValueError(f"rounds is {rounds}; expected 1 for the score {score!r}, which nothing kept can change")
+        return Ranking(*_fixed_order(tokens, score, models.patch_size, images), score, rounds)
+    if score == "error" and images is None:
+        raise ValueError("score is 'error'; expected the images too, to see how wrong they get")
 
-        def units(placed: Tensor) -> Tensor:
-            at = ~placed
-            true_codes = partial(read_surprisal, indices=tokens.patch_indices[at])
-            bits = predict(tokens, placed, at, true_codes if score == "surprisal" else read_entropy)
-            return torch.zeros_like(tokens.patch_indices).masked_scatter(at, to_units(bits))
+    def units(placed: Tensor) -> Tensor:
+        if score == "error" and images is not None:
+            return to_units(patch_errors(tokens, placed, images, models), SCORES[score].resolution)
+        at = ~placed
+        values = models.predict(tokens, placed, at, _read(score, tokens.patch_indices[at], models.codes))
+        return torch.zeros_like(tokens.patch_indices).masked_scatter(at, to_units(values, SCORES[score].resolution))
 
-        return Ranking(*rank_in_rounds(units, batch, positions, rounds, tokens.patch_indices.device), score, rounds)
-    if rounds != 1:
-        raise ValueError(f"rounds is {rounds}; expected 1 for the score {score!r}, which nothing kept can change")
-    return Ranking(*_fixed_order(tokens, score, patch_size, images), score, rounds)
+    order, score_units = rank_in_rounds(units, batch, positions, rounds, device)
+    return Ranking(order, score_units, score, rounds, line_of(models.lines, score, rounds))
+
+
+def _read(score: str, indices: Tensor, codes: Tensor) -> Read:
+    """What a score reads off q: (n,) float32 in the score's unit, of (n,) true codes."""
+    if score == "distortion":
+        return partial(read_distortion, indices=indices, codes=codes)
+    return partial(read_surprisal, indices=indices) if score == "surprisal" else read_entropy
+
+
+def patch_errors(tokens: Tokens, kept_mask: Tensor, images: Tensor, models: Models) -> Tensor:
+    """(B, N) float32: mean squared error of each patch as decoded from the tokens where (B, N) `kept_mask` is True.
+
+    Args:
+        tokens: every patch token known.
+        kept_mask: (B, N) bool.
+        images: (B, 3, H, W) floats in [0, 1].
+        models: whose decoder is asked.
+    """
+    pictures = models.decode(replace(tokens, kept_mask=kept_mask))
+    return patchify((pictures.float() - images).square(), models.patch_size).mean(dim=-1)
 
 
 def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -66,45 +112,50 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
     return order, torch.zeros_like(order)
 
 
-def training_places(
-    tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig, predict: Predict, patch_size: int
-) -> Tensor:
+def training_places(tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig, models: Models) -> Tensor:
     """(B, N) int64: the place of every position in its image's ranking, 0 where no prefix of a ranking was drawn.
 
-    One round; each sample is ranked by surprisal or by entropy, as `wanted` says, so that both can be used later.
+    One round; with the order `filter`, each sample is ranked by surprisal or by entropy, as `wanted` says, so that both
+    can be used later.
 
     Args:
         tokens: every patch token known.
         images: (B, 3, H, W) floats in [0, 1].
         wanted: what was drawn for each sample.
         mix: names the order.
-        predict: the entropy model.
-        patch_size: pixels.
+        models: that a ranking asks.
     """
     places = torch.zeros_like(tokens.patch_indices)
     needed = wanted.filtered | wanted.own_set
     if not bool(needed.any()):
         return places
     part = tokens[needed]
-    if mix.order not in BY_MODEL:
-        order = _fixed_order(part, mix.order, patch_size, images[needed])[0]
+    if mix.order == "error":
+        values = patch_errors(part, torch.zeros_like(part.kept_mask), images[needed], models)
+        order = values.argsort(dim=1, descending=True, stable=True)
+    elif mix.order in BY_MODEL:
+        at = torch.ones_like(part.kept_mask)
+        if mix.order == "filter":
+            read = _read_either(part, wanted.by_entropy[needed])
+        else:
+            read = _read(mix.order, part.patch_indices.flatten(), models.codes)
+        values = models.predict(part, ~at, at, read).view(at.shape)
+        order = to_units(values, SCORES.get(mix.order, SCORES["surprisal"]).resolution)
+        order = order.argsort(dim=1, descending=True, stable=True)
     else:
-        bits = _bits_of_all(part, wanted.by_entropy[needed], predict)
-        order = to_units(bits).argsort(dim=1, descending=True, stable=True)
+        order = _fixed_order(part, mix.order, models.patch_size, images[needed])[0]
     places[needed] = order.argsort(dim=1)
     return places
 
 
-def _bits_of_all(tokens: Tokens, by_entropy: Tensor, predict: Predict) -> Tensor:
-    """(B, N) float32 scores while nothing is given: entropy where (B,) bool `by_entropy` is True, else surprisal."""
-    at = torch.ones_like(tokens.kept_mask)
+def _read_either(tokens: Tokens, by_entropy: Tensor) -> Read:
+    """Reads (B, N) bits while nothing is given: entropy where (B,) bool `by_entropy` is True, else surprisal."""
 
     def read(hidden: Tensor, head: nn.Linear) -> Tensor:
-        bits = read_surprisal(hidden, head, tokens.patch_indices.flatten()).view(at.shape)
+        shape = tokens.patch_indices.shape
+        bits = read_surprisal(hidden, head, tokens.patch_indices.flatten()).view(shape)
         rows = by_entropy.nonzero()[:, 0]
-        return bits.index_copy(
-            0, rows, read_entropy(hidden.view(*at.shape, -1)[rows].flatten(0, 1), head).view(-1, at.shape[1])
-        )
+        entropies = read_entropy(hidden.view(*shape, -1)[rows].flatten(0, 1), head)
+        return bits.index_copy(0, rows, entropies.view(-1, shape[1]))
 
-    bits: Tensor = predict(tokens, ~at, at, read)
-    return bits
+    return read

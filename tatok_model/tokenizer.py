@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from tatok_model.config import BY_MODEL, SIZES, KeptSetConfig, TokenizerConfig, read_config
@@ -31,9 +33,11 @@ from tatok_model.entropy import EntropyModel, Read
 from tatok_model.kept_sets import KeptSets, draw, kept_sets
 from tatok_model.predictions import read_expected, read_surprisal, read_surprisal_and_expected
 from tatok_model.quantizer import build_quantizer
-from tatok_model.ranking import rank, training_places
+from tatok_model.quality import FILE as QUALITY_FILE
+from tatok_model.quality import QualityLine, lines_json, read_lines
+from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
-from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, unpatchify
+from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, run_on_present, unpatchify
 
 
 class Reconstruction(NamedTuple):
@@ -69,6 +73,7 @@ class TaTok(
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
+        self.quality_lines: tuple[QualityLine, ...] = ()  # fitted by calibration, saved beside the weights
         width, encoder_layers, decoder_layers, heads = SIZES[config.size]
         pixels = config.patch_size**2 * CHANNELS
         m, n = config.global_tokens, config.patch_positions
@@ -165,16 +170,15 @@ class TaTok(
         return Tokens(global_indices, patch_indices, self._kept_mask(images, kept_mask))
 
     @torch.no_grad()
-    def rank(self, tokens: Tokens, score: str = "surprisal", rounds: int = 1, images: Tensor | None = None) -> Tokens:
+    def rank(self, tokens: Tokens, score: str = "distortion", rounds: int = 1, images: Tensor | None = None) -> Tokens:
         """The same tokens, all kept, with the order in which to cut them.
 
         Args:
             tokens: of `encode`, with every patch token known.
-            score: a key of `filtering_rules.SCORES`. `surprisal` and `entropy` come from the entropy model; the others
-                are controls.
-            rounds: R, 1 to N: how often open positions are scored anew given what is placed; orders that ask no
-                entropy model have 1.
-            images: (B, 3, H, W), uint8 or floats in [0, 1]; `pixel_entropy` looks at them.
+            score: a key of `filtering_rules.SCORES`. `distortion`, `surprisal` and `entropy` come from the entropy
+                model, `error` from the decoder; the others are controls.
+            rounds: R, 1 to N: how often open positions are scored anew given what is placed; controls have 1.
+            images: (B, 3, H, W), uint8 or floats in [0, 1]; `error` and `pixel_entropy` look at them.
 
         Raises:
             ValueError: tokens that do not fit or are cut already, an unknown score, rounds outside their range, or a
@@ -185,7 +189,8 @@ class TaTok(
             raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
         if not bool(tokens.kept_mask.all()):
             raise ValueError("tokens are cut already; expected every patch token to be known")
-        return replace(tokens, ranking=rank(tokens, score, rounds, self._predict, self.config.patch_size, images))
+        images = None if images is None else self._as_float(images)
+        return replace(tokens, ranking=rank(tokens, score, rounds, self._models(), images))
 
     @torch.no_grad()
     def code_lengths(self, tokens: Tokens, schedule: Tensor, without_globals: Tensor | None = None) -> Tensor:
@@ -283,16 +288,26 @@ class TaTok(
     ) -> Tensor:
         """(B, M, D), (B, N, D) or None, and (B, N, D) or None added to dropped places -> (B, 3, H, W)."""
         kept, counts = tokens.kept_mask, tokens.global_counts
+        present = kept  # (B, N), then (B, M + N)
         if counts is not None:
             places = torch.arange(global_embeddings.shape[1], device=counts.device)
-            global_embeddings = global_embeddings.where((places < counts[:, None])[..., None], self.mask_token)
+            said = places < counts[:, None]
+            global_embeddings = global_embeddings.where(said[..., None], self.mask_token)
+            present = torch.cat([said, kept], dim=1)
+        elif self.config.global_tokens:
+            present = F.pad(kept, (self.config.global_tokens, 0), value=True)
         slots: Tensor = repeat(self.mask_token, "d -> b n d", b=len(kept), n=kept.shape[1])  # (B, N, D)
         if fill is not None:
             slots = slots + fill
         if patch_embeddings is not None:
             slots = patch_embeddings.where(kept[..., None], slots)
         x = torch.cat([global_embeddings + self.global_positions, slots + self.decoder_positions], dim=1)
-        x = self.decoder(x)[:, self.config.global_tokens :]  # (B, N, D)
+        trunk, rest = self.decoder.blocks[: self.config.trunk_layers], self.decoder.blocks[self.config.trunk_layers :]
+        if len(trunk):
+            x = run_on_present(trunk, x, present).where(present[..., None], x)
+        for block in rest:
+            x = block(x)
+        x = self.decoder.norm(x)[:, self.config.global_tokens :]  # (B, N, D)
         return (unpatchify(self.to_pixels(x), self.config.patch_size) + 1) / 2  # (B, 3, H, W)
 
     def _predict(
@@ -316,6 +331,13 @@ class TaTok(
         if global_codes is None:
             global_codes = patch_codes[:, :0]
         return self.entropy_model(global_codes, patch_codes, given_mask, at, without_globals, read)
+
+    def _models(self) -> Models:
+        """What a ranking may ask; this tokenizer has patch tokens."""
+        codes = self.code_vectors()[1]
+        if codes is None:
+            raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
+        return Models(self._predict, self.decode, codes, self.config.patch_size, self.quality_lines)
 
     def _read_bits_and_expected(self, indices: Tensor) -> Read:
         """Reads (n,) surprisal of the true codes and, where the decoder fills, the (n, d) expected code vectors."""
@@ -347,7 +369,7 @@ class TaTok(
         """Kept sets of a training step; only samples that need a ranking are ranked."""
         by_model = mix.order in BY_MODEL
         wanted = draw(uniforms, mix, filtering_now and not (by_model and self.entropy_model is None))
-        places = training_places(tokens, images, wanted, mix, self._predict, self.config.patch_size)
+        places = training_places(tokens, images, wanted, mix, self._models())
         # Older releases of torch keep the weights that autocast has cast here, without gradients, for the pass that
         # needs them (pytorch#112583).
         torch.clear_autocast_cache()
@@ -412,7 +434,7 @@ class TaTok(
 
         Raises:
             FileNotFoundError: the text is not a hub id and no such folder exists, or a folder lacks a file.
-            ValueError: the folder's config.json is not one of a tokenizer.
+            ValueError: the folder's config.json is not one of a tokenizer, or its quality.json not calibration's.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_dir():
@@ -421,7 +443,23 @@ class TaTok(
             raise FileNotFoundError(
                 f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name"
             )
-        return super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
+        model = super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
+        model.quality_lines = read_lines(path / QUALITY_FILE if path.is_dir() else _quality_of_hub(str(path), kwargs))
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.quality_lines:
+            (save_directory / QUALITY_FILE).write_text(lines_json(self.quality_lines))
+
+
+def _quality_of_hub(name: str, options: dict[str, Any]) -> Path:
+    """Where a hub model's quality.json lies on this machine; a path without a file where it has none."""
+    known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    try:
+        return Path(hf_hub_download(name, QUALITY_FILE, **{key: options[key] for key in known if key in options}))
+    except EntryNotFoundError:
+        return Path(QUALITY_FILE) / "absent"
 
 
 def _asks_all(given_mask: Tensor, at: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tatok_model.filtering import kept_counts, kept_mask_of
 from tatok_model.filtering_rules import CHECK_BITS, SCORES, check_cut, fixes_length
+from tatok_model.quality import QualityLine
 
 POSITIONS = ("derived", "sent", "replayed")
 
@@ -54,15 +55,17 @@ class Ranking:
 
     Attributes:
         order: (B, N) int64 patch positions, the most informative first.
-        score_units: (B, N) int64, the score of each step of `order` in units of 1/1024 bit.
+        score_units: (B, N) int64, the score of each step of `order`, in whole score units.
         score: a key of `filtering_rules.SCORES`: what was scored.
         rounds: R, in how many rounds; streams and thresholds carry it, because another R is another order.
+        line: predicts a picture's error from its dropped scores, for the rule `quality`; None: not calibrated.
     """
 
     order: Tensor
     score_units: Tensor
     score: str
     rounds: int
+    line: QualityLine | None = None
 
     def __post_init__(self) -> None:
         if self.order.ndim != 2 or self.order.shape != self.score_units.shape:
@@ -74,6 +77,23 @@ class Ranking:
             raise ValueError(f"score is {self.score!r}; expected one of {', '.join(SCORES)}")
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; expected at least 1")
+
+    @property
+    def resolution(self) -> int:
+        """Score units in the score's unit."""
+        return SCORES[self.score].resolution
+
+    def counts(self, rule: str, threshold: float) -> Tensor:
+        """(B,) int64, T of each image where a rule cuts; arguments and errors as `Tokens.cut`."""
+        check_cut(self.score, rule, threshold, self.order.shape[1])
+        if rule == "quality":
+            if self.line is None:
+                raise ValueError(
+                    f"rule is 'quality' and this tokenizer has no line from {self.score} in {self.rounds} rounds to "
+                    "dB; expected one that jobs/calibrate.py has fitted"
+                )
+            rule, threshold = "residual", self.line.residual_at(threshold)
+        return kept_counts(self.score_units, rule, threshold, self.resolution)
 
     def __getitem__(self, images: Any) -> "Ranking":
         return replace(self, order=self.order[images], score_units=self.score_units[images])
@@ -163,21 +183,20 @@ class Tokens:
         """Keep of each image the first patch tokens of its ranking, as many as the rule says.
 
         Args:
-            rule: relative, residual, marginal or count; `filtering.kept_counts` defines them.
-            threshold: tau, bits, bits or tokens, as the rule wants it.
+            rule: relative, residual, marginal or count; `filtering.kept_counts` defines them. Or quality.
+            threshold: tau, the score's unit, the score's unit, tokens or dB, as the rule wants it.
             replay: the decoder will repeat the ranking instead of being told the positions; `entropy` scores only.
 
         Raises:
-            ValueError: the order is not known, the threshold is outside its range, or the score cannot serve the rule
-                or be replayed.
+            ValueError: the order is not known, the threshold is outside its range, the score cannot serve the rule
+                or be replayed, or `quality` asks for more dB than there are or is not calibrated.
         """
         if self.ranking is None:
             raise ValueError("these tokens hold one cut and no ranking; expected tokens that TaTok.rank made")
         score, (_, positions) = self.ranking.score, self.patch_indices.shape
-        check_cut(score, rule, threshold, positions)
+        counts = self.ranking.counts(rule, threshold)
         if replay and score != "entropy":
             raise ValueError(f"replay is set with score {score!r}; expected entropy, which a decoder can compute")
-        counts = kept_counts(self.ranking.score_units, rule, threshold)
         how = _how_positions_travel(score, rule, threshold, replay, positions)
         side = Side(length=not fixes_length(rule, threshold), positions=how)
         return replace(self, kept_mask=kept_mask_of(self.ranking.order, counts), side=side)

@@ -37,8 +37,8 @@ from pipeline.devices import uses_bf16
 from pipeline.run import Run
 from pipeline.training import worker
 from pipeline.training.batches import Batch, Batches
+from pipeline.training.optimizers import make_optimizer
 from pipeline.training.order import SampleOrder
-from pipeline.training.state import make_optimizer
 from tatok_model.config import KeptSetConfig
 from tatok_model.entropy import EntropyModel
 from tatok_model.kept_sets import LANES

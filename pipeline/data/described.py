@@ -31,7 +31,7 @@ def read_described(folder: str | Path, name: str, writer: str) -> Any:
         raise BadInput(f"{name} in {place!r} cannot be read ({' '.join(str(error).split())})") from None
 
 
-def check_format(values: Any, what: str, format_and_version: tuple[str, int], writer: str) -> None:
+def check_format(values: Any, what: str, format_and_version: tuple[str, int], writer: str, oldest: int = 0) -> None:
     """Refuse values of another program or of another version.
 
     Args:
@@ -39,6 +39,7 @@ def check_format(values: Any, what: str, format_and_version: tuple[str, int], wr
         what: they are of, for messages.
         format_and_version: that are wanted.
         writer: the job that writes them, for messages.
+        oldest: the first version that can still be read; 0: only the one that is wanted.
 
     Raises:
         BadInput: naming what was found.
@@ -46,5 +47,5 @@ def check_format(values: Any, what: str, format_and_version: tuple[str, int], wr
     wanted, version = format_and_version
     if not isinstance(values, dict) or values.get("format") != wanted:
         raise BadInput(f"{what} is not of format {wanted!r}; expected one by {writer}")
-    if values.get("version") != version:
+    if values.get("version") not in range(oldest or version, version + 1):
         raise BadInput(f"{what} has version {values.get('version')!r}; expected {version}")

@@ -19,7 +19,6 @@ from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.replay import ReplayCheck, fallback_bits
 from pipeline.read_ahead import read_ahead
 from tatok_model.config import TokenizerConfig
-from tatok_model.filtering_rules import UNITS
 from tatok_model.lpips import LPIPS
 from tatok_model.metrics.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics
@@ -286,5 +285,5 @@ def _contents(batch: np.ndarray, ranked: Tokens) -> PerImage:
     """How much there is to say of (B, H, W, 3) uint8 images: the size as PNG, the scores of all patch tokens."""
     found: dict[str, np.ndarray] = {"png_bytes": np.array([png_bytes(image) for image in batch], dtype=np.int64)}
     if ranked.ranking is not None:
-        found["total_bits"] = ranked.ranking.score_units.sum(1).cpu().numpy() / UNITS
+        found["total_score"] = ranked.ranking.score_units.sum(1).cpu().numpy() / ranked.ranking.resolution
     return PerImage(**found)

@@ -13,7 +13,7 @@ from pipeline.evaluation.blind import check_information, load_blind
 from pipeline.evaluation.budget import check_baselines
 from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.paths import write_atomically
-from pipeline.pretrained import load_tokenizer
+from pipeline.pretrained import check_quality, load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tracking import Tracker, check_tracking
@@ -81,6 +81,7 @@ def run(run: Run) -> None:
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
     tokenizer, sha256 = load_tokenizer(run.config)
+    check_quality(run.config, tokenizer)
     run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}
     check_baselines(run.config, manifest.splits["train"].rows)
     blind = load_blind(run, tokenizer)

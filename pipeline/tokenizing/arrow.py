@@ -1,7 +1,7 @@
 """Tokens as Arrow tables and Parquet files: the full ranked stream, which can be cut again at every threshold.
 
-A row holds an image's patch tokens in the order of its ranking. Scores are whole numbers of 1/1024 bit and stored in
-bits: exact in float32 up to 2^24 of them.
+A row holds an image's patch tokens in the order of its ranking. Scores are whole numbers of score units and stored in
+the score's unit, which the metadata name: exact in float32 up to 2^24 of them.
 
 Shapes: B images, M global tokens, N patch positions, K codebook entries.
 """
@@ -20,7 +20,7 @@ import torch
 from pipeline.data.locations import locate
 from pipeline.errors import BadInput
 from pipeline.tokenizing.manifest import METADATA, Stream, TokenFile, stream_from_dict
-from tatok_model.filtering_rules import UNITS
+from tatok_model.filtering_rules import SCORES, Score
 from tatok_model.tokens import Ranking, Tokens
 
 ROW_GROUP_ROWS = 512  # what random access reads at least: half a megabyte at N = 256
@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         "global_indices": INTEGERS,  # M codebook entries
         "patch_indices": INTEGERS,  # N codebook entries, the most informative first
         "patch_positions": INTEGERS,  # their places in raster order
-        "score_bits": NUMBERS,  # what each step of the ranking adds
+        "scores": NUMBERS,  # what each step of the ranking adds, in the score's unit
     }
 )
 
@@ -65,7 +65,7 @@ def to_table(tokens: Tokens, ids: Sequence[str], labels: np.ndarray, stream: Str
         "global_indices": _lists(tokens.global_indices, INTEGERS),
         "patch_indices": _lists(codes, INTEGERS),
         "patch_positions": _lists(order, INTEGERS),
-        "score_bits": _lists(units.double() / UNITS, NUMBERS),
+        "scores": _lists(units.double() / (ranking.resolution if ranking else 1), NUMBERS),
     }
     return pa.table(columns, SCHEMA.with_metadata(stream.metadata()))
 
@@ -77,19 +77,24 @@ def from_table(table: pa.Table) -> tuple[Tokens, list[str], np.ndarray]:
         BadInput: other columns, no or foreign metadata, or values that no tokenizer of such a stream gives.
     """
     stream = stream_in(table, "the table")
+    if "score_bits" in table.column_names:  # version 1
+        table = table.rename_columns({"score_bits": "scores"})
     if not table.schema.equals(SCHEMA):
         raise BadInput(f"columns are {_told(table.schema)}; expected {_told(SCHEMA)}")
     ranked = stream.patch_positions if stream.score else 0
     globals_ = _matrix(table, "global_indices", stream.global_tokens)
     codes, order = _matrix(table, "patch_indices", ranked), _matrix(table, "patch_positions", ranked)
-    units = _matrix(table, "score_bits", ranked).astype(np.float64) * UNITS
+    score = SCORES[stream.score] if stream.score else Score()
+    units = _matrix(table, "scores", ranked).astype(np.float64) * score.resolution
     for name, values in (("global_indices", globals_), ("patch_indices", codes)):
         if values.size and not 0 <= values.min() <= values.max() < stream.codebook_size:
             raise BadInput(f"{name} hold {values.min()} to {values.max()}; expected 0 to {stream.codebook_size - 1}")
     if not np.array_equal(np.sort(order, axis=1), np.broadcast_to(np.arange(ranked), order.shape)):
         raise BadInput(f"patch_positions are no permutation; expected 0 to {ranked - 1}, each once in every row")
     if not ((units >= 0) & (units == np.rint(units)) & np.isfinite(units)).all():
-        raise BadInput(f"score_bits are not what a ranking gives; expected whole numbers of 1/{UNITS} bit, 0 or more")
+        raise BadInput(
+            f"scores are not what a ranking gives; expected whole numbers of 1/{score.resolution} {score.unit}, 0 or more"
+        )
     tokens = _tokens(stream, *(torch.from_numpy(values.astype(np.int64)) for values in (globals_, codes, order, units)))
     return tokens, table.column("id").to_pylist(), table.column("label").to_numpy()
 
@@ -152,7 +157,7 @@ def _tokens(
     patches = torch.zeros(shape, dtype=torch.int64)
     if not stream.score:
         return Tokens(globals_, patches, torch.zeros(shape, dtype=torch.bool))
-    ranking = Ranking(order, units, stream.score, stream.rounds)
+    ranking = Ranking(order, units, stream.score, stream.rounds, stream.line)
     return Tokens(globals_, patches.scatter(1, order, codes), torch.ones(shape, dtype=torch.bool), ranking)
 
 

@@ -8,6 +8,7 @@ Symbols: N patch positions, M global tokens, K codebook entries.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from pipeline.data.manifest import SPLITS
 from pipeline.errors import BadInput
 from pipeline.paths import sha256_file
 from tatok_model.filtering_rules import SCORES
+from tatok_model.quality import QualityLine, line_of
 
-FORMAT, VERSION = "tatok-tokens", 1
+FORMAT, VERSION, OLDEST = "tatok-tokens", 2, 1  # version 1 had scores in bits alone, in a column score_bits
 NAME, WRITER = "tokens.json", "jobs/tokenize_images.py"
 METADATA = b"tatok_tokens"  # the key in a file's schema metadata
 SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # of the tokenizer section and of a stream
@@ -38,10 +40,12 @@ class Stream:
     codebook_size: int  # K
     image_size: int  # pixels, square
     patch_size: int  # pixels, square
+    line: QualityLine | None = None  # from what a cut leaves unsaid to dB, for the rule `quality`
 
     def to_dict(self) -> dict[str, Any]:
         """As in the metadata of a file and at the beginning of `tokens.json`."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        unit = SCORES[self.score].unit if self.score else ""
+        return {"format": FORMAT, "version": VERSION, **asdict(self), "unit": unit}
 
     def metadata(self) -> dict[bytes, bytes]:
         """Of an Arrow schema."""
@@ -84,14 +88,15 @@ class TokenManifest:
         return {**self.stream.to_dict(), **values}
 
 
-def stream_of(config: Config, tokenizer_sha256: str) -> Stream:
-    """The stream that a configuration asks for."""
+def stream_of(config: Config, tokenizer_sha256: str, lines: Iterable[QualityLine] = ()) -> Stream:
+    """The stream that a configuration asks for, of a tokenizer with these weights and quality lines."""
     section, ranked = config.tokenizer, config.tokenizer.patch_tokens
     return Stream(
         score=config.filter.score if ranked else "",
         rounds=config.filter.rounds if ranked else 0,
         tokenizer_sha256=tokenizer_sha256,
         patch_positions=section.patch_positions,
+        line=line_of(lines, config.filter.score, config.filter.rounds) if ranked else None,
         **{name: getattr(section, name) for name in SHAPING},
     )
 
@@ -112,10 +117,12 @@ def stream_from_dict(values: Any, what: str) -> Stream:
     Raises:
         BadInput: another program's, of another version, or damaged.
     """
-    check_format(values, what, (FORMAT, VERSION), WRITER)
+    check_format(values, what, (FORMAT, VERSION), WRITER, OLDEST)
     try:
         numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
-        stream = Stream(score=str(values["score"]), tokenizer_sha256=str(values["tokenizer_sha256"]), **numbers)
+        line = QualityLine(**values["line"]) if values.get("line") else None
+        texts = {name: str(values[name]) for name in ("score", "tokenizer_sha256")}
+        stream = Stream(**texts, **numbers, line=line)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
     if stream.score and stream.score not in SCORES:

@@ -3,6 +3,7 @@
 First the plan (`plan.json`), then one token file per range of it, then `tokens.json`, which marks the stream complete.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from pipeline.data.manifest import SPLITS, Manifest, read_manifest
 from pipeline.evaluation.inputs import check_inputs, with_tokenizer, with_trained
 from pipeline.job import run_nested
 from pipeline.paths import write_json
-from pipeline.pretrained import load_tokenizer
+from pipeline.pretrained import check_quality, load_tokenizer
 from pipeline.progress import say
 from pipeline.run import Run
 from pipeline.tokenizing.manifest import (
@@ -68,7 +69,8 @@ def run(run: Run) -> None:
     run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
     tokenizer, sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
-    stream = stream_of(config, sha256)
+    check_quality(config, tokenizer)
+    stream = stream_of(config, sha256, tokenizer.quality_lines)
     ranges = ranges_of_pictures({name: split.rows for name, split in shards.splits.items()}, config.tokens)
     key = keep_plan(run.folder, _facts(config, stream, shards), ranges)
 
@@ -116,6 +118,7 @@ def _facts(config: Config, stream: Stream, shards: Manifest) -> dict[str, Any]:
         "tokenizer.checkpoint": stream.tokenizer_sha256,
         "filter.score": stream.score,
         "filter.rounds": stream.rounds,
+        **({"quality line": asdict(stream.line)} if stream.line else {}),
         **_decides(config),
     }
 

@@ -51,9 +51,14 @@ def values_of(config: Config, *sections: str) -> dict[str, Any]:
 def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuse to go on with other values than a run was begun with.
 
+    A key that there was not yet when the run was begun had the value that it has by default.
+
     Raises:
         BadInput: naming the first key that differs.
     """
+    defaults = Config().to_dict()
     for key, value in wanted.items():
-        if begun.get(key) != value:
-            raise BadInput(f"{key} is {value!r}; expected {begun.get(key)!r}, as this run was begun, or a new run.name")
+        section, _, name = key.partition(".")
+        before = begun.get(key, defaults[section].get(name))
+        if before != value:
+            raise BadInput(f"{key} is {value!r}; expected {before!r}, as this run was begun, or a new run.name")

@@ -14,13 +14,14 @@ from torch.distributed.tensor import distribute_tensor
 
 from pipeline.config import TrainConfig
 from pipeline.training import distributed
-from pipeline.training.state import load_optimizer, make_optimizer, optimizer_tensors
+from pipeline.training.optimizers import make_optimizer
+from pipeline.training.state import load_optimizer, optimizer_tensors
 from tatok_model.tokenizer import TaTok
 
 
 def shard(
     model: TaTok, average: TaTok, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Cut two models in place, equal on every worker, and what the optimiser of the first remembers.
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.checkpoints import Checkpoint
 from pipeline.config import TrainConfig
 from pipeline.training import distributed
+from pipeline.training.optimizers import make_optimizer
 from pipeline.training.schedule import learning_rate
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -124,15 +125,6 @@ class TrainState(Generic[Model]):
         """The inverse of `tensors`."""
         self.model.load_state_dict(under("model", found))
         load_optimizer(self.optimizer, under("optimizer", found))
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; gains, biases and single vectors are not decayed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=config.fused)
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:

@@ -1,6 +1,7 @@
 """The step of a generator does not depend on how its batch is cut, and learns."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def dataset(stream_folder: Path) -> TokenDataset:
     return TokenDataset.load(str(stream_folder), "train", FilterConfig(threshold=0.6))
 
 
-def objective(dataset: TokenDataset, **changes: float) -> GeneratorObjective:
+def objective(dataset: TokenDataset, **changes: Any) -> GeneratorObjective:
     torch.manual_seed(0)
     config = GeneratorConfig("nano", 0.0, classes=3, global_tokens=2, grid_size=4, codebook_size=16,
                              max_patch_tokens=dataset.longest)  # fmt: skip
@@ -87,8 +88,9 @@ def test_padding_and_lengths_are_counted_since_the_last_log(dataset: TokenDatase
     assert trained.metrics()["train/tokens_per_image"] != found["train/tokens_per_image"]
 
 
-def test_a_few_sequences_are_learnt(dataset: TokenDataset) -> None:
-    trained = objective(dataset, learning_rate=3e-3, warmup_steps=5, max_steps=60)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_sequences_are_learnt(dataset: TokenDataset, optimizer: str) -> None:
+    trained = objective(dataset, optimizer=optimizer, learning_rate=3e-3, warmup_steps=5, max_steps=60)
     batches = TokenBatches(dataset, SampleOrder(16, 0, 16), 0, 1, 1, 0.0, ends=1)
     losses = [float(trained.step(batches.load(step))["loss"]) for step in range(40)]
     assert losses[-1] < 0.5 * losses[0]

@@ -54,21 +54,24 @@ def test_a_run_leaves_a_generator_metrics_and_pictures(configure: Configure, tra
     assert run.outputs["checkpoint"] == str(run.folder / "checkpoint")
 
 
+@pytest.mark.parametrize(("optimizer", "other"), [("adamw", "muon"), ("muon", "adamw")])
 def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(
-    configure: Configure, train_generator: Train
+    configure: Configure, train_generator: Train, optimizer: str, other: str
 ) -> None:
-    whole = train_generator(configure(), "whole")
+    own = f"train_generator.optimizer={optimizer}"
+    whole = train_generator(configure(own), "whole")
     with pytest.raises(Stopped, match="max_minutes are over after step 1"):
-        train_generator(configure("train_generator.max_minutes=1e-9"), "broken")
-    resumed = train_generator(configure(), "broken", resume=True)
+        train_generator(configure(own, "train_generator.max_minutes=1e-9"), "broken")
+    resumed = train_generator(configure(own), "broken", resume=True)
     assert equal(resumed, whole)
     for override, sentence in {
         "filter.threshold=0.5": r"filter\.threshold is 0\.5; expected 0\.6, as this run was begun",
         "generator.length_groups=3": r"generator\.length_groups is 3; expected 2",
         "train_generator.seed=1": r"train_generator\.seed is 1; expected 0",
+        f"train_generator.optimizer={other}": rf"train_generator\.optimizer is '{other}'; expected '{optimizer}'",
     }.items():
         with pytest.raises(BadInput, match=sentence):
-            train_generator(configure(override), "broken", resume=True)
+            train_generator(configure(own, override), "broken", resume=True)
 
 
 @pytest.mark.slow

@@ -69,6 +69,35 @@ distributed.destroy_process_group()
 """
 
 
+STEPS_OF_BOTH = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from pipeline.config import config_from_dict
+from pipeline.training.distributed import whole
+from pipeline.training.tokenizer_state import TokenizerState
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+config = config_from_dict(json.loads((folder / "runs.json").read_text()))
+one, other = (TokenizerState(config, torch.device("cpu")) for _ in range(2))
+other.shard()
+for step in range(3):
+    gradients = [torch.randn_like(parameter) for parameter in one.model.parameters()]
+    for gradient, parameter, part in zip(gradients, one.model.parameters(), other.model.parameters(), strict=True):
+        parameter.grad = gradient
+        part.grad = torch.distributed.tensor.distribute_tensor(gradient, part.device_mesh, part.placements)
+    for state in (one, other):
+        state.begin_step()
+        state.descend()
+        state.end_step()
+for name, parameter in one.model.named_parameters():
+    assert torch.equal(parameter, whole(other.model.get_parameter(name))), name
+distributed.destroy_process_group()
+"""
+
+
 @pytest.fixture
 def two_processes(repository: Path, tmp_path: Path) -> Callable[[str, object], None]:
     """`two_processes(code, values)` runs code, which is told `tmp_path` and its rank; the values are in runs.json."""
@@ -121,9 +150,10 @@ def assert_same_course(one: Path, other: Path, tolerance: float, *names: str) ->
 
 
 @pytest.mark.slow
-def test_fsdp2_takes_the_course_of_ddp_and_each_goes_on_from_the_other(train_by_turns, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fsdp2_takes_the_course_of_ddp_and_each_goes_on_from_the_other(train_by_turns, tmp_path, optimizer):
     ways = {"ddp": [DDP], "fsdp2": [FSDP2], "there": [DDP | STOPPED, FSDP2], "back": [FSDP2 | STOPPED, DDP]}
-    train_by_turns([(name, keys) for name, turns in ways.items() for keys in turns])
+    train_by_turns([(name, keys) for name, turns in ways.items() for keys in turns], train={"optimizer": optimizer})
     for name in ("fsdp2", "there", "back"):
         # Norms are summed in parts, and what is rounded otherwise is all that differs.
         assert_same_course(tmp_path / "ddp", tmp_path / name, 1e-4, "train/loss", "train/gradient_norm")
@@ -177,5 +207,12 @@ def test_a_generator_is_not_sharded(configure):
 
 
 @pytest.mark.slow
-def test_each_worker_holds_half_and_a_snapshot_is_whole(two_processes, configure):
-    two_processes(HALVES, configure(train=STEPS | FSDP2).to_dict())
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_worker_holds_half_and_a_snapshot_is_whole(two_processes, configure, optimizer):
+    two_processes(HALVES, configure(train=STEPS | FSDP2 | {"optimizer": optimizer}).to_dict())
+
+
+@pytest.mark.slow
+def test_muon_orthogonalises_whole_matrices_of_workers_that_hold_halves(two_processes, configure):
+    # Without clipping: its norm is summed in parts.
+    two_processes(STEPS_OF_BOTH, configure(train=STEPS | FSDP2 | {"optimizer": "muon", "clip_norm": 0}).to_dict())

@@ -166,8 +166,9 @@ def test_a_wish_to_stop_saves_a_checkpoint(configure):
     assert not (run.folder / "stop").exists()
 
 
-def test_the_state_survives_a_round_trip(configure, tmp_path):
-    state = TokenizerState(configure(losses={"gan": 1.0}), torch.device("cpu"))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_survives_a_round_trip(configure, tmp_path, optimizer):
+    state = TokenizerState(configure(losses={"gan": 1.0}, train={"optimizer": optimizer}), torch.device("cpu"))
     output = state.model(torch.rand(4, 3, 32, 32))
     output.images.mean().backward()
     state.optimizer.step()

@@ -1,0 +1,86 @@
+"""How good a picture will be, predicted from what its tokens leave unsaid: the line behind the cut rule `quality`.
+
+A score that is a squared error (`distortion`, `error`) adds up over the dropped tokens to what a cut leaves unsaid. The
+squared error of the decoded picture follows it along a line, which calibration fits on validation pictures and keeps
+beside the weights in `quality.json`. Asked for a PSNR, the rule keeps the fewest tokens whose predicted error is small
+enough. Does not import torch.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "quality.json"  # in a checkpoint folder
+
+
+@dataclass(frozen=True)
+class QualityLine:
+    """Mean squared error of a picture in [0, 1] = intercept + slope x the summed scores of its dropped tokens.
+
+    Attributes:
+        score: what was summed, in its unit.
+        rounds: R of the ranking.
+        intercept: error of a picture of which everything is kept.
+        slope: error for each unit of what is left unsaid.
+    """
+
+    score: str
+    rounds: int
+    intercept: float
+    slope: float
+
+    def __post_init__(self) -> None:
+        for name in ("intercept", "slope"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+
+    @property
+    def most(self) -> float:
+        """The PSNR predicted where every token is kept, in dB."""
+        return -10 * math.log10(self.intercept)
+
+    def residual_at(self, decibels: float) -> float:
+        """What may be left unsaid at a wanted PSNR: the threshold of the rule `residual`, in the score's unit.
+
+        Raises:
+            ValueError: more dB than all tokens give.
+        """
+        if decibels > self.most:
+            raise ValueError(
+                f"threshold is {decibels:g} dB for the rule quality; "
+                f"expected at most {math.floor(self.most * 10) / 10:g} dB, which this tokenizer reaches with all tokens"
+            )
+        return max(0.0, (10 ** (-decibels / 10) - self.intercept) / self.slope)
+
+
+def read_lines(path: Path) -> tuple[QualityLine, ...]:
+    """The lines in a `quality.json`; none where there is no such file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(QualityLine(**values) for values in json.loads(path.read_text())["lines"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not what calibration writes: {error}") from None
+
+
+def lines_json(lines: Iterable[QualityLine]) -> str:
+    """The text of a `quality.json`."""
+    return json.dumps({"lines": [asdict(line) for line in lines]}, indent=2) + "\n"
+
+
+def with_line(lines: Iterable[QualityLine], new: QualityLine) -> tuple[QualityLine, ...]:
+    """The lines with another one, which replaces that of the same score and rounds."""
+    return (*(line for line in lines if (line.score, line.rounds) != (new.score, new.rounds)), new)
+
+
+def line_of(lines: Iterable[QualityLine], score: str, rounds: int) -> QualityLine | None:
+    """The line of a ranking; None where it was not fitted."""
+    found: list[Any] = [line for line in lines if (line.score, line.rounds) == (score, rounds)]
+    return found[0] if found else None
