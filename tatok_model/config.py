@@ -27,7 +27,6 @@ class TokenizerConfig:
     image_size: int = 32  # pixels, square
     patch_size: int = 4  # pixels, square
     size: str = "tiny"  # a key of SIZES
-    trunk_layers: int = 0  # leading decoder blocks that see only global and kept patch tokens; 0: all see the whole grid
     global_tokens: int = 8  # M, learnable tokens that carry what patches share
     patch_tokens: bool = True  # False: the patches are read but only global tokens are written
     quantizer: str = "vq"  # vq | fsq
@@ -42,6 +41,7 @@ class TokenizerConfig:
     entropy_width: int = 96  # its width, a multiple of 32
     entropy_globals: bool = True  # False: q(c_i | c_S), blind to the global tokens, to measure what they tell
     expected_fill: bool = True  # the decoder gets the expected code under q where a patch token was dropped
+    trunk_layers: int = 0  # leading decoder blocks that see global and kept patch tokens only; 0: all see the grid
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # a list when it comes from a config.json

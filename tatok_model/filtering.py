@@ -188,9 +188,11 @@ def calibrate(score_units: Tensor, rule: str, mean_tokens: float, resolution: in
     return bisect(mean, mean_tokens, low, high, grows=rule == "relative")  # the others keep less when they are raised
 
 
-def bisect(measure: Callable[[float], float], wanted: float, low: float, high: float, grows: bool) -> float:
+def bisect(
+    measure: Callable[[float], float], wanted: float, low: float, high: float, grows: bool, steps: int = 60
+) -> float:
     """Where between `low` and `high` a monotone `measure` is nearest to `wanted`; `grows`: it does not fall."""
-    for _ in range(60):
+    for _ in range(steps):
         middle = (low + high) / 2
         if (measure(middle) < wanted) == grows:
             low = middle

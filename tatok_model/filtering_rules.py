@@ -83,4 +83,6 @@ def check_cut(score: str, rule: str, threshold: float, positions: int) -> None:
     if rule != "count" and not SCORES[score].unit:
         raise ValueError(f"rule is {rule!r}; expected count for the score {score!r}, whose steps have no scores")
     if rule == "quality" and not SCORES[score].in_signal:
-        raise ValueError(f"rule is 'quality'; expected the score distortion or error, not {score!r}, to predict dB from")
+        raise ValueError(
+            f"rule is 'quality'; expected the score distortion or error, not {score!r}, to predict dB from"
+        )

@@ -62,8 +62,8 @@ def read_expected(hidden: Tensor, head: nn.Linear, codes: Tensor) -> Tensor:
 def read_distortion(hidden: Tensor, head: nn.Linear, indices: Tensor, codes: Tensor) -> Tensor:
     """|c - E_q[c]|^2 of the true codes, without gradients: (n,) float32, in squared units of the code vectors.
 
-    How far off the decoder's stand-in for a dropped token is; estimates the conditional variance of the token. Arguments
-    as above, (K, d) `codes` needed.
+    How far off the decoder's stand-in for a dropped token is, an estimate of the token's conditional variance.
+    Arguments as above, (K, d) `codes` needed.
     """
     return (codes[indices].float() - read_expected(hidden, head, codes)).square().sum(-1)
 

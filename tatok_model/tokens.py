@@ -7,6 +7,7 @@ Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,6 +222,30 @@ class Tokens:
             ranking=None if self.ranking is None else self.ranking.to(device),
             global_counts=None if self.global_counts is None else self.global_counts.to(device),
         )
+
+
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    """The images of several batches, cut and ranked alike, as one.
+
+    Raises:
+        ValueError: no batch, or some are ranked and others not.
+    """
+    if not parts or len({part.ranking is None for part in parts}) > 1:
+        raise ValueError(f"{len(parts)} batches are not all ranked or all not; expected at least one, all alike")
+    first, ranking = parts[0], None
+    if first.ranking is not None:
+        rankings = [part.ranking for part in parts if part.ranking is not None]
+        order, units = (torch.cat([getattr(r, name) for r in rankings]) for name in ("order", "score_units"))
+        ranking = replace(first.ranking, order=order, score_units=units)
+    counts = [part.global_counts for part in parts if part.global_counts is not None]
+    return replace(
+        first,
+        global_indices=torch.cat([part.global_indices for part in parts]),
+        patch_indices=torch.cat([part.patch_indices for part in parts]),
+        kept_mask=torch.cat([part.kept_mask for part in parts]),
+        ranking=ranking,
+        global_counts=torch.cat(counts) if counts else None,
+    )
 
 
 def log2_binomial(n: int, k: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 - ray_train_loop: `pipeline.training.worker.work`, as a training runs it; its own steady rate, which leaves out start,
   validation and checkpoint.
-- bare_loop: the same step by hand on pictures that are in memory already: forward, losses, backward, clipping, fused
-  AdamW, average of the weights; nothing is logged, watched or keyed.
+- bare_loop: the same step by hand on pictures that are in memory already: forward, losses, backward, clipping,
+  `train.optimizer` with fused AdamW, average of the weights; nothing is logged, watched or keyed.
 - bare_float32 or bare_bf16: in the other precision. bare_not_fused: plain AdamW. bare_compiled: `torch.compile`, on a
   GPU or where `train.compile` asks for it (on a CPU it takes minutes).
 - global_only: the bare loop of as many tokens as ours, all of them global.
-- titok: the bare loop of TiTok's public model with as many tokens, where `benchmark.titok` names its code.
+- titok: the bare loop of TiTok's public model with as many tokens, where `benchmark.titok` names its code; by AdamW.
 
 Every bare loop minimises a mean squared error and its quantizer's loss; ours with patch tokens trains q too.
 

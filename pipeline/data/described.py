@@ -48,4 +48,5 @@ def check_format(values: Any, what: str, format_and_version: tuple[str, int], wr
     if not isinstance(values, dict) or values.get("format") != wanted:
         raise BadInput(f"{what} is not of format {wanted!r}; expected one by {writer}")
     if values.get("version") not in range(oldest or version, version + 1):
-        raise BadInput(f"{what} has version {values.get('version')!r}; expected {version}")
+        expected = f"{oldest} to {version}" if oldest else version
+        raise BadInput(f"{what} has version {values.get('version')!r}; expected {expected}")

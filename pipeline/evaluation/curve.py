@@ -41,6 +41,8 @@ def cut_results(found: Measurements, prefix: str, distances: list[Distance], pix
     for distance in distances:
         results[distance.name] = frechet(found[f"{prefix}features{distance.key}"], distance.reference)
     results |= length_results(lengths["tokens"], bits_of(lengths, "bits_fixed"), bits_of(lengths, "bits_coded"), pixels)
+    if "rate_bits" in lengths.arrays:
+        results["rate_bits"] = _mean(lengths["rate_bits"])
     if "replay_state" in lengths.arrays:
         states = lengths["replay_state"]
         results["replay_checked_images"] = float((states >= 0).sum())

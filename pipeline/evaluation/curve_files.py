@@ -62,7 +62,7 @@ def keep_curve(run: Run, bench: "Bench", found: Measurements, curve: Curve, dist
 
 
 def _images_table(bench: "Bench", found: Measurements, curve: Curve) -> bytes:
-    """Parquet: id, label, png_bytes, total_bits, then `operating_tokens`, ..., `curve00_tokens`, ..."""
+    """Parquet: id, label, png_bytes, total_score, then `operating_tokens`, ..., `curve00_tokens`, ..."""
     places = bench.plan.indices(np.arange(bench.plan.count)).tolist()
     values: dict[str, object] = {"id": bench.pictures.ids(places), "label": bench.pictures.labels(places)}
     values |= dict(found["images"].arrays)

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from pipeline.config import FilterConfig
 from tatok_model.coding_schedule import grid_schedule, ranking_schedule
+from tatok_model.filtering import rate_bits
+from tatok_model.filtering_rules import SCORES
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
+from tatok_model.vit import CHANNELS
 
 OPERATING, ALL = "", "all"  # names of points; those of the curve are curve00, curve01, ...
 
@@ -64,6 +67,17 @@ class Cuts:
         if tokens.ranking is None:
             return tokens.cut_globals(int(point.threshold))
         return tokens.cut(self.filter.rule, point.threshold, self.filter.replay)
+
+    def rate_bits(self, codec: TaTok, tokens: Tokens, threshold: float | None) -> Tensor | None:
+        """(B,) float64: R(theta) of tokens cut at one water level; None where that is not how they were cut."""
+        ranking, section = tokens.ranking, self.filter
+        if ranking is None or section.rule != "marginal" or not threshold or not SCORES[ranking.score].in_signal:
+            return None
+        codes = codec.code_vectors()[1]
+        dimensions = (
+            codec.config.patch_size**2 * CHANNELS if ranking.score == "error" or codes is None else codes.shape[1]
+        )
+        return rate_bits(ranking.score_units, tokens.patch_counts, threshold, ranking.resolution, dimensions)
 
     def bits_coded(self, codec: TaTok, tokens: Tokens) -> Tensor:
         """(B,) float64: bits with patch codes entropy-coded by q; everything else as in `bits_fixed`."""

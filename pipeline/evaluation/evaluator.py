@@ -94,6 +94,7 @@ class Evaluator:
         self._splits = torch.from_numpy(plan.score_split_of())
         self._shown = plan.shown()
         self._cuts = cuts if isinstance(codec, TaTok) else None
+        self._threshold = None if self._cuts is None or self._cuts.keeps_all else self._cuts.filter.threshold
         self._points = self._cuts.curve(codec) if self._cuts else []
         replays = self._cuts is not None and self._cuts.filter.replay and codec.config.patch_tokens
         self._replay = ReplayCheck(codec, plan) if replays else None
@@ -149,7 +150,7 @@ class Evaluator:
         tokens = self._cuts.operating(ranked) if self._cuts else ranked
         decoded, decode_seconds = self._timed(lambda: self.codec.decode(tokens))
         pictures = to_uint8(decoded)
-        replay_seconds = self._add_cut(found, "", images, tokens, pictures, numbers)
+        replay_seconds = self._add_cut(found, Point(OPERATING, self._threshold), images, tokens, pictures, numbers)
         self._add_features(found, "", pictures, numbers)
         if self.originals:
             self._add_features(found, "original_", images, numbers)
@@ -190,7 +191,7 @@ class Evaluator:
             return
         tokens = self._cuts.at(ranked, point)
         pictures = to_uint8(self.codec.decode(tokens))
-        self._add_cut(found, f"{point.name}.", images, tokens, pictures, numbers)
+        self._add_cut(found, point, images, tokens, pictures, numbers)
         self._add_features(found, f"{point.name}.", pictures)
         shown = PerImage(
             pictures=_channels_last(pictures[wanted]),
@@ -200,9 +201,10 @@ class Evaluator:
         found[f"{point.name}.shown"].merge(shown)
 
     def _add_cut(
-        self, found: Measurements, prefix: str, images: Tensor, tokens: Tokens, pictures: Tensor, numbers: np.ndarray
+        self, found: Measurements, point: Point, images: Tensor, tokens: Tokens, pictures: Tensor, numbers: np.ndarray
     ) -> float:
         """Quality and lengths at one cut; returns how many seconds it took to replay positions."""
+        prefix = f"{point.name}." if point.name else ""
         found[f"{prefix}quality"].update(images, pictures)
         fixed = tokens.bits(self.codec.config.bits_per_token)
         coded = self._cuts.bits_coded(self._as_tokenizer(), tokens) if self._cuts else fixed
@@ -213,6 +215,9 @@ class Evaluator:
             "bits_coded": coded,
             "squared_error": squared_error(images, pictures),
         }
+        rate = self._cuts.rate_bits(self._as_tokenizer(), tokens, point.threshold) if self._cuts else None
+        if rate is not None:
+            values["rate_bits"] = rate
         seconds = 0.0
         if self._replay is not None and tokens.side.positions == "replayed":
             states, seconds = self._replay.states(tokens, numbers, operating=not prefix)

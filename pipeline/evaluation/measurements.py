@@ -86,8 +86,9 @@ KINDS: dict[str, Any] = {
     "codes_patch": CodeUsage,
     "totals": Totals,
     "pictures": Pictures,
-    "lengths": PerImage,  # tokens, patch_tokens, bits_fixed, bits_coded, squared_error; replay_state, fallback_bits
-    "images": PerImage,  # png_bytes, total_bits: what a picture holds, whatever is kept of it
+    "lengths": PerImage,  # tokens, patch_tokens, bits_fixed, bits_coded, squared_error; at one water level rate_bits;
+    # where positions are replayed replay_state, fallback_bits
+    "images": PerImage,  # png_bytes, total_score: what a picture holds, whatever is kept of it
     "shown": PerImage,  # pictures, kept_mask: of the pictures that are shown
 }
 

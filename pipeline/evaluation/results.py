@@ -127,6 +127,7 @@ def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict
         "generator_steps": "one per token",
         "bits_fixed": "log2 K per token, length and positions counted",
         "bits_coded": "patch codes entropy-coded by q",
+        "rate_bits": "R(theta): bits that Gaussian components of the kept scores would cost at this level",
         "bits_per_pixel": "of bits_fixed",
         "bits_coded_per_pixel": "of bits_coded",
         "spearman_tokens_png": "do lengths follow the size as PNG; 95% interval below",

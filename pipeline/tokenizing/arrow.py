@@ -93,7 +93,8 @@ def from_table(table: pa.Table) -> tuple[Tokens, list[str], np.ndarray]:
         raise BadInput(f"patch_positions are no permutation; expected 0 to {ranked - 1}, each once in every row")
     if not ((units >= 0) & (units == np.rint(units)) & np.isfinite(units)).all():
         raise BadInput(
-            f"scores are not what a ranking gives; expected whole numbers of 1/{score.resolution} {score.unit}, 0 or more"
+            "scores are not what a ranking gives; "
+            f"expected whole numbers of 1/{score.resolution} {score.unit}, 0 or more"
         )
     tokens = _tokens(stream, *(torch.from_numpy(values.astype(np.int64)) for values in (globals_, codes, order, units)))
     return tokens, table.column("id").to_pylist(), table.column("label").to_numpy()

@@ -121,8 +121,8 @@ def stream_from_dict(values: Any, what: str) -> Stream:
     try:
         numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
         line = QualityLine(**values["line"]) if values.get("line") else None
-        texts = {name: str(values[name]) for name in ("score", "tokenizer_sha256")}
-        stream = Stream(**texts, **numbers, line=line)
+        score, sha256 = str(values["score"]), str(values["tokenizer_sha256"])
+        stream = Stream(score=score, tokenizer_sha256=sha256, **numbers, line=line)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
     if stream.score and stream.score not in SCORES:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tatok_model.config import KeptSetConfig
+from tatok_model.config import ORDERS, KeptSetConfig
 from tatok_model.kept_sets import LANES, draw, kept_sets
 
 B, N = 4000, 16
@@ -33,6 +33,23 @@ def test_shares_are_those_of_the_configuration(uniforms):
 def test_prefixes_are_ranked_by_the_scores_that_are_wanted(uniforms, order, share):
     wanted, _ = sets(uniforms, KeptSetConfig(order=order))
     assert wanted.by_entropy.float().mean().item() == pytest.approx(share, abs=0.03)
+
+
+def test_training_keeps_prefixes_by_distortion_unless_another_order_is_named():
+    assert DEFAULT.order == "distortion"
+
+
+@pytest.mark.parametrize("order", ["filter", "surprisal", "entropy", "grid", "pixel_entropy"])
+def test_orders_of_older_checkpoints_are_still_accepted(order):
+    assert KeptSetConfig(order=order).order == order
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_order_changes_which_samples_are_drawn_a_prefix_or_how_long(uniforms, order):
+    (reference, _), (wanted, found) = sets(uniforms), sets(uniforms, KeptSetConfig(order=order))
+    for name in ("everything", "nothing", "blocks", "filtered", "own_set", "sizes", "without_globals", "noise"):
+        assert torch.equal(getattr(wanted, name), getattr(reference, name)), name
+    assert torch.equal(found.kept_mask[wanted.filtered].sum(1), wanted.sizes[wanted.filtered])
 
 
 def test_every_length_is_drawn_alike(uniforms):
@@ -96,7 +113,10 @@ def test_controls_keep_everything_or_nothing(uniforms):
         ({"random": -0.1}, r"random is -0\.1; expected a share from 0 to 1"),
         ({"hide_globals": 2}, "hide_globals is 2; expected a share from 0 to 1"),
         ({"hide_globals": 0.2}, r"hide_globals is 0\.2; expected at most 0\.15, the share all that it is taken from"),
-        ({"order": "best"}, "order is 'best'; expected one of filter, surprisal, entropy, grid, pixel_entropy"),
+        (
+            {"order": "best"},
+            "order is 'best'; expected one of distortion, surprisal, entropy, filter, error, grid, pixel_entropy",
+        ),
         ({"warmup_steps": -1}, "warmup_steps is -1; expected 0 or more"),
     ],
 )

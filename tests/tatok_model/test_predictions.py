@@ -9,7 +9,13 @@ from torch import nn
 
 from tatok_model import predictions
 from tatok_model.filtering import conditional_entropy, surprisal
-from tatok_model.predictions import read_entropy, read_expected, read_surprisal, read_surprisal_and_expected
+from tatok_model.predictions import (
+    read_distortion,
+    read_entropy,
+    read_expected,
+    read_surprisal,
+    read_surprisal_and_expected,
+)
 
 N, WIDTH, CODES = 37, 12, 50
 
@@ -53,6 +59,30 @@ def test_expected_codes_are_those_of_whole_logits_and_carry_no_gradient(given):
 
 
 @pytest.mark.usefixtures("rows")
+def test_distortion_is_that_of_whole_logits_and_carries_no_gradient(given):
+    hidden, head, indices, codes = given
+    found = read_distortion(hidden, head, indices, codes)
+    q = head(hidden).detach().softmax(-1)
+    expected = (codes[indices] - (q[..., None] * codes).sum(1)).square().sum(-1)
+    torch.testing.assert_close(found, expected)
+    assert (found.dtype, found.requires_grad) == (torch.float32, False)
+
+
+def test_distortion_is_small_where_the_entropy_model_is_right_and_sure():
+    """Unit vectors: 0 where q is certain of the true code, 4 where it is certain of the opposite one."""
+    codes = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    head = nn.Linear(3, 3)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3) * 100)
+        head.bias.zero_()
+    sure_of = torch.eye(3)[[0, 0, 0]]
+    found = read_distortion(sure_of, head, torch.tensor([0, 1, 2]), codes)
+    torch.testing.assert_close(found, torch.tensor([0.0, 4.0, 2.0]))
+    unsure = read_distortion(torch.zeros(1, 3), head, torch.tensor([2]), codes)
+    torch.testing.assert_close(unsure, torch.tensor([4 / 9]))  # E[c] = (0, 1/3)
+
+
+@pytest.mark.usefixtures("rows")
 def test_without_gradients_the_numbers_are_the_same(given):
     hidden, head, indices, _ = given
     with_gradients = read_surprisal(hidden, head, indices)
@@ -70,6 +100,7 @@ def test_nothing_asked_for_is_nothing_read(given, grad):
         assert (bits.shape, expected.shape) == ((0,), (0, 3))
         assert read_surprisal(empty, head, indices[:0]).shape == (0,)
         assert read_entropy(empty, head).shape == (0,)
+        assert read_distortion(empty, head, indices[:0], codes).shape == (0,)
         if grad:
             bits.sum().backward()
             assert not head.weight.grad.any()

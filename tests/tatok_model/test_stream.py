@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tatok_model.filtering import rank_in_rounds
 from tatok_model.orders import grid_order, random_order
+from tatok_model.quality import QualityLine
 from tatok_model.stream import Format, from_bytes, to_bytes
 from tatok_model.stream_header import FIXED, payload_bits, unseal
 from tatok_model.tokens import Ranking, Side, Tokens
@@ -122,9 +123,9 @@ def cases(draw: st.DrawFn, score: str) -> tuple[Format, Tokens, list[int]]:
 
 
 @settings(deadline=None)
-@given(st.data(), st.booleans(), st.booleans())
-def test_sent_positions_come_back_with_their_codes(data: st.DataObject, length: bool, coded: bool) -> None:
-    form, tokens, counts = data.draw(cases("surprisal"))
+@given(st.data(), st.booleans(), st.booleans(), st.sampled_from(["distortion", "error", "surprisal"]))
+def test_sent_positions_come_back_with_their_codes(data: st.DataObject, length: bool, coded: bool, score: str) -> None:
+    form, tokens, counts = data.draw(cases(score))
     tokens = keep(tokens, counts if length else counts[:1] * len(counts), Side(length, "sent"))
     model = FakeModel(form.codebook_size) if coded else None
     streams = to_bytes(tokens, form, model)
@@ -133,7 +134,8 @@ def test_sent_positions_come_back_with_their_codes(data: st.DataObject, length: 
     assert found.side == tokens.side
     if not coded:
         assert_short(streams, tokens, form)
-        assert to_bytes(found, form, ranked_by=("surprisal", 1)) == streams
+        assert to_bytes(found, form, ranked_by=(score, 1)) == streams
+        assert unseal(streams[0])[0].score == score
 
 
 @settings(deadline=None)
@@ -173,19 +175,21 @@ def test_replayed_positions_come_back_with_their_codes(data: st.DataObject, leng
         assert_short(streams, tokens, form)
 
 
+@pytest.mark.parametrize("score", ["distortion", "surprisal"])
 @pytest.mark.parametrize(
     ("rule", "threshold", "side"),
     [
         ("relative", 0.6, Side(True, "sent")),
+        ("residual", 0.02, Side(True, "sent")),
         ("count", 5, Side(False, "sent")),
         ("count", 16, Side(False, "derived")),
         ("count", 0, Side(False, "derived")),
     ],
 )
-def test_what_a_cut_leaves_comes_back(rule: str, threshold: float, side: Side) -> None:
+def test_what_a_cut_leaves_comes_back(score: str, rule: str, threshold: float, side: Side) -> None:
     tokens = batch(FORM, 4)
     order, units = rank_in_rounds(lambda placed: tokens.patch_indices * 100, 4, 16, 1, torch.device("cpu"))
-    tokens = replace(tokens, ranking=Ranking(order, units, "surprisal", 1)).cut(rule, threshold)
+    tokens = replace(tokens, ranking=Ranking(order, units, score, 1)).cut(rule, threshold)
     assert tokens.side == side
     streams = to_bytes(tokens, FORM)
     assert_short(streams, tokens, FORM)
@@ -193,6 +197,18 @@ def test_what_a_cut_leaves_comes_back(rule: str, threshold: float, side: Side) -
     assert_same(found, tokens)
     with pytest.raises(ValueError, match="hold one cut and no ranking"):
         found.cut("count", 3)
+
+
+def test_a_cut_by_quality_comes_back_and_tells_its_score() -> None:
+    tokens = batch(FORM, 4)
+    order, units = rank_in_rounds(lambda placed: tokens.patch_indices * 6000, 4, 16, 1, torch.device("cpu"))
+    line = QualityLine("distortion", 1, 0.01, 0.01)
+    tokens = replace(tokens, ranking=Ranking(order, units, "distortion", 1, line)).cut("quality", 17.0)
+    assert len(set(tokens.patch_counts.tolist())) > 1
+    streams = to_bytes(tokens, FORM)
+    assert_short(streams, tokens, FORM)
+    assert_same(from_bytes(streams, FORM), tokens)
+    assert {unseal(data)[0].score for data in streams} == {"distortion"}
 
 
 def test_a_stream_does_not_depend_on_the_rest_of_the_batch() -> None:
@@ -400,7 +416,7 @@ def with_field(place: int, value: int) -> bytes:
         (with_field(5, 8), "stream has flags 8"),
         (with_field(6, 3), "positions 3"),
         (with_field(FIXED.size - 1, 255), "255 bytes of score"),
-        (with_field(FIXED.size, 0xFF), "score is .*; expected one of surprisal"),
+        (with_field(FIXED.size, 0xFF), "score is .*; expected one of distortion, error, surprisal, entropy"),
         (with_field(FIXED.size - 7, 1), "count is 1; expected 0, the payload says it"),
         (with_field(5, 0), "that no encoder writes"),
         (with_field(FIXED.size - 5, 17), "rounds is 17; expected 1 to 16"),

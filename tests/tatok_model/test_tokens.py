@@ -1,10 +1,12 @@
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 
 from tatok_model import Tokens
+from tatok_model.quality import QualityLine
 from tatok_model.tokens import Ranking, Side
 
 
@@ -36,10 +38,69 @@ def test_one_ranking_is_cut_again_and_again():
     assert again.ranking is batch.ranking
 
 
+UNITS = {"distortion": 2**16, "error": 2**20, "surprisal": 1024, "entropy": 1024, "pixel_entropy": 1024}
+
+
+def scored(score, line=None):
+    """Steps of 4, 2, 1, 0.25 and 1.5, 1, 1, 0.5 of the score's unit."""
+    order = torch.tensor([[2, 0, 3, 1], [1, 3, 2, 0]])
+    units = torch.tensor([[4, 2, 1, 0.25], [1.5, 1, 1, 0.5]]).mul(UNITS[score]).long()
+    return dataclasses.replace(tokens(b=2), ranking=Ranking(order, units, score, 1, line))
+
+
+@pytest.mark.parametrize("score", UNITS)
+def test_a_ranking_knows_how_many_steps_make_its_unit(score):
+    assert scored(score).ranking.resolution == UNITS[score]
+
+
+@pytest.mark.parametrize("score", UNITS)
+@pytest.mark.parametrize(
+    ("rule", "threshold", "counts"),
+    [
+        ("marginal", 0.0, [4, 4]),
+        ("marginal", 1.0, [3, 3]),  # a step at the level is kept
+        ("marginal", 1.25, [2, 1]),
+        ("marginal", 4.5, [0, 0]),
+        ("residual", 0.0, [4, 4]),
+        ("residual", 0.5, [3, 3]),
+        ("residual", 1.25, [2, 3]),
+        ("residual", 5.0, [1, 0]),
+        ("residual", 7.25, [0, 0]),
+        ("relative", 0.5, [1, 2]),
+        ("relative", 0.82, [2, 3]),
+        ("count", 2, [2, 2]),
+    ],
+)
+def test_scores_of_every_unit_are_cut_at_thresholds_in_that_unit(score, rule, threshold, counts):
+    cut = scored(score).cut(rule, threshold)
+    assert cut.patch_counts.tolist() == counts
+    assert scored(score).ranking.counts(rule, threshold).tolist() == counts
+    for image, count in enumerate(counts):
+        kept = cut.kept_mask[image].nonzero()[:, 0].tolist()
+        assert kept == sorted(cut.ranking.order[image, :count].tolist())
+
+
+@pytest.mark.parametrize("score", ["distortion", "error"])
+@pytest.mark.parametrize(
+    ("decibels", "counts"),
+    [(20.0, [4, 4]), (-10 * math.log10(0.0126), [3, 4]), (-10 * math.log10(0.0226), [2, 3]), (10.0, [0, 0])],
+)
+def test_decibels_leave_unsaid_what_the_line_allows(score, decibels, counts):
+    """A hundredth, and another for each unit: 0.26 units may be left at an error of 0.0126, 1.26 at 0.0226."""
+    cut = scored(score, QualityLine(score, 1, 0.01, 0.01)).cut("quality", decibels)
+    assert cut.patch_counts.tolist() == counts
+    assert cut.side == Side(length=True, positions="sent")
+
+
 @pytest.mark.parametrize(
     ("score", "rule", "threshold", "replay", "side"),
     [
         ("surprisal", "count", 2, False, math.log2(6)),
+        ("distortion", "count", 2, False, math.log2(6)),
+        ("distortion", "marginal", 0.02, False, None),
+        ("distortion", "relative", 1.0, False, 0),
+        ("error", "residual", 0.003, False, None),
+        ("error", "count", 4, False, 0),
         ("surprisal", "residual", 1.0, False, None),
         ("surprisal", "count", 4, False, 0),
         ("surprisal", "count", 0, False, 0),
@@ -87,12 +148,32 @@ def test_tokens_without_a_ranking_are_not_cut():
         ("surprisal", ("count", 5), "threshold is 5; expected 0 to 4 whole tokens"),
         ("surprisal", ("relative", 1.5), r"threshold is 1\.5; expected a share"),
         ("surprisal", ("count", 1, True), "replay is set with score 'surprisal'; expected entropy"),
+        ("distortion", ("count", 1, True), "replay is set with score 'distortion'; expected entropy"),
         ("grid", ("residual", 1.0), "expected count for the score 'grid'"),
+        (
+            "distortion",
+            ("quality", 20),
+            r"has no line from distortion in 1 rounds to dB; expected one that jobs/calibrate\.py has fitted",
+        ),
+        ("surprisal", ("quality", 20), "expected the score distortion or error, not 'surprisal', to predict dB from"),
+        ("error", ("quality", 0), "threshold is 0; expected more than 0 dB for the rule quality"),
+        ("distortion", ("quality", -1), "threshold is -1; expected more than 0 dB for the rule quality"),
     ],
 )
 def test_cuts_that_cannot_be_are_refused(score, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         ranked(score).cut(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_decibels_than_all_tokens_give_are_refused_with_the_most_there_are():
+    batch = scored("distortion", QualityLine("distortion", 1, 10**-2.137, 0.5))
+    sentence = (
+        "threshold is 21.4 dB for the rule quality; expected at most 21.3 dB, which this tokenizer reaches with all"
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        batch.cut("quality", 21.4)
+    assert batch.cut("quality", 21.3).patch_counts.tolist() == [4, 4]
 
 
 def test_a_ranking_follows_its_images():

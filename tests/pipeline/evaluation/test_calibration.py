@@ -1,9 +1,10 @@
-"""Finding a threshold for a wanted mean."""
+"""Finding a threshold for a wanted mean, of tokens or of dB, and the line that predicts dB."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,9 @@ from pipeline.config import load_config
 from pipeline.data.shards import ShardDataset
 from pipeline.errors import BadInput, Stopped
 from pipeline.evaluation import calibration
+from pipeline.pretrained import check_quality, load_tokenizer
 from pipeline.run import Run
+from tatok_model.quality import QualityLine, read_lines
 from tatok_model.tokenizer import TaTok
 
 
@@ -35,7 +38,7 @@ def calibrating(tmp_path: Path, shards: Path, tokenizer: TaTok) -> Iterator[Any]
         run.close()
 
 
-@pytest.mark.parametrize("rule", ["residual", "relative", "count"])
+@pytest.mark.parametrize("rule", ["residual", "relative", "count", "marginal"])
 def test_the_threshold_keeps_the_wanted_mean(
     calibrating: Any, tokenizer: TaTok, shards: Path, rule: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,8 +64,13 @@ def test_the_threshold_keeps_the_wanted_mean(
         (["tokenizer.patch_tokens=false", "filter.mean_tokens=2"], "tokenizer.patch_tokens is false"),
         (
             ["filter.score=grid", "filter.rule=count", "filter.mean_tokens=9"],
-            "filter.score is 'grid'; expected a score in",
+            "filter.score is 'grid'; expected one whose steps have scores",
         ),
+        (
+            ["filter.mean_tokens=9", "filter.mean_psnr=20"],
+            "filter.mean_psnr is 20 and filter.mean_tokens 9; exp",
+        ),
+        ([], "filter.mean_tokens is 0; expected 2 to 18, .* or filter.mean_psnr"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(calibrating: Any, overrides: list[str], message: str) -> None:
@@ -81,3 +89,67 @@ def test_a_gpu_that_is_not_there_is_refused(calibrating: Any, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="evaluate.device is 'cuda'; expected cpu or auto"):
         calibration.run(calibrating("filter.mean_tokens=9", "evaluate.device=cuda"))
+
+
+def test_a_line_is_found_again_and_decibels_are_right_on_average() -> None:
+    draw = np.random.default_rng(0)
+    left = np.concatenate([np.zeros(50), draw.uniform(0, 30, 2000)])
+    exact = 0.002 + 0.0013 * left
+    assert calibration.fit(left, exact) == pytest.approx((0.002, 0.0013), rel=1e-6)
+    noisy = exact * 10 ** draw.normal(0, 0.1, len(left))  # a deviation of 1 dB
+    intercept, slope = calibration.fit(left, noisy)
+    assert (intercept, slope) == pytest.approx((0.002, 0.0013), rel=0.05)
+    assert np.mean(10 * np.log10((intercept + slope * left) / noisy)) == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize(("score", "rounds"), [("distortion", 1), ("error", 1), ("error", 2)])
+def test_calibration_keeps_a_line_beside_the_weights_and_quality_cuts_by_it(
+    calibrating: Any, score: str, rounds: int, tmp_path: Path
+) -> None:
+    asked = [f"filter.score={score}", f"filter.rounds={rounds}", "filter.rule=quality", "filter.threshold=5"]
+    run = calibrating(*asked, "filter.mean_tokens=10")
+    calibration.run(run)
+    (line,) = TaTok.from_pretrained(tmp_path / "tokenizer").quality_lines
+    assert (line.score, line.rounds) == (score, rounds)
+    assert line == read_lines(run.folder / "quality.json")[0]
+    assert (line.intercept, line.slope) == (run.results["line_intercept"], run.results["line_slope"])
+    assert run.results["tokens_per_image"] == pytest.approx(10, abs=1)
+    assert run.results["threshold"] < line.most
+
+
+def test_a_line_of_another_score_stays(calibrating: Any, tmp_path: Path) -> None:
+    for score in ("error", "distortion", "error"):
+        calibration.run(calibrating(f"filter.score={score}", "filter.mean_tokens=9"))
+    found = TaTok.from_pretrained(tmp_path / "tokenizer").quality_lines
+    assert [line.score for line in found] == ["distortion", "error"]
+
+
+@pytest.mark.parametrize("rule", ["marginal", "relative", "residual", "count"])
+def test_a_wanted_psnr_is_measured_at_the_threshold(calibrating: Any, rule: str) -> None:
+    """The untrained tokenizer's pictures get worse with every token: wanted is what half of them give."""
+    start = ["filter.score=error", f"filter.rule={rule}", "filter.threshold=0"]
+    by_tokens = calibrating(*start, "filter.mean_tokens=10")
+    pictures = calibration._Ranked(by_tokens, load_tokenizer(by_tokens.config)[0])
+    wanted = float(pictures.decibels("count", 16).mean())
+    run = calibrating(*start, f"filter.mean_psnr={wanted - 1e-9!r}")
+    calibration.run(run)
+    assert run.results["psnr"] == pytest.approx(float(pictures.decibels(rule, run.results["threshold"]).mean()))
+
+
+def test_more_db_than_all_tokens_give_are_refused_with_the_most(calibrating: Any) -> None:
+    with pytest.raises(BadInput, match=r"filter.mean_psnr is 60; expected at most \d+\.\d\d dB, which this tokenizer"):
+        calibration.run(calibrating("filter.mean_psnr=60"))
+
+
+@pytest.mark.parametrize("threshold", ["60", "5"])
+def test_quality_needs_a_line_that_reaches(calibrating: Any, threshold: str) -> None:
+    config = calibrating("filter.rule=quality", f"filter.threshold={threshold}").config
+    tokenizer = load_tokenizer(config)[0]
+    with pytest.raises(BadInput, match=r"has no line from distortion in 1 rounds to dB; expected one that jobs/calib"):
+        check_quality(config, tokenizer)
+    tokenizer.quality_lines = (QualityLine("distortion", 1, 0.01, 0.1),)  # 20 dB with everything
+    if threshold == "60":
+        with pytest.raises(BadInput, match="filter.threshold: threshold is 60 dB .* expected at most 20 dB"):
+            check_quality(config, tokenizer)
+    else:
+        check_quality(config, tokenizer)

@@ -52,6 +52,28 @@ def test_replayed_tokens_are_coded_in_the_rounds_of_their_ranking(tokenizer: TaT
     torch.testing.assert_close(chain, tokenizer.code_lengths(some, places), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize(("score", "dimensions"), [("distortion", 2), ("error", 48)])
+def test_at_one_water_level_the_rate_is_half_a_bit_a_dimension_for_each_doubling(
+    tokenizer: TaTok, images: torch.Tensor, score: str, dimensions: int
+) -> None:
+    cuts = Cuts(FilterConfig(score=score, rule="marginal", threshold=0.05))
+    ranked = cuts.rank(tokenizer, tokenizer.encode(images), images)
+    cut = cuts.operating(ranked)
+    scores = ranked.ranking.score_units.double() / ranked.ranking.resolution
+    expected = [sum(dimensions / 2 * math.log2(s / 0.05) for s in row if s >= 0.05) for row in scores.tolist()]
+    assert cuts.rate_bits(tokenizer, cut, 0.05).tolist() == pytest.approx(expected)
+    assert max(expected) > 0
+
+
+@pytest.mark.parametrize(("score", "rule"), [("surprisal", "marginal"), ("distortion", "residual"), ("grid", "count")])
+def test_there_is_no_rate_where_there_is_no_water_level(
+    tokenizer: TaTok, images: torch.Tensor, score: str, rule: str
+) -> None:
+    cuts = Cuts(FilterConfig(score=score, rule=rule, threshold=3))
+    ranked = cuts.rank(tokenizer, tokenizer.encode(images), images)
+    assert cuts.rate_bits(tokenizer, cuts.operating(ranked), 3) is None
+
+
 def test_lengths_are_means_and_percentiles() -> None:
     tokens = torch.arange(1, 102).numpy()
     found = length_results(tokens, tokens * 10.0, tokens * 9.0, pixels=100)

@@ -88,7 +88,7 @@ def test_a_curve_is_measured_from_one_ranking(ray_session: ModuleType, evaluatio
     assert len(images) == 30
     assert {image["operating_tokens"] for image in images} == {10}
     assert np.mean([image["operating_psnr"] for image in images]) == pytest.approx(found["psnr"])
-    assert all(image["png_bytes"] > 0 and image["total_bits"] > 0 for image in images)
+    assert all(image["png_bytes"] > 0 and image["total_score"] > 0 for image in images)
     assert "| count 4 |" in Path(run.outputs["report"]).read_text()
     for name in ("rate_distortion", "token_histogram", "kept_patches", "reconstructions"):
         with Image.open(run.outputs[name]) as picture:
@@ -128,7 +128,7 @@ def test_cuts_that_global_tokens_do_not_have_are_refused(evaluation: Any, overri
 
 def test_a_ranking_without_an_entropy_model_is_refused(evaluation: Any) -> None:
     cut = ["tokenizer.entropy_layers=0", "filter.threshold=0.5"]
-    with pytest.raises(BadInput, match=r"filter\.score is 'surprisal' with tokenizer\.entropy_layers 0"):
+    with pytest.raises(BadInput, match=r"filter\.score is 'distortion' with tokenizer\.entropy_layers 0"):
         stage.check(evaluation("none", *cut).config)
 
 

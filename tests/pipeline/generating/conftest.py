@@ -37,8 +37,8 @@ def made_tokens(rows: int, seed: int, patch_tokens: bool = True) -> Tokens:
         return Tokens(globals_, torch.zeros_like(patches), torch.zeros(rows, N, dtype=torch.bool))
     order = torch.rand(rows, N, generator=random).argsort(1)
     steep = torch.rand(rows, 1, generator=random) * 0.5
-    units = (4096 * torch.exp(-steep * torch.arange(N))).long()
-    return Tokens(globals_, patches, torch.ones(rows, N, dtype=torch.bool), Ranking(order, units, "surprisal", 1))
+    units = (64 * 4096 * torch.exp(-steep * torch.arange(N))).long()
+    return Tokens(globals_, patches, torch.ones(rows, N, dtype=torch.bool), Ranking(order, units, "distortion", 1))
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def write_stream(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactor
         found["heldout"] = made_tokens(HELDOUT, 1) if heldout is None else heldout
         ranked = found["train"].ranking is not None
         sha256 = sha256_file(tokenizer_folder / "model.safetensors")
-        facts = {"score": "surprisal" if ranked else "", "rounds": int(ranked), "tokenizer_sha256": sha256}
+        facts = {"score": "distortion" if ranked else "", "rounds": int(ranked), "tokenizer_sha256": sha256}
         sizes = {"global_tokens": M, "patch_positions": N, "codebook_size": K, "image_size": SIDE, "patch_size": 4}
         stream = Stream(**{**facts, **sizes, **changes})
         splits = {}

@@ -65,7 +65,7 @@ def test_what_training_left_beside_the_run_is_taken(
     ("override", "sentence"),
     [
         ("generator.size=tiny", "has size 'nano'; expected 'tiny', as configured"),
-        ("filter.threshold=0.5", "has cut 'surprisal, 1 rounds, relative 0.6'; expected .* relative 0.5'"),
+        ("filter.threshold=0.5", "has cut 'distortion, 1 rounds, relative 0.6'; expected .* relative 0.5'"),
     ],
 )
 def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
@@ -73,7 +73,7 @@ def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
 ) -> None:
     config = configure(override)
     folder = Path(config.run.output) / "smoke-train-generator" / "checkpoint"
-    save_generator(folder, cut="surprisal, 1 rounds, relative 0.6")
+    save_generator(folder, cut="distortion, 1 rounds, relative 0.6")
     with pytest.raises(BadInput, match=sentence):
         inputs.with_generator(config)
     with pytest.raises(BadInput, match=sentence):

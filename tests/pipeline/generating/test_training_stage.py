@@ -126,7 +126,7 @@ def test_the_longest_sequence_may_be_a_held_out_one(
         units = torch.full((rows, 16), 1000) if flat else 1000 * (torch.arange(16) < 4).long().expand(rows, 16)
         codes = torch.randint(16, (rows, 16), generator=random)
         mask = torch.ones(rows, 16, dtype=torch.bool)
-        return Tokens(codes[:, :2], codes, mask, Ranking(order, units.contiguous(), "surprisal", 1))
+        return Tokens(codes[:, :2], codes, mask, Ranking(order, units.contiguous(), "distortion", 1))
 
     folder = write_stream(train=tokens(24, 0, flat=False), heldout=tokens(8, 1, flat=True))
     run = train_generator(configure(f"tokens.path={folder}", "train_generator.max_steps=1"), "longest")
@@ -174,7 +174,7 @@ def test_training_starts_from_the_weights_that_are_named(configure: Configure, t
     ("override", "sentence"),
     [
         ("tokens.path=/nowhere", "'/nowhere' holds no tokens.json"),
-        ("filter.score=entropy", "is ranked by surprisal; expected filter.score, entropy"),
+        ("filter.score=entropy", "is ranked by distortion; expected filter.score, entropy"),
         ("filter.rounds=4", "is ranked in 1 rounds; expected filter.rounds, 4"),
         ("tokenizer.global_tokens=3", "has global_tokens 2; expected tokenizer.global_tokens, 3"),
         ("tokenizer.checkpoint=", "tokenizer.checkpoint is empty; expected the tokenizer that made .*grid_images=0"),

@@ -99,7 +99,7 @@ def new_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 @pytest.fixture(scope="session")
 def stream() -> Stream:
     """Of the tiny tokenizer's shape."""
-    return Stream("surprisal", 1, "0" * 64, global_tokens=2, patch_positions=16, codebook_size=16, image_size=SIDE,
+    return Stream("distortion", 1, "0" * 64, global_tokens=2, patch_positions=16, codebook_size=16, image_size=SIDE,
                   patch_size=4)  # fmt: skip
 
 

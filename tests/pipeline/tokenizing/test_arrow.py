@@ -1,6 +1,7 @@
 """Tokens as tables and files: nothing is lost, and nothing foreign is taken for tokens."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from pipeline.errors import BadInput
 from pipeline.tokenizing.arrow import SCHEMA, from_table, read_token_file, to_parquet, to_table
 from pipeline.tokenizing.manifest import METADATA, Stream, TokenFile
+from tatok_model.filtering_rules import SCORES
+from tatok_model.quality import QualityLine
 from tatok_model.tokens import Ranking, Tokens
 
 STREAM = Stream("surprisal", 1, "0" * 64, 2, 16, 16, 16, 4)
@@ -60,7 +63,7 @@ def assert_same(found: Tokens, expected: Tokens) -> None:
     m=st.integers(0, 3),
     side=st.integers(1, 4),
     k=st.integers(2, 2**17),
-    score=st.sampled_from(["surprisal", "entropy", "pixel_entropy", "grid"]),
+    score=st.sampled_from(["distortion", "error", "surprisal", "entropy", "pixel_entropy", "grid"]),
 )
 def test_a_round_trip_changes_nothing(seed: int, batch: int, m: int, side: int, k: int, score: str) -> None:
     stream = Stream(score, 1, "0" * 64, m, side**2, k, 4 * side, 4)
@@ -80,13 +83,42 @@ def test_a_slice_of_a_table_is_those_images() -> None:
     assert (ids, labels.tolist()) == (["1", "2", "3"], [0, 1, 2])
 
 
-def test_rows_are_in_the_order_of_the_ranking_and_scores_in_bits() -> None:
+def test_rows_are_in_the_order_of_the_ranking_and_scores_in_their_unit() -> None:
     tokens = made_tokens(0)
     assert tokens.ranking is not None
     row = made_table().to_pylist()[0]
     assert row["patch_positions"] == tokens.ranking.order[0].tolist()
     assert row["patch_indices"] == tokens.patch_indices[0, tokens.ranking.order[0]].tolist()
-    assert [1024 * bits for bits in row["score_bits"]] == tokens.ranking.score_units[0].tolist()
+    assert [1024 * bits for bits in row["scores"]] == tokens.ranking.score_units[0].tolist()
+
+
+def test_a_stream_of_version_1_is_read_as_the_bits_that_it_holds() -> None:
+    tokens, table = made_tokens(0), made_table()
+    facts = {**STREAM.to_dict(), "version": 1}
+    del facts["unit"], facts["line"]
+    old = table.rename_columns({"scores": "score_bits"}).replace_schema_metadata({METADATA: json.dumps(facts).encode()})
+    assert_same(from_table(old)[0], tokens)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_are_stored_in_their_own_unit(score: str) -> None:
+    stream = replace(STREAM, score=score)
+    tokens = made_tokens(0, stream=stream)
+    table = to_table(tokens, ["a", "b", "c"], np.zeros(3), stream)
+    assert json.loads(table.schema.metadata[METADATA])["unit"] == SCORES[score].unit
+    stored = table.column("scores").to_pylist()[0][0]
+    assert stored == int(tokens.ranking.score_units[0, 0]) / SCORES[score].resolution
+
+
+def test_a_quality_line_travels_with_the_stream_and_its_tokens() -> None:
+    line = QualityLine("error", 1, 0.001, 0.004)
+    stream = replace(STREAM, score="error", line=line)
+    made = made_tokens(0, stream=stream)
+    tokens = replace(made, ranking=replace(made.ranking, line=line))
+    data = to_parquet(to_table(tokens, ["a", "b", "c"], np.zeros(3), stream))
+    found = from_table(pa.parquet.read_table(pa.BufferReader(data)))[0]
+    assert found.ranking.line == line
+    assert torch.equal(found.cut("quality", 15.0).kept_mask, tokens.cut("residual", line.residual_at(15.0)).kept_mask)
 
 
 def test_tokens_that_are_only_global_have_empty_lists() -> None:
@@ -134,10 +166,10 @@ def test_tokens_of_another_ranking_than_the_streams_are_not_stored(facts: dict[s
         (lambda: changed("global_indices", [[3, 16]]), "global_indices hold 3 to 16; expected 0 to 15"),
         (lambda: changed("patch_indices", [[-1] * 16]), "patch_indices hold -1 to -1; expected 0 to 15"),
         (lambda: changed("patch_positions", [[0] * 16]), "patch_positions are no permutation; expected 0 to 15"),
-        (lambda: changed("score_bits", [[-1.0] * 16]), "score_bits are not what a ranking gives"),
-        (lambda: changed("score_bits", [[0.3] * 16]), "score_bits are not what a ranking gives"),
-        (lambda: changed("score_bits", [[float("nan")] * 16]), "score_bits are not what a ranking gives"),
-        (lambda: changed("score_bits", [[float("inf")] * 16]), "score_bits are not what a ranking gives"),
+        (lambda: changed("scores", [[-1.0] * 16]), "scores are not what a ranking gives"),
+        (lambda: changed("scores", [[0.3] * 16]), "scores are not what a ranking gives"),
+        (lambda: changed("scores", [[float("nan")] * 16]), "scores are not what a ranking gives"),
+        (lambda: changed("scores", [[float("inf")] * 16]), "scores are not what a ranking gives"),
     ],
 )
 def test_a_foreign_table_is_refused(table: Callable[[], pa.Table], sentence: str) -> None:

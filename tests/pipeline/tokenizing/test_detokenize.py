@@ -29,7 +29,7 @@ CUT = ("filter.rule=relative", "filter.threshold=0.5")
 
 @pytest.fixture
 def tokens(finished: Started) -> Path:
-    """A stream of all pictures, ranked by surprisal in one round."""
+    """A stream of all pictures, ranked by distortion in one round."""
     return finished("tokenize_images", "tokens").folder
 
 
@@ -149,7 +149,7 @@ def test_a_stream_that_does_not_fit_is_refused_before_anything_is_made(
 ) -> None:
     for override, sentence in {
         f"tokenizer.checkpoint={new_tokenizer(1)}": "is of a tokenizer with sha256 .*; expected that of",
-        "filter.score=entropy": "is ranked by surprisal; expected filter.score, entropy",
+        "filter.score=entropy": "is ranked by distortion; expected filter.score, entropy",
         "filter.rounds=2": "is ranked in 1 rounds; expected filter.rounds, 2: another R is another order",
         "tokenizer.checkpoint=": "tokenizer.checkpoint is empty; expected the tokenizer that made",
         f"tokens.path={tokens.parent}": "holds no tokens.json; expected a folder written by jobs/tokenize_images.py",
@@ -173,7 +173,7 @@ def test_a_truncated_file_is_refused_before_any_is_decoded(begin: Started, token
     [
         (["filter.threshold=1.5"], "threshold is 1.5; expected a share from 0 to 1 for the rule relative"),
         (["filter.rule=count", "filter.threshold=17"], "filter.threshold is 17; expected at most 16"),
-        (["filter.score=grid"], "rule is 'relative'; expected count for the score 'grid', whose steps have no bits"),
+        (["filter.score=grid"], "rule is 'relative'; expected count for the score 'grid', whose steps have no scores"),
         (["filter.rounds=2"], "is ranked in 1 rounds; expected filter.rounds, 2"),
     ],
 )

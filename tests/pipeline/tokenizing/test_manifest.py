@@ -20,6 +20,7 @@ from pipeline.tokenizing.manifest import (
     read_token_manifest,
     stream_of,
 )
+from tatok_model.quality import QualityLine
 
 
 @pytest.fixture
@@ -49,11 +50,11 @@ def test_a_manifest_is_read_as_it_was_written(manifest: TokenManifest, write: Ca
     ("changes", "sentence"),
     [
         ({"format": "tatok-shards"}, "is not of format 'tatok-tokens'; expected one by jobs/tokenize_images.py"),
-        ({"version": 2}, "has version 2; expected 1"),
+        ({"version": 3}, "has version 3; expected 1 to 2"),
         ({"rounds": None}, r"is damaged \(KeyError: 'rounds'\)"),
         ({"global_tokens": "many"}, r"is damaged \(ValueError"),
-        ({"score": "loudness"}, "has score 'loudness'; expected one of surprisal, entropy"),
-        ({"rounds": 0}, "has score 'surprisal' and 0 rounds; expected at least 1 round with a score, none without"),
+        ({"score": "loudness"}, "has score 'loudness'; expected one of distortion, error"),
+        ({"rounds": 0}, "has score 'distortion' and 0 rounds; expected at least 1 round with a score, none without"),
         ({"splits": {}}, r"is damaged \(KeyError: 'train'\)"),
         ({"splits": {"train": 1}}, r"is damaged \(TypeError"),
         ({"fingerprint": "0"}, "is damaged: its fingerprint does not match its files"),
@@ -85,6 +86,16 @@ def test_a_stream_is_what_the_configuration_asks_for(overrides: list[str], check
     check_stream(config, asked)
 
 
+def test_the_quality_line_of_the_score_and_rounds_is_part_of_the_stream(overrides: list[str], write: Any) -> None:
+    lines = QualityLine("error", 1, 0.1, 0.2), QualityLine("distortion", 1, 0.3, 0.4)
+    found = stream_of(load_config("smoke", overrides), "0" * 64, lines)
+    assert found.line == lines[1]
+    write(line=found.to_dict()["line"])
+    assert read_token_manifest(write(line=found.to_dict()["line"])).stream.line == lines[1]
+    with pytest.raises(BadInput, match="is damaged"):
+        read_token_manifest(write(line={"score": "error"}))
+
+
 def test_without_patch_tokens_there_is_no_score(overrides: list[str]) -> None:
     found = stream_of(load_config("smoke", [*overrides, "tokenizer.patch_tokens=false", "filter.score=grid",
                                             "filter.rule=count"]), "")  # fmt: skip
@@ -97,7 +108,7 @@ def test_without_patch_tokens_there_is_no_score(overrides: list[str]) -> None:
         ("tokenizer.global_tokens=3", "has global_tokens 2; expected tokenizer.global_tokens, 3"),
         ("tokenizer.patch_size=2", "has patch_size 4; expected tokenizer.patch_size, 2"),
         ("tokenizer.patch_tokens=false", "has patch tokens; expected tokenizer.patch_tokens: false"),
-        ("filter.score=entropy", "is ranked by surprisal; expected filter.score, entropy"),
+        ("filter.score=entropy", "is ranked by distortion; expected filter.score, entropy"),
         ("filter.rounds=8", "is ranked in 1 rounds; expected filter.rounds, 8: another R is another order"),
         ("tokenizer.checkpoint=owner/name", None),
         ("filter.threshold=0.5", r"is of a tokenizer with sha256 000000000000\.\.\.; expected that of"),

@@ -46,7 +46,7 @@ def stored_tokens(run: Run, split: str) -> tuple[list[Tokens], list[str], list[i
 
 
 def ranked(tokenizer: TaTok, pictures: np.ndarray) -> Tokens:
-    """Of (B, H, W, 3) pictures, by surprisal."""
+    """Of (B, H, W, 3) pictures, by distortion."""
     return tokenizer.rank(tokenizer.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
 
 
@@ -100,7 +100,7 @@ def test_files_carry_what_they_are_and_the_manifest_where_they_begin(finished: S
     assert manifest.classes == ("ant", "bee", "cow")
 
 
-@pytest.mark.parametrize("score", ["surprisal", "entropy", "pixel_entropy", "random", "grid"])
+@pytest.mark.parametrize("score", ["distortion", "error", "surprisal", "entropy", "pixel_entropy", "random", "grid"])
 def test_every_score_makes_a_stream(finished: Started, score: str) -> None:
     run = finished("tokenize_images", score, f"filter.score={score}", "filter.rule=count", "filter.threshold=5")
     assert run.results["tokens_per_image"] == 7
@@ -165,7 +165,7 @@ def test_a_run_that_is_asked_to_stop_keeps_what_is_made(begin: Started, finished
     ("override", "sentence"),
     [
         ("filter.rounds=4", "filter.rounds is 4, but the run in .* was begun with 1"),
-        ("filter.score=entropy", "filter.score is 'entropy', but the run in .* was begun with 'surprisal'"),
+        ("filter.score=entropy", "filter.score is 'entropy', but the run in .* was begun with 'distortion'"),
         ("tokens.batch_size=8", "tokens.batch_size is 8, but the run in .* was begun with 4"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_run_is_not_resumed_as_another_one(begin: Started, finished: Started, 
 
 
 def test_a_score_needs_its_model(begin: Started) -> None:
-    with pytest.raises(BadInput, match="filter.score is 'surprisal' with tokenizer.entropy_layers 0; expected a tok"):
+    with pytest.raises(BadInput, match="filter.score is 'distortion' with tokenizer.entropy_layers 0; expected a tok"):
         begin("tokenize_images", "one", "tokenizer.entropy_layers=0")
 
 

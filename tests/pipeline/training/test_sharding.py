@@ -150,15 +150,16 @@ def assert_same_course(one: Path, other: Path, tolerance: float, *names: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_fsdp2_takes_the_course_of_ddp_and_each_goes_on_from_the_other(train_by_turns, tmp_path, optimizer):
+# Muon computes in bfloat16, which makes more of every difference.
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", 1e-3)])
+def test_fsdp2_takes_the_course_of_ddp_and_each_goes_on_from_the_other(train_by_turns, tmp_path, optimizer, tolerance):
     ways = {"ddp": [DDP], "fsdp2": [FSDP2], "there": [DDP | STOPPED, FSDP2], "back": [FSDP2 | STOPPED, DDP]}
     train_by_turns([(name, keys) for name, turns in ways.items() for keys in turns], train={"optimizer": optimizer})
     for name in ("fsdp2", "there", "back"):
         # Norms are summed in parts, and what is rounded otherwise is all that differs.
-        assert_same_course(tmp_path / "ddp", tmp_path / name, 1e-4, "train/loss", "train/gradient_norm")
+        assert_same_course(tmp_path / "ddp", tmp_path / name, tolerance, "train/loss", "train/gradient_norm")
         psnr = [metrics(tmp_path / folder, "validation/psnr") for folder in ("ddp", name)]
-        torch.testing.assert_close(*psnr, rtol=1e-5, atol=0)
+        torch.testing.assert_close(*psnr, rtol=tolerance / 10, atol=0)
 
 
 @pytest.mark.slow

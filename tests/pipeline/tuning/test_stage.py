@@ -23,10 +23,10 @@ def test_a_sweep_that_can_run_is_accepted_and_named_after_its_preset(configure):
         (["sweep.cuts={relative: [2]}"], "sweep.cuts of the rule relative: .*expected a share from 0 to 1"),
         (["sweep.cuts={count: [99]}"], "sweep.cuts of the rule count: filter.threshold is 99; expected at most 16"),
         (["sweep.cuts={most: [1]}"], "rule is 'most'; expected one of relative"),
-        (["tokenizer.entropy_layers=0"], "filter.score is 'surprisal' with tokenizer.entropy_layers 0"),
+        (["tokenizer.entropy_layers=0"], "filter.score is 'distortion' with tokenizer.entropy_layers 0"),
         (
             ["sweep.space={tokenizer.entropy_layers: [1, 0]}"],
-            "filter.score is 'surprisal' with tokenizer.entropy_layers 0",
+            "filter.score is 'distortion' with tokenizer.entropy_layers 0",
         ),
         (["sweep.objective=bd_rate", "sweep.control=/nowhere"], "'/nowhere' holds no summary.json"),
         (["train.num_workers=64", "train.global_batch_size=64"], "num_workers is 64, which needs 64 CPUs"),
@@ -83,11 +83,11 @@ def test_a_checkpoint_that_is_none_or_lacks_an_entropy_model_is_refused(configur
         stage.check(configure(*THRESHOLDS, "sweep.checkpoints=[/nowhere]"))
     plain = TokenizerConfig(32, 8, "nano", 2, codebook_size=16, codebook_dim=4, entropy_layers=0)
     TaTok(plain).save_pretrained(tmp_path / "plain")
-    with pytest.raises(BadInput, match="filter.score is 'surprisal' with tokenizer.entropy_layers 0"):
+    with pytest.raises(BadInput, match="filter.score is 'distortion' with tokenizer.entropy_layers 0"):
         stage.check(configure(*THRESHOLDS, f"sweep.checkpoints=[{tmp_path / 'plain'}]"))
     with_one = TokenizerConfig(32, 8, "nano", 2, codebook_size=16, codebook_dim=4)
     TaTok(with_one).save_pretrained(tmp_path / "with")
-    with pytest.raises(BadInput, match="^of sweep.checkpoints '.*/plain': filter.score is 'surprisal'"):
+    with pytest.raises(BadInput, match="^of sweep.checkpoints '.*/plain': filter.score is 'distortion'"):
         stage.check(configure(*THRESHOLDS, f"sweep.checkpoints=[{tmp_path / 'with'}, {tmp_path / 'plain'}]"))
 
 
