@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tatok_model.filtering_rules import SCORES
+
 FILE = "quality.json"  # in a checkpoint folder
 
 
@@ -33,6 +35,11 @@ class QualityLine:
     slope: float
 
     def __post_init__(self) -> None:
+        predicts = [name for name, score in SCORES.items() if score.in_signal]
+        if self.score not in predicts:
+            raise ValueError(f"score is {self.score!r}; expected one of {', '.join(predicts)}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds!r}; expected a whole number, at least 1")
         for name in ("intercept", "slope"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")

@@ -70,17 +70,18 @@ def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor
         if score == "error" and images is not None:
             return to_units(patch_errors(tokens, placed, images, models), SCORES[score].resolution)
         at = ~placed
-        values = models.predict(tokens, placed, at, _read(score, tokens.patch_indices[at], models.codes))
+        values = models.predict(tokens, placed, at, _read_score(score, tokens, at, models))
         return torch.zeros_like(tokens.patch_indices).masked_scatter(at, to_units(values, SCORES[score].resolution))
 
     order, score_units = rank_in_rounds(units, batch, positions, rounds, device)
     return Ranking(order, score_units, score, rounds, line_of(models.lines, score, rounds))
 
 
-def _read(score: str, indices: Tensor, codes: Tensor) -> Read:
-    """What a score reads off q: (n,) float32 in the score's unit, of (n,) true codes."""
+def _read_score(score: str, tokens: Tokens, at: Tensor, models: Models) -> Read:
+    """What a score reads off q where (B, N) `at` is True: (n,) float32 in the score's unit."""
+    indices = tokens.patch_indices[at]
     if score == "distortion":
-        return partial(read_distortion, indices=indices, codes=codes)
+        return partial(read_distortion, indices=indices, codes=models.codes)
     return partial(read_surprisal, indices=indices) if score == "surprisal" else read_entropy
 
 
@@ -130,20 +131,18 @@ def training_places(tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSet
     if not bool(needed.any()):
         return places
     part = tokens[needed]
+    at, values = torch.ones_like(part.kept_mask), None
     if mix.order == "error":
-        values = patch_errors(part, torch.zeros_like(part.kept_mask), images[needed], models)
-        order = values.argsort(dim=1, descending=True, stable=True)
+        values = patch_errors(part, ~at, images[needed], models)
     elif mix.order in BY_MODEL:
-        at = torch.ones_like(part.kept_mask)
-        if mix.order == "filter":
-            read = _read_either(part, wanted.by_entropy[needed])
-        else:
-            read = _read(mix.order, part.patch_indices.flatten(), models.codes)
+        either = mix.order == "filter"
+        read = _read_either(part, wanted.by_entropy[needed]) if either else _read_score(mix.order, part, at, models)
         values = models.predict(part, ~at, at, read).view(at.shape)
-        order = to_units(values, SCORES.get(mix.order, SCORES["surprisal"]).resolution)
-        order = order.argsort(dim=1, descending=True, stable=True)
-    else:
+    if values is None:
         order = _fixed_order(part, mix.order, models.patch_size, images[needed])[0]
+    else:
+        units = to_units(values, SCORES["surprisal" if mix.order == "filter" else mix.order].resolution)
+        order = units.argsort(dim=1, descending=True, stable=True)
     places[needed] = order.argsort(dim=1)
     return places
 

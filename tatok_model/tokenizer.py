@@ -190,6 +190,8 @@ class TaTok(
         if not bool(tokens.kept_mask.all()):
             raise ValueError("tokens are cut already; expected every patch token to be known")
         images = None if images is None else self._as_float(images)
+        if images is not None and len(images) != len(tokens):
+            raise ValueError(f"images are {len(images)} and tokens of {len(tokens)} images; expected as many")
         return replace(tokens, ranking=rank(tokens, score, rounds, self._models(), images))
 
     @torch.no_grad()
@@ -451,6 +453,8 @@ class TaTok(
         super()._save_pretrained(save_directory)
         if self.quality_lines:
             (save_directory / QUALITY_FILE).write_text(lines_json(self.quality_lines))
+        else:  # lines of other weights that lay there
+            (save_directory / QUALITY_FILE).unlink(missing_ok=True)
 
 
 def _quality_of_hub(name: str, options: dict[str, Any]) -> Path:

@@ -78,6 +78,11 @@ class Ranking:
             raise ValueError(f"score is {self.score!r}; expected one of {', '.join(SCORES)}")
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; expected at least 1")
+        if self.line is not None and (self.line.score, self.line.rounds) != (self.score, self.rounds):
+            raise ValueError(
+                f"line is of {self.line.score} in {self.line.rounds} rounds; "
+                f"expected {self.score} in {self.rounds}, as the ranking"
+            )
 
     @property
     def resolution(self) -> int:
@@ -228,10 +233,11 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     """The images of several batches, cut and ranked alike, as one.
 
     Raises:
-        ValueError: no batch, or some are ranked and others not.
+        ValueError: no batch, or batches of different kinds.
     """
-    if not parts or len({part.ranking is None for part in parts}) > 1:
-        raise ValueError(f"{len(parts)} batches are not all ranked or all not; expected at least one, all alike")
+    kinds = {(part.ranking is None, part.global_counts is None, part.side) for part in parts}
+    if len(kinds) != 1:
+        raise ValueError(f"{len(parts)} batches are of {len(kinds)} kinds; expected at least one, all of one cut")
     first, ranking = parts[0], None
     if first.ranking is not None:
         rankings = [part.ranking for part in parts if part.ranking is not None]

@@ -93,6 +93,8 @@ def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> T
     Returns:
         (B, L, D); what stands at places without a token means nothing.
     """
+    if not len(x):
+        return x
     counts = present.sum(dim=1)  # (B,)
     places = present.int().argsort(dim=1, descending=True, stable=True)  # (B, L), those of the tokens first
     shortest, longest = (int(count) for count in counts.aminmax())

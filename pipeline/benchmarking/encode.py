@@ -1,8 +1,9 @@
 """Images per second of encode, rank and decode: what each costs, for every batch size and number of rounds.
 
 All take turns in this process on one device, on the same noise: what they cost does not depend on what is seen. A
-tokenizer that no checkpoint names has fresh weights, for the same reason. Decoding is timed with everything kept and
-with half of the patch tokens, where q fills in what it expects.
+tokenizer that no checkpoint names has fresh weights, for the same reason. Decoding is timed with everything kept, and
+with a half and with the paper's share of the patch tokens, where q fills in what it expects. Ranking is timed by
+distortion in R rounds, and in one round by surprisal and by error.
 
 Shapes: B images of a batch, N patch positions, R rounds.
 """
@@ -28,9 +29,12 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
 
     from tatok_model.tokenizer import TaTok
 
-ENCODE, DECODE, DECODE_HALF = "encode", "decode", "decode_half"
+ENCODE, DECODE, DECODE_HALF, DECODE_FEW = "encode", "decode", "decode_half", "decode_few"
+FEW = 40 / 256  # of the patch tokens: 56 tokens with 16 global ones, as the paper has on average
 ROUNDS = (1, 4, 8)
 COST = Goal(1.15, at_most=True)  # of encode and one-pass rank, over encode
+ALIKE = Goal(1.05, at_most=True)  # of ranking by distortion, over surprisal
+FASTER = Goal(2.0)  # of decoding few tokens, over all
 
 
 def check(config: Config) -> None:
@@ -103,7 +107,10 @@ def works_of(tokenizer: "TaTok", images: "Tensor") -> dict[str, Callable[[], Any
         for rounds in ROUNDS:
             if rounds <= positions:
                 works[f"rank_{rounds}"] = partial(tokenizer.rank, tokens, rounds=rounds)
-        works[DECODE_HALF] = lambda: tokenizer.decode(half)
+        works["rank_surprisal"] = partial(tokenizer.rank, tokens, "surprisal")
+        works["rank_error"] = partial(tokenizer.rank, tokens, "error", images=images)
+        few = half.cut("count", round(positions * FEW))
+        works[DECODE_HALF], works[DECODE_FEW] = partial(tokenizer.decode, half), partial(tokenizer.decode, few)
     works[DECODE] = lambda: tokenizer.decode(tokens)
     return works
 
@@ -126,11 +133,18 @@ def findings(rates: dict[int, dict[str, list[float]]], equal: int, facts: dict[s
     """
     seconds = {name: [1 / rate for rate in its] for name, its in rates[equal].items()}
     ratios, numbers = [], {}
-    for name in [name for name in seconds if name.startswith("rank_")]:
+    for name in [name for name in seconds if name.removeprefix("rank_").isdigit()]:
         both = [one + other for one, other in zip(seconds[ENCODE], seconds[name], strict=True)]
         goal = COST if name == "rank_1" else None
         meaning = f"encode and {name.replace('_', ' in ')} rounds, over encode"
         ratios.append(Ratio(f"encode_{name}_over_encode", ratio(both, seconds[ENCODE]), meaning, goal))
+    for name, over, meaning, wanted in (
+        ("rank_1", "rank_surprisal", "one round by distortion, over one by surprisal", ALIKE),
+        ("rank_error", "rank_1", "one round by error, over one by distortion", None),
+        (DECODE, DECODE_FEW, "all tokens decoded, over the paper's share of them", FASTER),
+    ):
+        if name in seconds and over in seconds:
+            ratios.append(Ratio(f"{name}_over_{over}", ratio(seconds[name], seconds[over]), meaning, wanted))
     whole = [name for name in (ENCODE, "rank_1", DECODE) if name in seconds]
     total = sum(Spread.of(seconds[name]).median for name in whole)
     for name in whole:

@@ -212,7 +212,6 @@ def test_error_is_the_same_of_bytes_and_of_floats(tokenizer, images):
     assert torch.equal(from_bytes.score_units, from_floats.score_units)
 
 
-@pytest.mark.xfail(strict=True, reason="rank broadcasts one image over all tokens, without a word")
 @pytest.mark.parametrize("score", ["error", "pixel_entropy"])
 def test_images_of_another_batch_are_refused(tokenizer, tokens, images, score):
     with pytest.raises(ValueError, match="images"):
@@ -315,7 +314,6 @@ def test_training_keeps_prefixes_of_the_ranking_that_will_be_used(tokenizer, tok
         assert kept[image].nonzero()[:, 0].tolist() == sorted(prefix)
 
 
-@pytest.mark.xfail(strict=True, reason="training_places sorts errors before they are whole steps; rank afterwards")
 def test_ties_of_errors_go_to_the_earlier_patch_in_training_too():
     """Errors that are the same whole number of steps: `rank` keeps raster order."""
     tokens = Tokens(torch.zeros(1, 0).long(), torch.zeros(1, 4).long(), torch.ones(1, 4, dtype=torch.bool))

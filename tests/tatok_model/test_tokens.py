@@ -7,7 +7,7 @@ import torch
 
 from tatok_model import Tokens
 from tatok_model.quality import QualityLine
-from tatok_model.tokens import Ranking, Side
+from tatok_model.tokens import Ranking, Side, joined
 
 
 def tokens(b=3, m=2, n=4, kept=None):
@@ -205,3 +205,22 @@ def test_shapes_that_do_not_belong_together_are_refused():
         Tokens(indices, indices, indices)
     with pytest.raises(ValueError, match="expected as many"):
         Tokens(indices[:2], indices, kept)
+
+
+def test_batches_are_joined_with_their_rankings():
+    whole = ranked()
+    found = joined([whole[:1], whole[1:]])
+    assert torch.equal(found.patch_indices, whole.patch_indices)
+    assert torch.equal(found.ranking.order, whole.ranking.order)
+    assert torch.equal(found.ranking.score_units, whole.ranking.score_units)
+    assert torch.equal(found.cut("count", 1).kept_mask, whole.cut("count", 1).kept_mask)
+    counted = dataclasses.replace(tokens(), global_counts=torch.tensor([0, 1, 2]))
+    assert joined([counted[:2], counted[2:]]).global_counts.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kinds", [0, 2])
+def test_batches_of_different_kinds_are_not_joined(kinds):
+    others = [ranked(), dataclasses.replace(ranked(), ranking=None)], [ranked(), ranked().cut("count", 1)]
+    for batches in others if kinds else [[]]:
+        with pytest.raises(ValueError, match=f"are of {kinds} kinds; expected at least one, all of one cut"):
+            joined(batches)

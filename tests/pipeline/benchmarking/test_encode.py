@@ -27,11 +27,13 @@ def config_of(tmp_path):
 
 def test_every_work_is_timed_at_every_batch(measure, config_of):
     run = measure(config_of())
-    for work in ("encode", "rank_1", "rank_4", "decode", "decode_half"):
+    for work in ("encode", "rank_1", "rank_4", "rank_surprisal", "rank_error", "decode", "decode_half", "decode_few"):
         for size in (2, 4):
             assert run.results[f"{work}_images_per_second_batch{size}"] > 0
     assert "rank_8_images_per_second_batch4" not in run.results  # of 4 positions
     assert run.results["encode_rank_1_over_encode"] > 1
+    for name in ("rank_1_over_rank_surprisal", "rank_error_over_rank_1", "decode_over_decode_few"):
+        assert run.results[name] > 0
     shares = [run.results[f"{work}_share"] for work in ("encode", "rank_1", "decode")]
     assert sum(shares) == pytest.approx(1)
     assert "goal: at most 1.15" in Path(run.outputs["report"]).read_text()
@@ -54,6 +56,13 @@ def test_the_ratio_is_of_seconds_round_by_round():
     found = findings(rates, 4, {})
     assert found.results()["encode_rank_1_over_encode_low"] == pytest.approx(1.2)
     assert found.results()["encode_rank_1_over_encode_high"] == pytest.approx(1.25)
+
+
+def test_decoding_few_tokens_is_compared_with_decoding_all():
+    rates = {4: {"encode": [10.0], "decode": [10.0], "decode_few": [25.0], "rank_1": [8.0], "rank_surprisal": [10.0]}}
+    found = findings(rates, 4, {}).results()
+    assert found["decode_over_decode_few"] == pytest.approx(2.5)
+    assert found["rank_1_over_rank_surprisal"] == pytest.approx(1.25)
 
 
 def test_a_stop_ends_it(measure, config_of):
