@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pipeline.evaluation.measurements import Totals
 from tatok_model.coding_schedule import grid_schedule
-from tatok_model.filtering_rules import UNITS
 from tatok_model.metrics.images import psnr, to_uint8
 from tatok_model.metrics.information import partners
 from tatok_model.tokenizer import TaTok
@@ -24,7 +23,7 @@ LEAST_GAIN = 0.3  # dB; a loss of less by wrong global tokens means that they ar
 
 def quarter(model: TaTok, tokens: Tokens) -> Tokens:
     """The quarter of the patch tokens that the filter keeps first."""
-    return model.rank(tokens).cut("count", model.config.patch_positions // 4)
+    return model.rank(tokens, "distortion").cut("count", model.config.patch_positions // 4)
 
 
 def measure(model: TaTok, images: Tensor) -> Totals:
@@ -84,13 +83,16 @@ def warnings(found: dict[str, float], globals_exist: bool) -> list[str]:
     return told
 
 
-def surprisal_maps(model: TaTok, tokens: Tokens) -> Tensor:
-    """(B, 3, H, W) uint8: at each patch, white where its code is worth log2 K bits or more and black where nothing."""
-    ranking = model.rank(tokens).ranking
-    if ranking is None:
+def distortion_maps(model: TaTok, tokens: Tokens) -> Tensor:
+    """(B, 3, H, W) uint8: at each patch black where q expects just its code, white where it knows no better.
+
+    White is the mean squared distance of the codebook's vectors from their own mean.
+    """
+    ranking, codes = model.rank(tokens, "distortion").ranking, model.code_vectors()[1]
+    if ranking is None or codes is None:
         raise ValueError("the tokens were not ranked")
-    bits = torch.zeros_like(ranking.score_units).scatter(1, ranking.order, ranking.score_units) / UNITS
-    grey = (bits / model.config.bits_per_token).clamp(0, 1) * 255
+    values = torch.zeros_like(ranking.score_units).scatter(1, ranking.order, ranking.score_units) / ranking.resolution
+    grey = (values / codes.var(dim=0, correction=0).sum()).clamp(0, 1) * 255
     side, patch = model.config.grid_size, model.config.patch_size
     maps = grey.view(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return maps.expand(-1, 3, -1, -1).to(torch.uint8)

@@ -93,7 +93,7 @@ class Validator:
         """A few pictures, (B, H, W, 3) uint8 each: originals and reconstructions.
 
         With an entropy model also reconstructions from a quarter of the patch tokens, from that quarter with the global
-        tokens of another picture, from global tokens alone, and the surprisal of every patch token.
+        tokens of another picture, from global tokens alone, and the distortion of every patch token.
         """
         if not len(self.shown):
             return []
@@ -104,7 +104,7 @@ class Validator:
             some = adaptivity.quarter(model, tokens)
             others = adaptivity.exchanged(some) if len(images) > 1 else some
             rows += [to_uint8(model.decode(part)) for part in (some, others, some.cut("count", 0))]
-            rows.append(adaptivity.surprisal_maps(model, tokens))
+            rows.append(adaptivity.distortion_maps(model, tokens))
         return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in rows]
 
     def _looked_at(self, adaptive: Totals) -> float:

@@ -64,10 +64,14 @@ def test_an_untrained_tokenizer_is_warned_of():
 
 def test_maps_show_each_patch_in_its_place(tokenizer, images):
     tokens = tokenizer.encode(images)
-    maps = adaptivity.surprisal_maps(tokenizer, tokens)
+    maps = adaptivity.distortion_maps(tokenizer, tokens)
     assert maps.shape == images.shape
     ranking = tokenizer.rank(tokens).ranking
     top = ranking.order[0, 0].item()
     row, column = divmod(top, 4)
     patch = maps[0, 0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
     assert patch.min() == patch.max() == maps[0].max()
+    codes = tokenizer.code_vectors()[1]
+    spread = (codes - codes.mean(0)).square().sum(1).mean()
+    distance = ranking.score_units[0, 0] / ranking.resolution
+    assert int(patch[0, 0]) == int((distance / spread).clamp(max=1) * 255)
