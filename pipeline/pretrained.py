@@ -57,7 +57,7 @@ def check_quality(config: Config, tokenizer: "TaTok") -> None:
         ("evaluate.thresholds", found) for found in config.evaluate.thresholds
     ]:
         try:
-            line.residual_at(number)
+            line.check(number)
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
 

@@ -98,7 +98,7 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
         residual: the smallest t with C(N) - C(t) <= threshold: what is left unsaid is bounded.
         marginal: up to the first score below threshold: one water level for all images.
         count: threshold tokens.
-    `quality` is a residual whose threshold follows from dB, see `quality.py`.
+    `quality` is a residual of its own for each image, see `quality.py`.
 
     Args:
         score_units: (B, N) int64 scores in the order of ranking.
@@ -117,17 +117,31 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
     if rule == "count":
         return torch.full_like(score_units[:, 0], int(threshold)) if positions else score_units.sum(1)
     if rule == "quality":
-        raise ValueError("rule is 'quality'; expected a residual that QualityLine.residual_at gave")
+        raise ValueError("rule is 'quality'; expected Ranking.counts, which knows the line that predicts dB")
     if rule == "marginal":
         return (score_units.double() >= threshold * resolution).long().cumprod(dim=1).sum(dim=1)
     if rule == "relative" and threshold == 1:  # scores of 0 at the end would be cut, and 1 means all
         return torch.full_like(score_units[:, 0], positions)
+    if rule == "residual":
+        return residual_counts(score_units, threshold * resolution)
     said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
-    if rule == "relative":
-        enough = said.double() >= threshold * said[:, -1:].double()
-    else:
-        enough = (said[:, -1:] - said).double() <= threshold * resolution
+    enough = said.double() >= threshold * said[:, -1:].double()
     return positions + 1 - enough.sum(dim=1)  # C does not fall: what is enough is a tail
+
+
+def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
+    """(B,) int64, the smallest t with C(N) - C(t) <= `most_units`: one number, or (B, 1), one an image.
+
+    Where it is below 0, all tokens with a score are kept.
+
+    Args:
+        score_units: (B, N) int64 scores in the order of ranking.
+        most_units: score units that may be left unsaid.
+    """
+    said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
+    left = (said[:, -1:] - said).double()
+    enough = left <= torch.as_tensor(most_units, dtype=torch.float64, device=left.device).clamp(min=0)
+    return score_units.shape[1] + 1 - enough.sum(dim=1)  # what is left does not grow: what is enough is a tail
 
 
 def kept_mask_of(order: Tensor, counts: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""How good a picture will be, predicted from what its tokens leave unsaid: the line behind the cut rule `quality`.
+"""How good a picture will be, predicted from what its tokens say and leave unsaid: the line behind the rule `quality`.
 
 A score that is a squared error (`distortion`, `error`) adds up over the dropped tokens to what a cut leaves unsaid. The
-squared error of the decoded picture follows it along a line, which calibration fits on validation pictures and keeps
-beside the weights in `quality.json`. Asked for a PSNR, the rule keeps the fewest tokens whose predicted error is small
-enough. Does not import torch.
+squared error of the decoded picture follows it: what is dropped costs most of its score, what is kept still a little,
+because codes are coarse. Calibration fits both slopes on validation pictures and keeps them beside the weights in
+`quality.json`. Asked for a PSNR, the rule keeps the fewest tokens whose predicted error is small enough.
+
+Does not import torch.
 """
 
 import json
@@ -20,19 +22,23 @@ FILE = "quality.json"  # in a checkpoint folder
 
 @dataclass(frozen=True)
 class QualityLine:
-    """Mean squared error of a picture in [0, 1] = intercept + slope x the summed scores of its dropped tokens.
+    """Mean squared error of a picture in [0, 1] = intercept + slope x summed scores dropped + kept_slope x those kept.
 
     Attributes:
         score: what was summed, in its unit.
         rounds: R of the ranking.
-        intercept: error of a picture of which everything is kept.
-        slope: error for each unit of what is left unsaid.
+        intercept: error of a picture without any score.
+        slope: error for each unit of score that is dropped.
+        kept_slope: error for each unit of score that is kept; below `slope`, or keeping a token would not help.
+        most: mean PSNR of validation pictures with all tokens, in dB: more cannot be asked for. 0: the intercept's.
     """
 
     score: str
     rounds: int
     intercept: float
     slope: float
+    kept_slope: float = 0.0
+    most: float = 0.0
 
     def __post_init__(self) -> None:
         predicts = [name for name, score in SCORES.items() if score.in_signal]
@@ -43,24 +49,33 @@ class QualityLine:
         for name in ("intercept", "slope"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        if not 0 <= self.kept_slope < self.slope:
+            raise ValueError(f"kept_slope is {self.kept_slope}; expected 0 or more, and less than slope, {self.slope}")
+        if not 0 <= self.most < math.inf:
+            raise ValueError(f"most is {self.most}; expected 0 or more dB")
+        if not self.most:
+            object.__setattr__(self, "most", -10 * math.log10(self.intercept))
 
-    @property
-    def most(self) -> float:
-        """The PSNR predicted where every token is kept, in dB."""
-        return -10 * math.log10(self.intercept)
-
-    def residual_at(self, decibels: float) -> float:
-        """What may be left unsaid at a wanted PSNR: the threshold of the rule `residual`, in the score's unit.
-
-        Raises:
-            ValueError: more dB than all tokens give.
-        """
+    def check(self, decibels: float) -> None:
+        """Raises ValueError when more dB are wanted than all tokens give."""
         if decibels > self.most:
             raise ValueError(
                 f"threshold is {decibels:g} dB for the rule quality; "
                 f"expected at most {math.floor(self.most * 10) / 10:g} dB, which this tokenizer reaches with all tokens"
             )
-        return max(0.0, (10 ** (-decibels / 10) - self.intercept) / self.slope)
+
+    def residual_at(self, decibels: float, total: Any = 0.0) -> Any:
+        """What may be left unsaid of a picture at a wanted PSNR, in the score's unit; below 0 where it is not reached.
+
+        Args:
+            decibels: wanted.
+            total: all scores of the picture, summed: a number or a tensor of them.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(decibels)
+        return (10 ** (-decibels / 10) - self.intercept - self.kept_slope * total) / (self.slope - self.kept_slope)
 
 
 def read_lines(path: Path) -> tuple[QualityLine, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tatok_model.filtering import kept_counts, kept_mask_of
+from tatok_model.filtering import kept_counts, kept_mask_of, residual_counts
 from tatok_model.filtering_rules import CHECK_BITS, SCORES, check_cut, fixes_length
 from tatok_model.quality import QualityLine
 
@@ -98,7 +98,8 @@ class Ranking:
                     f"rule is 'quality' and this tokenizer has no line from {self.score} in {self.rounds} rounds to "
                     "dB; expected one that jobs/calibrate.py has fitted"
                 )
-            rule, threshold = "residual", self.line.residual_at(threshold)
+            total = self.score_units.sum(dim=1, keepdim=True).double() / self.resolution
+            return residual_counts(self.score_units, self.line.residual_at(threshold, total) * self.resolution)
         return kept_counts(self.score_units, rule, threshold, self.resolution)
 
     def __getitem__(self, images: Any) -> "Ranking":

@@ -155,12 +155,16 @@ def _threshold(config: Config, pictures: "_Ranked") -> float:
 
 def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
     """Fit the line of the rule `quality`, give it to the rankings, and keep it beside the weights."""
-    left, errors = pictures.left_and_errors()
+    dropped, kept, errors = pictures.scores_and_errors()
     section = run.config.filter
-    intercept, slope = fit(left, errors)
-    line = QualityLine(section.score, section.rounds, intercept, slope)
-    off = 10 * np.abs(np.log10((intercept + slope * left) / errors))
-    run.results |= {"line_intercept": intercept, "line_slope": slope, "line_near_share": float((off <= NEAR).mean())}
+    intercept, slope, kept_slope = fit(dropped, kept, errors)
+    most = float(pictures.decibels("count", run.config.tokenizer.patch_positions).mean())
+    line = QualityLine(section.score, section.rounds, intercept, slope, kept_slope, most)
+    off = 10 * np.abs(np.log10((intercept + slope * dropped + kept_slope * kept) / errors))
+    run.results |= {
+        "line_intercept": intercept, "line_slope": slope, "line_kept_slope": kept_slope, "line_most": most,
+        "line_near_share": float((off <= NEAR).mean()),
+    }  # fmt: skip
     tokenizer.quality_lines = with_line(tokenizer.quality_lines, line)
     pictures.give(line)
     text = lines_json(tokenizer.quality_lines).encode()
@@ -174,29 +178,31 @@ def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
             say(f"warning: {place} cannot be written ({error.strerror}); copy {places[0]} there for the rule quality")
     run.outputs["quality"] = str(places[0])
     say(
-        f"quality: squared error = {intercept:.3g} + {slope:.3g} x what is left unsaid, "
-        f"{100 * run.results['line_near_share']:.0f}% of cuts within {NEAR} dB; at most {line.most:.1f} dB "
-        f"-> {places[-1]}"
+        f"quality: squared error = {intercept:.3g} + {slope:.3g} x scores dropped + {kept_slope:.3g} x scores kept, "
+        f"{100 * run.results['line_near_share']:.0f}% of cuts within {NEAR} dB; at most {most:.1f} dB -> {places[-1]}"
     )
 
 
-def fit(left: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope, both above 0, of error = intercept + slope x left, by least squares in dB.
+def fit(dropped: np.ndarray, kept: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
+    """The three numbers of error = intercept + slope x dropped + kept slope x kept, by least squares in dB.
 
     In dB, because that is what will be asked for: the mean PSNR of images with equal predictions is what was predicted.
 
     Args:
-        left: (n,) what cuts leave unsaid, in the score's unit.
+        dropped: (n,) summed scores of the dropped tokens, in the score's unit.
+        kept: (n,) of the kept ones.
         errors: (n,) mean squared errors of the pictures, above 0.
     """
     from scipy.optimize import least_squares
 
     targets = np.log(errors)
     with np.errstate(divide="ignore"):
-        shares = np.log(left)  # -inf where everything is said
-    start = [targets.min(), targets.mean() - np.log(max(left.mean(), 1e-12))]
-    found = least_squares(lambda line: np.logaddexp(line[0], line[1] + shares) - targets, start).x
-    return float(np.exp(found[0])), float(np.exp(found[1]))
+        terms = np.stack([np.zeros_like(targets), np.log(dropped), np.log(kept)])  # -inf where there is nothing
+    mean = targets.mean() - np.log(max(float((dropped + kept).mean()), 1e-12))
+    start = [targets.min(), mean, mean - 3]
+    found = least_squares(lambda line: np.logaddexp.reduce(line[:, None] + terms) - targets, start).x
+    intercept, slope, kept_slope = np.exp(found).tolist()
+    return intercept, slope, min(kept_slope, 0.99 * slope)  # a model that keeping does not help has no line to speak of
 
 
 def _keep_filter(run: Run, threshold: float) -> None:
@@ -265,8 +271,8 @@ class _Ranked:
         """(n,) PSNR of the images that are decoded."""
         return -10 * np.log10(self._errors(self.tokens[self._rows.tolist()].cut(rule, threshold)))
 
-    def left_and_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) what cuts of some images leave unsaid, in the score's unit, and (n,) their mean squared errors.
+    def scores_and_errors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n,) summed scores of dropped and (n,) of kept tokens at cuts of some images, and (n,) mean squared errors.
 
         Images are cut where on average so much is left unsaid as at some shares of their tokens: as `quality` cuts.
         """
@@ -275,12 +281,14 @@ class _Ranked:
         after = units.sum(1, keepdims=True) - np.pad(
             units.cumsum(1), ((0, 0), (1, 0))
         )  # (n, N + 1): left after t tokens
-        left, errors = [], []
+        dropped, kept, errors = [], [], []
         for share in SHARES:
             cut = some.cut("residual", max(0.0, float(after[:, round(share * units.shape[1])].mean())))
-            left.append(np.take_along_axis(after, cut.patch_counts.numpy()[:, None], 1)[:, 0].clip(min=0))
+            left = np.take_along_axis(after, cut.patch_counts.numpy()[:, None], 1)[:, 0].clip(min=0)
+            dropped.append(left)
+            kept.append((units.sum(1) - left).clip(min=0))
             errors.append(self._errors(cut))
-        return np.concatenate(left), np.concatenate(errors)
+        return np.concatenate(dropped), np.concatenate(kept), np.concatenate(errors)
 
     def _errors(self, cut: "Tokens") -> np.ndarray:
         """(n,) mean squared error of each decoded picture, as a file would hold it, values in [0, 1]; above 0."""

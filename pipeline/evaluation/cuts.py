@@ -13,7 +13,6 @@ from tatok_model.filtering import rate_bits
 from tatok_model.filtering_rules import SCORES
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
-from tatok_model.vit import CHANNELS
 
 OPERATING, ALL = "", "all"  # names of points; those of the curve are curve00, curve01, ...
 
@@ -74,9 +73,7 @@ class Cuts:
         if ranking is None or section.rule != "marginal" or not threshold or not SCORES[ranking.score].in_signal:
             return None
         codes = codec.code_vectors()[1]
-        dimensions = (
-            codec.config.patch_size**2 * CHANNELS if ranking.score == "error" or codes is None else codes.shape[1]
-        )
+        dimensions = 0 if codes is None else codes.shape[1]
         return rate_bits(ranking.score_units, tokens.patch_counts, threshold, ranking.resolution, dimensions)
 
     def bits_coded(self, codec: TaTok, tokens: Tokens) -> Tensor:

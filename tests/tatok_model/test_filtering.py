@@ -254,7 +254,7 @@ def test_calibrating_for_the_impossible_is_refused():
 
 def test_decibels_are_not_cut_by_without_a_line():
     scores = torch.ones(2, 4, dtype=torch.int64)
-    sentence = r"rule is 'quality'; expected a residual that QualityLine\.residual_at gave"
+    sentence = r"rule is 'quality'; expected Ranking\.counts, which knows the line that predicts dB"
     with pytest.raises(ValueError, match=sentence):
         kept_counts(scores, "quality", 20.0)
     with pytest.raises(ValueError, match=sentence):

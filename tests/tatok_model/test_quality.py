@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tatok_model import TaTok
 from tatok_model.quality import FILE, QualityLine, line_of, lines_json, read_lines, with_line
+from tatok_model.tokens import Ranking
 
 LINE = QualityLine("distortion", 1, intercept=0.004, slope=0.02)
 LINES = (LINE, QualityLine("error", 1, 0.005, 0.06), QualityLine("distortion", 4, 1 / 3, 1e-7))
@@ -108,6 +109,8 @@ def test_lines_are_written_and_read_without_loss(tmp_path):
         "rounds": 1,
         "intercept": 0.004,
         "slope": 0.02,
+        "kept_slope": 0.0,
+        "most": LINE.most,
     }
 
 
@@ -206,3 +209,29 @@ def test_a_model_of_the_hub_brings_its_lines(opinionated, tmp_path, monkeypatch,
     monkeypatch.setattr("tatok_model.tokenizer.hf_hub_download", download)
     assert TaTok.from_pretrained("somebody/model", revision="v1").quality_lines == lines
     assert ("somebody/model", FILE, "v1") in asked
+
+
+def test_what_is_kept_still_costs_a_little_so_that_each_picture_has_a_bound_of_its_own():
+    line = QualityLine("error", 1, 0.01, 0.03, kept_slope=0.01, most=19.0)
+    left = line.residual_at(10, torch.tensor([0.0, 2.0, 9.0, 12.0]))
+    torch.testing.assert_close(
+        left, torch.tensor([4.5, 3.5, 0.0, -1.5])
+    )  # 0.1 = 0.01 + 0.03 x left + 0.01 x (total - left)
+    with pytest.raises(ValueError, match="threshold is 19.5 dB for the rule quality; expected at most 19 dB"):
+        line.residual_at(19.5, 1.0)
+
+
+def test_a_cut_keeps_what_its_pictures_own_bound_says():
+    units = torch.tensor([[4, 3, 2, 1], [8, 6, 4, 2], [1, 1, 1, 1]]) * 2**20
+    line = QualityLine("error", 1, 0.01, 0.03, kept_slope=0.01, most=19.0)
+    ranking = Ranking(torch.arange(4).expand(3, -1), units, "error", 1, line)
+    # totals 10, 20 and 4: what may be left at 10 dB is -0.5, -5.5 and 2.5
+    assert ranking.counts("quality", 10).tolist() == [4, 4, 2]
+    # at 6 dB 0.2512 leaves 0.2412 - 0.01 x total over 0.02: 7.06, 2.06 and 10.06
+    assert ranking.counts("quality", 6).tolist() == [1, 3, 0]
+
+
+@pytest.mark.parametrize("changes", [{"kept_slope": -0.1}, {"kept_slope": 0.02}, {"most": -1.0}, {"most": math.inf}])
+def test_a_kept_slope_that_makes_no_sense_is_refused(changes):
+    with pytest.raises(ValueError, match="expected"):
+        dataclasses.replace(LINE, **changes)
