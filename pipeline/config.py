@@ -156,7 +156,7 @@ class FilterConfig:
     score: str = "distortion"  # distortion | error | surprisal | entropy | pixel_entropy | random | grid
     rounds: int = 1  # R: open positions are scored anew in every round; more than 1 for the first four scores only
     rule: str = "relative"  # relative | residual | marginal | count | quality
-    threshold: float = 1.0  # tau (a share), the score's unit twice, patch tokens or dB, as the rule has it
+    threshold: float = 1.0  # a share, the score's unit (residual and marginal), patch tokens or dB, as the rule has it
     replay: bool = False  # score entropy: decoders repeat the ranking, positions are not sent
     coding_rounds: int = 8  # rounds in which kept codes are entropy-coded, for bits_coded
     mean_tokens: float = 0.0  # calibrate: wanted mean of tokens per image, global ones counted

@@ -19,7 +19,6 @@ from pipeline.tokenizing.arrow import from_table, read_token_file
 from pipeline.tokenizing.decoding import cut
 from pipeline.tokenizing.manifest import TokenManifest, read_token_manifest
 from tatok_model.sequences import Sequences
-from tatok_model.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class TokenDataset:
         labels, globals_, codes, places, counts = [empty], [np.zeros((0, keep), small)], [empty], [empty], [empty]
         for file in manifest.splits[split].files:
             tokens, names, classes = from_table(read_token_file(folder, file, manifest.stream))
-            kept = _cut(tokens, filter)  # (B, N) bool
+            kept = cut(tokens, filter).kept_mask  # (B, N) bool
             ids += names
             labels.append(classes)
             globals_.append(tokens.global_indices[:, :keep].numpy().astype(small))
@@ -116,11 +115,3 @@ class TokenDataset:
         )
         arrays = (self.global_indices[rows].astype(np.int64), codes, places, counts)
         return Sequences(*(torch.from_numpy(array) for array in arrays))
-
-
-def _cut(tokens: Tokens, filter: FilterConfig) -> torch.Tensor:  # noqa: A002
-    """(B, N) bool, True at patch tokens that are kept."""
-    try:
-        return cut(tokens, filter).kept_mask
-    except ValueError as error:
-        raise BadInput(f"filter.threshold: {error}") from None

@@ -13,6 +13,7 @@ from pipeline.config import FilterConfig
 from pipeline.data.manifest import Shard
 from pipeline.data.pictures import encode
 from pipeline.data.writer import ShardWriter
+from pipeline.errors import BadInput
 from pipeline.tokenizing.arrow import from_table, read_token_file
 from pipeline.tokenizing.manifest import TokenManifest
 from pipeline.tokenizing.parts import Seconds, Stopwatch
@@ -126,7 +127,14 @@ def shard_rows(
 
 
 def cut(tokens: Tokens, config: FilterConfig) -> Tokens:
-    """What the configured rule keeps; of tokens that are only global, `count` keeps that many leading ones."""
-    if tokens.ranking is None:
-        return tokens.cut_globals(int(config.threshold)) if config.rule == "count" else tokens
-    return tokens.cut(config.rule, config.threshold, config.replay)
+    """What the configured rule keeps; of tokens that are only global, `count` keeps that many leading ones.
+
+    Raises:
+        BadInput: as `Tokens.cut` and `Tokens.cut_globals`.
+    """
+    try:
+        if tokens.ranking is None:
+            return tokens.cut_globals(int(config.threshold)) if config.rule == "count" else tokens
+        return tokens.cut(config.rule, config.threshold, config.replay)
+    except ValueError as error:
+        raise BadInput(f"filter.threshold: {error}") from None

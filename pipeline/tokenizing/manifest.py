@@ -170,7 +170,7 @@ def _from_dict(values: dict[str, Any], stream: Stream) -> TokenManifest:
 
 
 def check_stream(config: Config, stream: Stream) -> None:
-    """Refuse a stream that this configuration cannot decode: of another tokenizer, another score, another R.
+    """Refuse a stream that this configuration cannot decode: of another tokenizer, score or R, or without dB.
 
     A tokenizer of the hub is compared once it is here, see `check_tokenizer`.
 
@@ -197,6 +197,16 @@ def check_stream(config: Config, stream: Stream) -> None:
             f"tokens.path {path!r} is ranked in {stream.rounds} rounds; expected filter.rounds, {wanted.rounds}: "
             "another R is another order"
         )
+    if config.filter.rule == "quality" and stream.score:
+        if stream.line is None:
+            raise BadInput(
+                f"filter.rule is 'quality' and tokens.path {path!r} has no line from {stream.score} to dB; "
+                "expected a stream made after jobs/calibrate.py had fitted one"
+            )
+        try:
+            stream.line.check(config.filter.threshold)
+        except ValueError as error:
+            raise BadInput(f"filter.threshold: {error}") from None
     checkpoint = config.tokenizer.checkpoint
     if checkpoint and not is_hub_id(checkpoint):
         check_tokenizer(config, stream, sha256_file(find(checkpoint) / "model.safetensors"))

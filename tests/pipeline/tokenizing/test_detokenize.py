@@ -150,6 +150,7 @@ def test_a_stream_that_does_not_fit_is_refused_before_anything_is_made(
     for override, sentence in {
         f"tokenizer.checkpoint={new_tokenizer(1)}": "is of a tokenizer with sha256 .*; expected that of",
         "filter.score=entropy": "is ranked by distortion; expected filter.score, entropy",
+        "filter.rule=quality": "filter.rule is 'quality' and tokens.path .* has no line from distortion to dB; exp",
         "filter.rounds=2": "is ranked in 1 rounds; expected filter.rounds, 2: another R is another order",
         "tokenizer.checkpoint=": "tokenizer.checkpoint is empty; expected the tokenizer that made",
         f"tokens.path={tokens.parent}": "holds no tokens.json; expected a folder written by jobs/tokenize_images.py",

@@ -94,6 +94,11 @@ def test_the_quality_line_of_the_score_and_rounds_is_part_of_the_stream(override
     assert read_token_manifest(write(line=found.to_dict()["line"])).stream.line == lines[1]
     with pytest.raises(BadInput, match="is damaged"):
         read_token_manifest(write(line={"score": "error"}))
+    asked = [*overrides, "filter.rule=quality", "tokenizer.checkpoint="]
+    reachable, beyond = (load_config("smoke", [*asked, f"filter.threshold={decibels}"]) for decibels in (5, 6))
+    check_stream(reachable, found)
+    with pytest.raises(BadInput, match="filter.threshold: threshold is 6 dB .*; expected at most 5.2"):
+        check_stream(beyond, found)
 
 
 def test_without_patch_tokens_there_is_no_score(overrides: list[str]) -> None:
