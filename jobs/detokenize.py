@@ -1,7 +1,7 @@
 r"""Turn token streams back into pictures, cut at any threshold.
 
     python jobs/detokenize.py cifar10 tokens.path=runs/cifar10-tokens tokenizer.checkpoint=runs/cifar10-train \
-        filter.rule=residual filter.threshold=60
+        filter.rule=count filter.threshold=22
     ray job submit --working-dir . -- python jobs/detokenize.py cifar10 ...
 
 Writes shards like those of `jobs/preprocess.py` and pictures/decoded.png into the run folder. filter.score and

@@ -1,6 +1,6 @@
 """Compare many settings: thresholds of a trained tokenizer, or tokenizers that differ.
 
-    python jobs/sweep.py cifar10 tokenizer.checkpoint=runs/cifar10-train 'sweep.cuts={residual: [100, 200, 300]}'
+    python jobs/sweep.py cifar10 tokenizer.checkpoint=runs/cifar10-train 'sweep.cuts={marginal: [0.7, 0.3, 0.1]}'
     python jobs/sweep.py sweep_smoke
     ray job submit --working-dir . -- python jobs/sweep.py ...
 
