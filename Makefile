@@ -53,7 +53,7 @@ screenshots: $(INSTALLED)  ## pictures of MLflow's pages for docs/, of a sweep o
 	rm -rf build/screenshots
 	$(BIN)/python jobs/sweep.py sweep_smoke run.output=build/screenshots tracking.uri=sqlite:///build/screenshots/mlflow.db
 	TATOK_STORE=sqlite:///$(CURDIR)/build/screenshots/mlflow.db TATOK_SCREENSHOTS=$(CURDIR)/docs/images \
-		$(BIN)/pytest -m browser tests/pipeline/tuning/test_pages.py
+		$(BIN)/pytest -m browser tests/pipeline/sweeps/test_pages.py
 
 lock:  ## resolve the dependencies afresh and write requirements.lock
 	$(PYTHON) -m venv --clear build/lock

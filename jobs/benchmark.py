@@ -7,7 +7,7 @@ Prints a table with ratios, writes report.md and logs to MLflow. Without generat
 that `jobs/train_generator.py` made for the same preset, and trains one first where there is none.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("benchmark", "pipeline.benchmarking.stage", __doc__)
+    main("benchmark", "pipeline.benchmarks.benchmark", __doc__)

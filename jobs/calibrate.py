@@ -6,7 +6,7 @@
 Global tokens are counted. Writes filter.yaml into the run folder and shows the keys for other jobs.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("calibrate", "pipeline.evaluation.calibration", __doc__)
+    main("calibrate", "pipeline.evaluation.calibrate", __doc__)

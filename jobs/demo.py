@@ -7,7 +7,7 @@ Ends with a table, a picture of originals over reconstructions, one of generated
 UI on the runs.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
     main("demo", "pipeline.demo", __doc__)

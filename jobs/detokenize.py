@@ -1,4 +1,4 @@
-r"""Turn token streams back into pictures, cut at any threshold.
+"""Turn token streams back into pictures, cut at any threshold.
 
     python jobs/detokenize.py cifar10 tokens.path=runs/cifar10-tokens tokenizer.checkpoint=runs/cifar10-train \
         filter.rule=count filter.threshold=22
@@ -8,7 +8,7 @@ Writes shards like those of `jobs/preprocess.py` and pictures/decoded.png into t
 filter.rounds must be those of the stream. Without tokens.path it tokenizes first. A stopped run goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("detokenize", "pipeline.tokenizing.detokenize", __doc__)
+    main("detokenize", "pipeline.tokens.detokenize", __doc__)

@@ -8,7 +8,7 @@ tokenizer.checkpoint it takes the tokenizer that `jobs/train.py` made with the s
 where there is none.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("evaluate", "pipeline.evaluation.stage", __doc__)
+    main("evaluate", "pipeline.evaluation.evaluate", __doc__)

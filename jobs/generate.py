@@ -1,4 +1,4 @@
-r"""Make pictures with a generator.
+"""Make pictures with a generator.
 
     python jobs/generate.py cifar10 generator.checkpoint=runs/cifar10-train-generator \
         tokenizer.checkpoint=runs/cifar10-train generate.images=5000
@@ -9,7 +9,7 @@ run folder; `jobs/evaluate.py` measures it with evaluate.generated. Without gene
 stopped run goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("generate", "pipeline.generating.generate_stage", __doc__)
+    main("generate", "pipeline.generator.generate", __doc__)

@@ -8,7 +8,7 @@ Prints the resolved configuration first and RUN_FOLDER=... last. The run folder 
 rejected.parquet; give it to other jobs as data.shards. A killed run goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
     main("preprocess", "pipeline.data.preprocess", __doc__)

@@ -8,7 +8,7 @@ Writes table.csv, table.md, pictures/rate_distortion.png and best.yaml (a preset
 logs a parent run with a child for each trial to MLflow. A stopped or killed sweep goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("sweep", "pipeline.tuning.stage", __doc__)
+    main("sweep", "pipeline.sweeps.sweep", __doc__)

@@ -9,7 +9,7 @@ tokenizer.checkpoint it takes the tokenizer that `jobs/train.py` made with the s
 where there is none. A stopped run goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("tokenize_images", "pipeline.tokenizing.stage", __doc__)
+    main("tokenize_images", "pipeline.tokens.tokenize", __doc__)

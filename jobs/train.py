@@ -7,7 +7,7 @@ Writes checkpoints, `checkpoint/` (what `TaTok.from_pretrained` loads), pictures
 and logs to MLflow. Without data.shards it preprocesses data.source first. A stopped run goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("train", "pipeline.training.stage", __doc__)
+    main("train", "pipeline.training.train", __doc__)

@@ -1,4 +1,4 @@
-r"""Train a feature network for Frechet distances on labelled pictures: Parquet files, or shards.
+"""Train a feature network for Frechet distances on labelled pictures: Parquet files, or shards.
 
     python jobs/train_extractor.py extractor_cifar10 \
         extractor.train_source=TRAIN.parquet extractor.test_source=TEST.parquet
@@ -7,7 +7,7 @@ r"""Train a feature network for Frechet distances on labelled pictures: Parquet 
 Prints the resolved configuration first and RUN_FOLDER=... last; the weights are RUN_FOLDER/extractor.safetensors.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("train_extractor", "pipeline.extractor", __doc__)
+    main("train_extractor", "pipeline.training.train_extractor", __doc__)

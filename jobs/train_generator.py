@@ -9,7 +9,7 @@ metrics.jsonl into the run folder and logs to MLflow. Without tokens.path it tok
 goes on with --resume.
 """
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("train_generator", "pipeline.generating.training_stage", __doc__)
+    main("train_generator", "pipeline.generator.train_generator", __doc__)

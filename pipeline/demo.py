@@ -4,19 +4,19 @@ import dataclasses
 import time
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.evaluation import stage as evaluation
-from pipeline.generating import generate_stage as generating
-from pipeline.job import run_nested
-from pipeline.progress import say
-from pipeline.run import Run
+from pipeline.core.config import Config
+from pipeline.core.console import say
+from pipeline.core.job import run_nested
+from pipeline.core.run import Run
+from pipeline.evaluation import evaluate as evaluation
+from pipeline.generator import generate as generating
 
 STAGES = (  # each takes what those before it left in the same folder
-    ("train", "pipeline.training.stage"),
-    ("evaluate", "pipeline.evaluation.stage"),
-    ("tokenize_images", "pipeline.tokenizing.stage"),
-    ("train_generator", "pipeline.generating.training_stage"),
-    ("generate", "pipeline.generating.generate_stage"),
+    ("train", "pipeline.training.train"),
+    ("evaluate", "pipeline.evaluation.evaluate"),
+    ("tokenize_images", "pipeline.tokens.tokenize"),
+    ("train_generator", "pipeline.generator.train_generator"),
+    ("generate", "pipeline.generator.generate"),
 )
 
 

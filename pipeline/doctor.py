@@ -16,14 +16,13 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from pipeline.checkpoints import check_architecture, find
-from pipeline.checks import check_files, check_pictures
-from pipeline.cluster import check_room
-from pipeline.config import Config
-from pipeline.devices import pick_device
+from pipeline.core.checkpoints import check_architecture, find
+from pipeline.core.cluster import check_room, pick_device
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import INPUT_KEYS, in_temporary_copy
+from pipeline.data.checks import check_files, check_pictures
 from pipeline.doctor_probe import PREFIX, look
-from pipeline.errors import BadInput
-from pipeline.paths import INPUT_KEYS, in_temporary_copy
 from pipeline.tracking import check_answers, check_tracking, masked
 
 WEIGHTS = (
@@ -228,7 +227,7 @@ def _probe(address: str, seen: list[str], written: list[str], marker: str) -> di
 
 def _check_resources(config: Config, resources: dict[str, float]) -> str:
     """Whether the workers of every stage find room."""
-    from pipeline.training.ray_workers import check_resources
+    from pipeline.training.workers import check_resources
 
     for section in ("train", "train_generator"):
         part = getattr(config, section)

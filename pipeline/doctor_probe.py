@@ -54,7 +54,7 @@ def probe(seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
     """`resources` that the cluster has or can grow to, and `nodes`: what each living one sees."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from pipeline.cluster import connect, most_resources
+    from pipeline.core.cluster import connect, most_resources
 
     ray = connect()
     task = ray.remote(num_cpus=0, max_retries=0)(look)

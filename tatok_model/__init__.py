@@ -6,23 +6,22 @@ Names are imported on first use, so that reading a configuration does not wait f
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from tatok_model.codec import Codec
-    from tatok_model.config import LossConfig, TokenizerConfig
-    from tatok_model.generator import Generator
-    from tatok_model.generator_config import GeneratorConfig, SamplingConfig
-    from tatok_model.sampling import sample
-    from tatok_model.sequences import Sequences
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from tatok_model.codec.bytestream import Codec
+    from tatok_model.config import GeneratorConfig, LossConfig, SamplingConfig, TokenizerConfig
+    from tatok_model.generation.generator import Generator
+    from tatok_model.generation.sampling import sample
+    from tatok_model.generation.sequences import Sequences
     from tatok_model.tokenizer import TaTok
     from tatok_model.tokens import Tokens
 
 _HOME = {
-    "Codec": "tatok_model.codec",
-    "Generator": "tatok_model.generator",
-    "GeneratorConfig": "tatok_model.generator_config",
-    "SamplingConfig": "tatok_model.generator_config",
-    "Sequences": "tatok_model.sequences",
-    "sample": "tatok_model.sampling",
+    "Codec": "tatok_model.codec.bytestream",
+    "Generator": "tatok_model.generation.generator",
+    "GeneratorConfig": "tatok_model.config",
+    "SamplingConfig": "tatok_model.config",
+    "Sequences": "tatok_model.generation.sequences",
+    "sample": "tatok_model.generation.sampling",
     "TaTok": "tatok_model.tokenizer",
     "Tokens": "tatok_model.tokens",
     "TokenizerConfig": "tatok_model.config",

@@ -1,14 +1,178 @@
-"""What reconstruction training minimises, term by term.
+"""LPIPS, the learned perceptual distance, from weight files that the user gives.
 
-Shapes: B images, H = W image side.
+Both images go through a classifier's convolutions; at five depths the unit-normalised channels are subtracted, squared,
+weighted by a trained head and averaged over the picture. The classifier (torchvision's VGG16 or AlexNet) and the heads
+(`lpips_v0.1_vgg.pth`, `lpips_v0.1_alex.pth`) are two files; nothing is downloaded. Which of the two classifiers it is
+shows in the shape of the first convolution.
+
+Shapes: B images, C channels, H and W pixels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tatok_model.config import LossConfig
+from tatok_model.vit import CHANNELS
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A torchvision `features` stack and the layers whose output is compared."""
+
+    name: str
+    layers: tuple[nn.Module, ...]
+    taps: tuple[int, ...]  # layer numbers, ReLUs that end a resolution
+    channels: tuple[int, ...]  # at the taps
+    smallest: int  # pixels a side below which a pool has nothing left
+
+
+def _vgg16() -> Backbone:
+    layers: list[nn.Module] = []
+    inputs = 3
+    for channels, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU()]
+            inputs = channels
+        layers.append(nn.MaxPool2d(2))
+    return Backbone("VGG16", tuple(layers), (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), smallest=16)
+
+
+def _alexnet() -> Backbone:
+    layers = (
+        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+    )
+    return Backbone("AlexNet", layers, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), smallest=31)
+
+
+BACKBONES: dict[tuple[int, ...], Callable[[], Backbone]] = {
+    (64, 3, 3, 3): _vgg16,
+    (64, 3, 11, 11): _alexnet,
+}  # by the shape of features.0.weight
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance with frozen weights; gradients reach the images only."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.features = nn.Sequential(*backbone.layers[: backbone.taps[-1] + 1])
+        self.heads = nn.ParameterList(torch.zeros(1, channels, 1, 1) for channels in backbone.channels)
+        # ImageNet's mean and deviation, expressed for images in [-1, 1] as in the original.
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_files(cls, backbone: str | Path, heads: str | Path) -> Self:
+        """Build from a classifier's state dict and the trained heads.
+
+        Args:
+            backbone: torchvision's VGG16 or AlexNet (`features.N.weight`, `features.N.bias`), .pth or
+                .safetensors; `classifier.*` is ignored.
+            heads: LPIPS v0.1 heads for that backbone (`lin0.model.1.weight` ...), .pth or .safetensors.
+
+        Raises:
+            FileNotFoundError: if a file does not exist.
+            ValueError: if a file is no weight file, lacks a tensor, or has one of another shape.
+        """
+        weights = _load(Path(backbone))
+        first = weights.get("features.0.weight")
+        if first is None:
+            raise ValueError(f"{backbone} lacks features.0.weight: expected torchvision's VGG16 or AlexNet")
+        if tuple(first.shape) not in BACKBONES:
+            raise ValueError(f"{backbone} is neither VGG16 nor AlexNet: features.0.weight is {tuple(first.shape)}")
+        model = cls(BACKBONES[tuple(first.shape)]())
+        _copy(model.features.state_dict(), weights, "features.{}", backbone)
+        _copy(model.heads.state_dict(), _load(Path(heads)), "lin{}.model.1.weight", heads)
+        return model
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each pair.
+
+        Args:
+            x: (B, 3, H, W) floating in [0, 1], H and W at least 16 (VGG16) or 31 (AlexNet).
+            y: the same shape and range.
+
+        Returns:
+            (B,), 0 for equal images.
+
+        Raises:
+            ValueError: if shapes differ, are not (B, 3, H, W), or are too small for the backbone.
+        """
+        if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(
+                f"expected two batches of one (B, 3, H, W) shape, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        if min(x.shape[2:]) < self.backbone.smallest:
+            raise ValueError(
+                f"LPIPS with {self.backbone.name} needs at least {self.backbone.smallest} pixels a side, "
+                f"got {tuple(x.shape[2:])}"
+            )
+        both = (torch.cat([x, y]) * 2 - 1 - self.shift) / self.scale  # (2B, 3, H, W)
+        distance = both.new_zeros(len(x))
+        head = iter(self.heads)
+        for number, layer in enumerate(self.features):
+            both = layer(both)
+            if number in self.backbone.taps:
+                unit_x, unit_y = _unit(both).chunk(2)
+                distance = distance + ((unit_x - unit_y).square() * next(head)).sum(1).mean((1, 2))
+        return distance
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Channels scaled to length 1; the constant inside the root keeps the gradient finite where all are zero.
+
+    The original adds 1e-10 outside the root, whose gradient is NaN there; torchmetrics has 1e-8 inside, as here.
+    """
+    return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file read as a pickle fails in any way, KeyError included
+        raise ValueError(f"{path} is not a readable .pth or .safetensors weight file") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} holds a {type(weights).__name__}, expected a state dict")
+    return weights
+
+
+def _copy(targets: dict[str, Tensor], weights: dict[str, Tensor], pattern: str, path: str | Path) -> None:
+    """Fill each target from `weights[pattern.format(its name)]`.
+
+    Raises:
+        ValueError: naming the tensors that are missing or of another shape.
+    """
+    names = {name: pattern.format(name) for name in targets}
+    missing = [source for source in names.values() if source not in weights]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    for name, target in targets.items():
+        found = weights[names[name]]
+        if found.shape != target.shape:
+            raise ValueError(f"{path}: {names[name]} is {tuple(found.shape)}, expected {tuple(target.shape)}")
+        target.copy_(found)
+
+
+# What reconstruction training minimises, term by term.
 
 
 class ReconstructionLoss(nn.Module):
@@ -90,3 +254,33 @@ class LeCam(nn.Module):
         self.fake_mean.lerp_(fake_mean.detach(), 1 - self.decay)
         towards_fake = torch.relu(real - self.fake_mean).square().mean()
         return towards_fake + torch.relu(self.real_mean - fake).square().mean()
+
+
+# PatchGAN: says of each patch of a picture whether it looks real.
+
+
+class Discriminator(nn.Module):
+    """Three strided convolutions and a score for each place, as in pix2pix (arXiv 1611.07004).
+
+    Group norm instead of batch norm: a picture's score does not depend on the others in its batch.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.lecam = LeCam()
+        self.layers = nn.Sequential(
+            nn.Conv2d(CHANNELS, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            *_halving(width, 2 * width),
+            *_halving(2 * width, 4 * width),
+            nn.Conv2d(4 * width, 1, 3, padding=1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 1, H / 8, W / 8) scores, high for real."""
+        return self.layers(images * 2 - 1)
+
+
+def _halving(inputs: int, outputs: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+    return [convolution, nn.GroupNorm(16, outputs), nn.LeakyReLU(0.2)]

@@ -31,11 +31,17 @@ from torch import Tensor, nn
 from tatok_model.config import BY_MODEL, SIZES, KeptSetConfig, TokenizerConfig, read_config
 from tatok_model.entropy import EntropyModel, Read
 from tatok_model.kept_sets import KeptSets, draw, kept_sets
-from tatok_model.predictions import read_expected, read_surprisal, read_surprisal_and_expected
 from tatok_model.quality import FILE as QUALITY_FILE
 from tatok_model.quality import QualityLine, lines_json, read_lines
 from tatok_model.quantizer import build_quantizer
-from tatok_model.ranking import Models, rank, training_places
+from tatok_model.ranking import (
+    Models,
+    rank,
+    read_expected,
+    read_surprisal,
+    read_surprisal_and_expected,
+    training_places,
+)
 from tatok_model.tokens import Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, run_on_present, unpatchify
 

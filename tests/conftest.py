@@ -61,7 +61,7 @@ def shared() -> Path:
 def ray_session() -> Iterator[ModuleType]:
     """A local Ray with two CPUs that all tests of this session share; the value is the `ray` module."""
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # train.report waits for this poll
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as in pipeline/cluster.py
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as in pipeline/core/cluster.py
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
@@ -105,7 +105,7 @@ def opened_runs() -> Callable[[], AbstractContextManager[Callable[..., Any]]]:
 
     What was opened is closed at the end, whatever became of it.
     """
-    from pipeline.run import Run
+    from pipeline.core.run import Run
 
     @contextmanager
     def opened() -> Iterator[Callable[..., Run]]:

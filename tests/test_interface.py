@@ -1,6 +1,7 @@
 """The contract of the jobs, docs/interface.md: a change here is a change there.
 
-A made stage stands for the real ones, in a process of its own: the contract is `pipeline/job.py`'s, whatever the stage.
+A made stage stands for the real ones, in a process of its own: the contract is `pipeline/core/job.py`'s, whatever
+the stage.
 """
 
 import json
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, config_from_dict, load_config
+from pipeline.core.config import Config, config_from_dict, load_config
 
 JOB = '''
 """Do a made thing."""
 
-from pipeline.job import main
+from pipeline.core.job import main
 
 if __name__ == "__main__":
     main("made", "made_stage", __doc__)
@@ -27,8 +28,8 @@ if __name__ == "__main__":
 
 STAGE = """
 import pathlib, time
-from pipeline.errors import BadInput, Stopped
-from pipeline.job import run_nested
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.job import run_nested
 
 def check(config):
     if config.tracking.experiment == "unwelcome":

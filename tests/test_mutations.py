@@ -20,17 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import checkpoints
-from pipeline.config import load_config
+from pipeline.core import checkpoints
+from pipeline.core.config import load_config
+from pipeline.core.errors import BadInput
+from pipeline.core.pretrained import load_tokenizer
 from pipeline.data import sources
-from pipeline.data.manifest import Manifest, Split, fingerprint
 from pipeline.data.pictures import BadPicture, prepare
-from pipeline.data.shards import ShardDataset
-from pipeline.data.writer import ShardWriter
-from pipeline.errors import BadInput
-from pipeline.pretrained import load_tokenizer
-from pipeline.tokenizing.arrow import from_table, to_parquet, to_table
-from pipeline.tokenizing.manifest import Stream
+from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
+from pipeline.tokens.stream import from_table, to_parquet, to_table
+from pipeline.tokens.token_manifest import Stream
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 SHAPE = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.global_tokens=2", "tokenizer.size=nano",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import config_from_dict
-from pipeline.run import Run
+from pipeline.core.config import config_from_dict
+from pipeline.core.run import Run
 from pipeline.tracking import Tracker
 
 PORT = 50371

@@ -4,9 +4,12 @@ A *unit* is a small JSON list that says where pictures are, e.g. `["cat/1.jpg", 
 own. A *raw label* is a class index, a class name or None; the index of a name is known once everything was looked at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from pipeline.core.config import DataConfig
+from pipeline.core.files import Location
 
 Unit = list[Any]
 RawLabel = int | str | None
@@ -44,3 +47,25 @@ class Scan:
         for start in range(0, len(units), rows_per_range):
             self.ranges.append(list(units[start : start + rows_per_range]))
             self.rows.append(len(self.ranges[-1]))
+
+
+# Folders of picture files; the first folder below the source is the class. Unit: [relative path, class or None].
+
+
+def scan(names: Iterable[str], data: DataConfig) -> Scan:
+    """Look at a sorted list of relative paths."""
+    found = Scan()
+    units = [[name, name.split("/")[0] if "/" in name else None] for name in names]
+    for _, label in units:
+        found.add_label(label)
+    found.add_ranges(units, data.rows_per_shard)
+    return found
+
+
+def read(folder: Location, units: list[Unit]) -> Iterator[Picture]:
+    """Read the files one after the other; one that is gone or locked is a problem of that picture only."""
+    for name, label in units:
+        try:
+            yield Picture(name, (folder / name).read(), label)
+        except (FileNotFoundError, PermissionError) as error:
+            yield Picture(name, b"", label, problem=f"file cannot be read ({type(error).__name__})")

@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import DataConfig
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import BadInput
+from pipeline.core.files import Location
 from pipeline.data.listing import MAX_CLASSES, Picture, RawLabel, Scan, Unit
-from pipeline.data.locations import Location
-from pipeline.errors import BadInput
 
 READ_ROWS = 64  # rows held in memory at a time
 

@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.config import DataConfig
+from pipeline.core.config import DataConfig
 
 PNG_LEVEL = 2  # as small as the default 6 with photographs (117 against 117 KB at 256 pixels) in 40% of the time
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # what every reader of the shards understands

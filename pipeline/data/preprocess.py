@@ -1,32 +1,296 @@
 """The preprocess stage: pictures from anywhere become shards of square RGB pictures.
 
 First the plan (`plan.json`), then one task per range of it on Ray Data, then `rejected.parquet` and `manifest.json`. A
-stage as `pipeline/job.py` describes it: `check`, `default_name`, `run`.
+stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`.
 """
 
+import hashlib
 import io
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster import as_they_finish, check_cpus, connect, most_resources
-from pipeline.config import Config
-from pipeline.data.manifest import SPLITS, Manifest, Split, fingerprint
-from pipeline.data.plan import Plan, Range, make_or_load_plan, open_sources, short_hash
-from pipeline.data.ranges import Part, Work, make_part, part_from_dict
-from pipeline.data.sources import check_source
-from pipeline.errors import BadInput, Stopped
-from pipeline.paths import write_atomically, write_json
-from pipeline.progress import progress, say
-from pipeline.run import Run
+from pipeline.core.cluster import as_they_finish, check_cpus, connect, most_resources
+from pipeline.core.config import Config, DataConfig
+from pipeline.core.console import progress, say
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.files import sha256_file, write_atomically, write_json
+from pipeline.core.run import Run
+from pipeline.data.listing import Picture, RawLabel, Scan, Unit
+from pipeline.data.pictures import BadPicture, prepare, without_global_limits
+from pipeline.data.shards import SPLITS, Manifest, Shard, ShardWriter, Split, fingerprint
+from pipeline.data.sources import Source, check_source, open_source, read, scan
+
+# The plan of a preprocess run: which pictures go into which shard, decided before any work and kept as `plan.json`.
+
+BYTE_KEYS = (  # of the data section, beside the sources themselves
+    "image_size", "heldout_fraction", "rows_per_shard", "max_pixels", "encoding", "quality",
+    "image_column", "label_column", "class_name_column",
+)  # fmt: skip
+BY_HASH = "by_hash"
+
+
+@dataclass(frozen=True)
+class Range:
+    """What one task makes one shard of, or two when the split is by hash."""
+
+    number: int  # over both sources; names the files
+    source: int  # index into the list of sources
+    split: str  # train | heldout | by_hash
+    rows: int  # pictures
+    units: list[Unit]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ranges, and what they were made from."""
+
+    config: dict[str, Any]
+    source_fingerprint: str
+    classes: list[str]
+    ranges: list[Range]
+
+    @property
+    def key(self) -> str:
+        """Parts of the work carry it, so that parts of different plans are never mixed."""
+        return _sha256([self.config, self.source_fingerprint, self.classes])
+
+
+def byte_config(data: DataConfig) -> dict[str, Any]:
+    """The data keys that decide bytes, without the places of the sources."""
+    return {key: getattr(data, key) for key in BYTE_KEYS}
+
+
+def short_hash(data: DataConfig) -> str:
+    """8 hexadecimal digits that tell configurations with different shards apart."""
+    return _sha256([byte_config(data), data.source, data.heldout_source])[:8]
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """The source and, if there is one, the held-out source; raises as `open_source`."""
+    sources = [open_source("data.source", data.source, data)]
+    if data.heldout_source:
+        sources.append(open_source("data.heldout_source", data.heldout_source, data))
+    return sources
+
+
+def make_or_load_plan(folder: Path, sources: list[Source], data: DataConfig) -> Plan:
+    """The plan in `folder`, else a new one that is written there.
+
+    Raises:
+        BadInput: the plan that is there was made from another source or with another configuration, or as `make_plan`.
+    """
+    path = folder / "plan.json"
+    if not path.exists():
+        plan = make_plan(sources, data)
+        write_atomically(path, json.dumps(vars(plan), default=vars).encode())  # asdict would copy every unit
+        return plan
+    values = json.loads(path.read_bytes())
+    plan = Plan(**{**values, "ranges": [Range(**part) for part in values["ranges"]]})
+    for key, value in byte_config(data).items():
+        if plan.config.get(key) != value:
+            raise BadInput(
+                f"data.{key} is {value!r}, but the run in {str(folder)!r} was begun with {plan.config.get(key)!r}; "
+                "expected the same value, or a new run.name"
+            )
+    if plan.source_fingerprint != _fingerprint(sources):
+        raise BadInput(
+            f"data.source {sources[0].place!r} (or data.heldout_source) has changed since the run in {str(folder)!r} "
+            "was begun; expected the same files, or a new run.name"
+        )
+    return plan
+
+
+def make_plan(sources: list[Source], data: DataConfig) -> Plan:
+    """Look at the sources and deal their pictures out.
+
+    Raises:
+        BadInput: a source holds no picture, or their classes do not agree.
+    """
+    ranges: list[Range] = []
+    scans = []
+    for index, (key, source) in enumerate(zip(("data.source", "data.heldout_source"), sources, strict=False)):
+        found = scan(key, source, data)
+        split = BY_HASH if len(sources) == 1 else ("train", "heldout")[index]
+        for units, rows in zip(found.ranges, found.rows, strict=True):
+            ranges.append(Range(len(ranges), index, split, rows, units))
+        scans.append(found)
+    return Plan(byte_config(data), _fingerprint(sources), class_names(scans), ranges)
+
+
+def class_names(scans: list[Scan]) -> list[str]:
+    """The name of every class index over all sources; names without indices are numbered in their sorted order.
+
+    Raises:
+        BadInput: an index has two names, or a name has no index although other classes have one.
+    """
+    indexed: dict[int, str] = {}
+    for label, name in (item for found in scans for item in found.indexed.items()):
+        known = indexed.get(label) or name
+        if name and known != name:
+            raise BadInput(
+                f"class {label} is {known!r} in data.source and {name!r} in data.heldout_source; expected one name"
+            )
+        indexed[label] = known
+    names = sorted(set().union(*(found.names for found in scans)))
+    if not indexed:
+        return names
+    table = [indexed.get(label) or str(label) for label in range(max(indexed) + 1)]
+    for name in names:
+        if name not in table:
+            raise BadInput(f"class {name!r} has no index, but others have; expected indices for all or for none")
+    return table
+
+
+def label_of(raw: RawLabel, indices: dict[str, int]) -> int:
+    """Class index of a raw label; -1 for none."""
+    if isinstance(raw, str):
+        return indices[raw]
+    return -1 if raw is None or raw < 0 else raw
+
+
+def _fingerprint(sources: list[Source]) -> str:
+    return _sha256([source.fingerprint() for source in sources])
+
+
+def _sha256(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# The work of one task: read one range of the plan, check and resize its pictures, write its shards.
+
+READ_AHEAD = 64  # pictures that threads share at a time
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the tasks of one run have in common."""
+
+    folder: Path  # run folder, on a file system that all workers share
+    key: str  # of the plan
+    classes: list[str]
+    sources: list[Source]
+    data: DataConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one range became."""
+
+    key: str  # of the plan
+    number: int  # of the range
+    shards: dict[str, Shard]  # by split; a split without pictures has none
+    rejected: list[tuple[str, str]]  # (path, reason)
+
+
+def part_from_dict(values: dict[str, Any]) -> Part:
+    """The part that `dataclasses.asdict` made plain."""
+    shards = {split: Shard(**shard) for split, shard in values["shards"].items()}
+    return Part(values["key"], values["number"], shards, [(path, reason) for path, reason in values["rejected"]])
+
+
+def make_part(task: Range, work: Work, threads: int = 1) -> tuple[Part, bool]:
+    """Do the work of one range, unless it is done; returns the part and whether it was made now.
+
+    Args:
+        task: the range.
+        work: of the run.
+        threads: that share it; the bytes do not depend on how many.
+    """
+    path = work.folder / "parts" / f"{task.number:05d}.json"
+    part = _finished(path, work)
+    if part:
+        return part, False
+    part = _make(task, work, threads)
+    write_json(path, asdict(part))
+    return part, True
+
+
+def _make(task: Range, work: Work, threads: int) -> Part:
+    rejected = []
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(work.folder, f"shards/{split}-{task.number:05d}.parquet"))
+            for split in SPLITS
+        }
+        pool = None
+        if threads > 1:  # Pillow lets others work while it decodes and resizes
+            stack.enter_context(without_global_limits())
+            pool = stack.enter_context(ThreadPoolExecutor(threads))
+        for name, split, row in _rows(task, work, pool):
+            if isinstance(row, BadPicture):
+                rejected.append((name, str(row)))
+            else:
+                writers[split].add(row)
+    shards = {split: writer.shard for split, writer in writers.items() if writer.shard}
+    return Part(work.key, task.number, shards, rejected)
+
+
+def _rows(
+    task: Range, work: Work, pool: ThreadPoolExecutor | None
+) -> Iterator[tuple[str, str, dict[str, Any] | BadPicture]]:
+    """Name, split, and row or what is wrong, of every picture, in order; few are in memory at a time."""
+    indices = {name: index for index, name in enumerate(work.classes)}
+
+    def make(picture: Picture) -> tuple[str, str, dict[str, Any] | BadPicture]:
+        try:
+            row = _row(picture, label_of(picture.label, indices), work)
+        except BadPicture as reason:
+            return picture.id, "", reason
+        split = split_of(picture.data, work.data.heldout_fraction) if task.split == BY_HASH else task.split
+        return picture.id, split, row
+
+    pictures = read(work.sources[task.source], task.units, work.data)
+    if pool is None:
+        yield from map(make, pictures)
+        return
+    while some := list(islice(pictures, READ_AHEAD)):
+        yield from pool.map(make, some)
+
+
+def split_of(data: bytes, heldout_fraction: float) -> str:
+    """The split of a picture, by a hash of the file: equal files land in the same split, at every image size."""
+    draw = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
+    return "heldout" if draw < heldout_fraction else "train"
+
+
+def _row(picture: Picture, label: int, work: Work) -> dict[str, Any]:
+    if picture.problem:
+        raise BadPicture(picture.problem)
+    size = work.data.image_size
+    return {
+        "id": picture.id,
+        "image": prepare(picture.data, work.data),
+        "height": size,
+        "width": size,
+        "label": label,
+        "label_name": work.classes[label] if label >= 0 else "",
+    }
+
+
+def _finished(path: Path, work: Work) -> Part | None:
+    """The part that an earlier attempt left, if it is of this plan and its shards are whole."""
+    if not path.exists():
+        return None
+    part = part_from_dict(json.loads(path.read_bytes()))
+    whole = all(_is_whole(work.folder / shard.file, shard) for shard in part.shards.values())
+    return part if part.key == work.key and whole else None
+
+
+def _is_whole(path: Path, shard: Shard) -> bool:
+    return path.is_file() and sha256_file(path) == shard.sha256
+
 
 REJECTED = pa.schema({"path": pa.string(), "reason": pa.string()})
 

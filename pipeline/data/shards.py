@@ -5,11 +5,16 @@ ones only the row groups that are asked for are read, and the last few are kept,
 much faster than access all over the place. One `ShardDataset` serves one thread at a time.
 """
 
+import hashlib
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,10 +22,169 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.data.locations import locate
-from pipeline.data.manifest import Manifest, Shard, read_manifest
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import locate, sha256_file
+from pipeline.core.manifest import check_format, read_described
 from pipeline.data.pictures import decode
-from pipeline.errors import BadInput
+
+# `manifest.json`: what a folder of shards holds. docs/architecture.md has the format.
+
+FORMAT, VERSION = "tatok-shards", 1
+NAME, WRITER = "manifest.json", "jobs/preprocess.py"
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a split."""
+
+    file: str  # relative to the folder of the manifest
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order."""
+
+    rows: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was made, from what, and its checksums."""
+
+    image_size: int  # pixels, square
+    config: dict[str, Any]  # the data keys that decide bytes
+    source_fingerprint: str
+    classes: tuple[str, ...]  # name of each label
+    splits: dict[str, Split]  # train, heldout
+    rejected: int  # rows of rejected.parquet
+    fingerprint: str  # of the pictures: sha256 over the shard checksums
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the file."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+
+def fingerprint(splits: dict[str, Split]) -> str:
+    """sha256 over the shard checksums of all splits, in order."""
+    text = json.dumps([[name, [shard.sha256 for shard in splits[name].shards]] for name in SPLITS])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest in `folder`, a path or URL.
+
+    Raises:
+        BadInput: there is none, or it is another program's, of another version, or damaged.
+    """
+    what = f"{NAME} in {str(folder)!r}"
+    values = read_described(folder, NAME, WRITER)
+    check_format(values, what, (FORMAT, VERSION), WRITER)
+    try:
+        manifest = _from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    if manifest.fingerprint != fingerprint(manifest.splits):
+        raise BadInput(f"{what} is damaged: its fingerprint does not match its shards")
+    return manifest
+
+
+def _from_dict(values: dict[str, Any]) -> Manifest:
+    splits = {}
+    for name in SPLITS:
+        part = values["splits"][name]
+        shards = tuple(Shard(s["file"], int(s["rows"]), s["sha256"]) for s in part["shards"])
+        splits[name] = Split(int(part["rows"]), shards)
+    return Manifest(
+        image_size=int(values["image_size"]),
+        config=dict(values["config"]),
+        source_fingerprint=values["source_fingerprint"],
+        classes=tuple(values["classes"]),
+        splits=splits,
+        rejected=int(values["rejected"]),
+        fingerprint=values["fingerprint"],
+    )
+
+
+def check_shards(config: Config) -> None:
+    """Refuse `data.shards` that cannot serve this configuration; does nothing when it is empty.
+
+    Raises:
+        BadInput: as `read_manifest`, or the shards were made for another image size.
+    """
+    if not config.data.shards:
+        return
+    made_for = read_manifest(config.data.shards).image_size
+    if made_for != config.data.image_size:
+        raise BadInput(
+            f"data.shards {config.data.shards!r} were made for image size {made_for}; "
+            f"expected data.image_size, {config.data.image_size}"
+        )
+
+
+# Writing one shard, a row group at a time: memory stays flat and the file appears whole or not at all.
+
+
+class ShardWriter:
+    """Adds rows of `SCHEMA` to a file; equal rows give equal bytes under the same pyarrow.
+
+    As a context: `shard` is set when it ends well; after an error, or without rows, no file is left.
+
+    Args:
+        folder: of the manifest; exists, on this machine's file system.
+        file: the shard's name, relative to `folder`.
+    """
+
+    def __init__(self, folder: Path, file: str) -> None:
+        self.shard: Shard | None = None
+        self._folder, self._file = folder, file
+        self._path = folder / file
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._rows: list[dict[str, Any]] = []
+        self._written = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._rows.append(row)
+        if len(self._rows) == ROW_GROUP_ROWS:
+            self._write_group()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._rows:
+            self._write_group()
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+            if kind is None:
+                with open(self._temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                self.shard = Shard(self._file, self._written, sha256_file(self._temporary))
+                os.replace(self._temporary, self._path)
+        finally:  # also where closing fails: on full storage, what is half written would keep others from their room
+            self._temporary.unlink(missing_ok=True)
+
+    def _write_group(self) -> None:
+        if self._writer is None:
+            # Pictures are compressed already. Statistics and dictionaries would only repeat the columns.
+            codecs = {name: "NONE" if name == "image" else "ZSTD" for name in SCHEMA.names}
+            self._writer = pq.ParquetWriter(
+                self._temporary, SCHEMA, compression=codecs, use_dictionary=["label_name"], write_statistics=False
+            )
+        self._writer.write_table(pa.Table.from_pylist(self._rows, SCHEMA), row_group_size=ROW_GROUP_ROWS)
+        self._written += len(self._rows)
+        self._rows = []
+
 
 MEMORY_BYTES = 512 * 2**20  # splits up to this size are kept in memory
 ROW_GROUP_ROWS = 64  # small, because one row group is the least that random access reads

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 from pyarrow import fs
 
-from pipeline import samples
-from pipeline.config import DataConfig
-from pipeline.data import folders, parquet, tars
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import BadInput
+from pipeline.core.files import Location, locate
+from pipeline.data import listing, parquet, samples, tars
 from pipeline.data.listing import Picture, Scan, Unit
-from pipeline.data.locations import Location, locate
 from pipeline.data.pictures import extensions
-from pipeline.errors import BadInput
 
 EXPECTED = "expected a folder with pictures, a .parquet or .tar file or a folder of those, their URL, or 'samples'"
 
@@ -92,9 +91,9 @@ def scan(key: str, source: Source, data: DataConfig) -> Scan:
         BadInput: as the scan of the kind, or there is no picture in it.
     """
     if source.kind == "samples":
-        found = folders.scan(samples.list_tiles(data.image_size), data)
+        found = listing.scan(samples.list_tiles(data.image_size), data)
     elif source.kind == "folder":
-        found = folders.scan(source.names, data)
+        found = listing.scan(source.names, data)
     else:
         kind = {"parquet": parquet, "tar": tars}[source.kind]
         found = kind.scan(source.folder, source.names, data)
@@ -109,7 +108,7 @@ def read(source: Source, units: list[Unit], data: DataConfig) -> Iterator[Pictur
         return (Picture(name, samples.read_tile(name, data.image_size), label) for name, label in units)
     if source.kind == "parquet":
         return parquet.read(source.folder, units, data)
-    return {"folder": folders, "tar": tars}[source.kind].read(source.folder, units)
+    return {"folder": listing, "tar": tars}[source.kind].read(source.folder, units)
 
 
 def _existing(key: str, place: str) -> Location:

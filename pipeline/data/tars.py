@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 
-from pipeline.config import DataConfig
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import BadInput
+from pipeline.core.files import Location
 from pipeline.data.listing import MAX_CLASSES, Picture, RawLabel, Scan, Unit
-from pipeline.data.locations import Location
 from pipeline.data.pictures import extensions
-from pipeline.errors import BadInput
 
 BUFFER_BYTES = 2**20  # remote stores charge by the request: headers of small members arrive many at a time
 

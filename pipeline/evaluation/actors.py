@@ -1,18 +1,85 @@
-"""Ray Data around the evaluator: every range of the plan goes to one of a few actors that hold the models.
-
-An actor that dies takes nothing with it: what a range measured is one row, and Ray Data gives the range to another.
-"""
+"""Everything that measuring needs besides what is measured: the tokenizer and its baselines stand on one bench."""
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster import as_they_finish, connect
-from pipeline.data.shards import ShardDataset
-from pipeline.evaluation.cuts import Cuts
-from pipeline.evaluation.evaluator import Evaluator, Instruments
-from pipeline.evaluation.measurements import Measurements
-from pipeline.evaluation.plan import Plan
+from pipeline.core.cluster import as_they_finish, connect, pick_workers_device
+from pipeline.core.config import Config
+from pipeline.core.console import progress
+from pipeline.core.errors import Stopped
+from pipeline.core.pretrained import load_lpips
+from pipeline.core.run import Run
+from pipeline.data.shards import Manifest, ShardDataset
+from pipeline.evaluation.evaluator import Evaluator, Instruments, merged
+from pipeline.evaluation.measurements import Cuts, Measurements, Plan, make_plan
+from pipeline.evaluation.reference import Extractor, load_extractor, load_more
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Pictures, networks, workers."""
+
+    run: Run
+    manifest: Manifest
+    pictures: ShardDataset  # the held-out split
+    plan: Plan
+    extractor: Extractor  # behind the main Frechet distance and the Inception score
+    more: list[Extractor]  # behind further Frechet distances
+    instruments: Instruments
+    device: str
+
+    @classmethod
+    def set_up(cls, run: Run) -> "Bench":
+        """As `run.config` says; `data.shards` names existing shards.
+
+        Raises:
+            BadInput: too few held-out pictures, unusable weights, more workers than the cluster has room for.
+        """
+        config: Config = run.config
+        pictures = ShardDataset(config.data.shards, "heldout")
+        extractor = load_extractor(config.evaluate)
+        plan = make_plan(len(pictures), extractor.network.feature_dim, config.evaluate)
+        files = config.evaluate.lpips_backbone, config.evaluate.lpips_heads
+        lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
+        more = load_more(config.evaluate)
+        instruments = Instruments(extractor.network, lpips, tuple(other.network for other in more))
+        device = pick_workers_device("evaluate", config.evaluate.device, config.evaluate.num_workers)
+        return cls(run, pictures.manifest, pictures, plan, extractor, more, instruments, device)
+
+    @property
+    def cuts(self) -> Cuts:
+        """As configured."""
+        return Cuts(self.run.config.filter, self.run.config.evaluate.thresholds)
+
+    def measure(self, label: str, codec: Any, originals: bool) -> Measurements:
+        """Measure a codec on every picture of the plan.
+
+        Args:
+            label: of the progress bar.
+            codec: `TaTok` or a baseline.
+            originals: whether features of the originals are wanted too.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        workers = self.run.config.evaluate.num_workers
+        shards = self.run.config.data.shards
+        common = self.plan, originals, self.device, workers, self.cuts
+        parts = measure_on_actors(codec, self.instruments, shards, *common)
+        return merged(self._followed(label, parts), self.plan.count)
+
+    def _followed(self, label: str, parts: Iterator[tuple[int, Measurements]]) -> Iterator[tuple[int, Measurements]]:
+        with progress(label, self.plan.count, "images") as shown:
+            for number, part in parts:
+                shown.advance(part.images)
+                if self.run.should_stop:
+                    raise Stopped("evaluation was asked to stop; --resume measures anew")
+                yield number, part
+
+
+# Ray Data around the evaluator: every range of the plan goes to one of a few actors that hold the models.
 
 
 class RangeActor:

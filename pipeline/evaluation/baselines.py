@@ -5,16 +5,32 @@ No network: N patches, one codeword each, K_b = floor(2^(bits / N)) codewords fi
 Shapes: B images, N patches, P patch side, K_b codewords, V = 3 P P values of a patch.
 """
 
+import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.budget import check_kmeans, codewords_for, sampled
-from pipeline.evaluation.evaluator import ImageSource
-from pipeline.progress import say
+from pipeline.core.cluster import pick_device
+from pipeline.core.console import progress, say
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.run import Run
+from pipeline.data.shards import ShardDataset
+from pipeline.evaluation.actors import Bench
+from pipeline.evaluation.evaluation_checks import check_kmeans, codewords_for, sampled
+from pipeline.evaluation.evaluator import ImageSource, Instruments
+from pipeline.evaluation.information import measure_information
+from pipeline.evaluation.measurements import Plan
+from pipeline.evaluation.picture_codecs import compress, quality_for
+from pipeline.evaluation.results import Distance, baseline_results, frechet
 from tatok_model.config import TokenizerConfig
+from tatok_model.metrics.frechet import FeatureStatistics
+from tatok_model.metrics.images import ImageQuality
+from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 from tatok_model.vit import patchify, unpatchify
 
@@ -103,3 +119,116 @@ def _cluster(patches: np.ndarray, count: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different patches than codewords: no harm done
         fitted.fit(patches)
     return torch.from_numpy(fitted.cluster_centers_.astype(np.float32)).clamp(0, 1)
+
+
+# Outside rows: JPEG and WebP at the bits of a tokenizer, measured on the same pictures by the same instruments.
+
+CHOOSING = 512  # training pictures, evenly spread, by which a quality is chosen
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a picture codec is measured on and by."""
+
+    source: ImageSource  # held-out pictures, measured as `plan` says
+    plan: Plan
+    instruments: Instruments
+    distances: list[Distance]
+    training: ImageSource  # the quality is chosen on these, as k-means is fitted to them
+    training_images: int  # how many there are, at least one
+
+    def measure(self, codec: str, bits: float, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
+        """The codec at the quality whose mean bits on training pictures are nearest below `bits`, or at its lowest.
+
+        Args:
+            codec: jpeg or webp.
+            bits: wanted mean of an image; headers are not counted.
+            advance: told how many pictures were measured.
+
+        Returns:
+            `bits_per_image`, as they came out on the measured pictures; `quality`, PSNR, SSIM and every Frechet
+            distance.
+        """
+        used = min(CHOOSING, self.training_images)
+        chosen = quality_for(codec, self.training.images(np.arange(used) * self.training_images // used), bits)
+        quality, spent = ImageQuality(), 0
+        networks = self.instruments.extractors()
+        features = {key: FeatureStatistics(network.feature_dim) for key, network in networks.items()}
+        for first in range(0, self.plan.count, self.plan.batch_size):
+            numbers = np.arange(first, min(first + self.plan.batch_size, self.plan.count))
+            pictures = self.source.images(self.plan.indices(numbers))
+            made = compress(codec, pictures, chosen)
+            originals, decoded = (_channels_first(batch) for batch in (pictures, made.reconstructions))
+            quality.update(originals, decoded)
+            spent += int(made.bits.sum())
+            with torch.inference_mode():
+                for key, network in networks.items():
+                    features[key].update(network.cpu()(decoded)[0])
+            advance(len(numbers))
+        found = {"bits_per_image": spent / self.plan.count, "quality": float(chosen), **quality.results()}
+        return found | {one.name: frechet(features[one.key], one.reference) for one in self.distances}
+
+
+def _channels_first(pictures: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+
+
+# What stands beside a tokenizer's own numbers where it is asked for: baselines at equal bits, information in bits.
+
+
+def baselines_results(
+    run: Run, bench: Bench, distances: list[Distance], cuts: list[tuple[str, dict[str, float]]]
+) -> dict[str, float]:
+    """The baselines that are asked for, at the bits of the operating point, the first of the named `cuts`.
+
+    Picture codecs are measured at the bits of every cut: `baseline_jpeg_curve00_psnr` stands beside `curve00_psnr`.
+    """
+    wanted = run.config.evaluate.baselines
+    results: dict[str, float] = {}
+    training = ShardDataset(run.config.data.shards, "train")
+    if "kmeans" in wanted:
+        results |= _kmeans_results(run, bench, distances, training, cuts[0][1]["bits_fixed"])
+    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances, training, len(training))
+    for codec in (kind for kind in wanted if kind != "kmeans"):
+        with progress(codec, bench.plan.count * len(cuts), "images") as shown:
+            for name, cut in cuts:
+                prefix = f"baseline_{codec}_" + (f"{name}_" if name else "")
+                found = outside.measure(codec, cut["bits_fixed"], shown.advance)
+                results |= {f"{prefix}{metric}": value for metric, value in found.items()}
+                if run.should_stop:
+                    raise Stopped("evaluation was asked to stop; --resume measures anew")
+    return results
+
+
+def information_results(run: Run, bench: Bench, tokenizer: Any, blind: TaTok | None) -> dict[str, float]:
+    """Redundancy and mutual information, in this process: one position a round is slow however it is shared out."""
+    device = pick_device("evaluate", run.config.evaluate.device)
+    places = bench.plan.indices(np.arange(bench.plan.count))
+
+    with progress("information", len(places), "images") as shown:
+
+        def advance(count: int) -> None:
+            shown.advance(count)
+            if run.should_stop:
+                raise Stopped("evaluation was asked to stop; --resume measures anew")
+
+        size = bench.plan.batch_size
+        return measure_information(tokenizer, blind, bench.pictures, places, size, advance, device)
+
+
+def _kmeans_results(
+    run: Run, bench: Bench, distances: list[Distance], pictures: ShardDataset, bits: float
+) -> dict[str, float]:
+    """Fit the baseline to the training split and measure it as the tokenizer was measured.
+
+    Bits that vary between images are known only now: where no codebook can spend them, the row is left out.
+    """
+    started = time.monotonic()
+    try:
+        baseline = fit_kmeans(pictures, len(pictures), run.config.tokenizer.architecture(), bits)
+    except BadInput as reason:
+        say(f"the kmeans baseline is left out: {reason}")
+        return {}
+    seconds = time.monotonic() - started
+    found = bench.measure("kmeans baseline", baseline, originals=False)
+    return {**baseline_results(found, distances), "baseline_kmeans_fit_seconds": seconds}

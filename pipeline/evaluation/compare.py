@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 from tatok_model.metrics.rate_distortion import bd_rate
 
 RATES = ("tokens_per_image", "bits_fixed", "bits_coded")

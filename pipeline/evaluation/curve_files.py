@@ -16,16 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.evaluation.curve import bits_of
-from pipeline.evaluation.cuts import Point
-from pipeline.evaluation.measurements import Measurements
-from pipeline.paths import write_atomically
-from pipeline.progress import say
-from pipeline.run import Run
+from pipeline.core.console import say
+from pipeline.core.files import write_atomically
+from pipeline.core.run import Run
+from pipeline.evaluation.measurements import Measurements, Point
+from pipeline.evaluation.results import bits_of
 from pipeline.tracking import Tracker
 
-if TYPE_CHECKING:
-    from pipeline.evaluation.bench import Bench
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from pipeline.evaluation.actors import Bench
 
 PER_CUT, BITS_PER_CUT = ("tokens", "squared_error"), ("bits_fixed", "bits_coded")
 Curve = list[tuple[Point, dict[str, float]]]
@@ -81,8 +80,8 @@ def _psnr(squared_error: np.ndarray, values: int) -> np.ndarray:
 
 
 def _draw_curve(run: Run, path: Path, points: Curve, distance: str) -> Path:
-    from pipeline.evaluation.plots import Curve as Line
-    from pipeline.evaluation.plots import rate_distortion_plot
+    from pipeline.core.plots import Curve as Line
+    from pipeline.core.plots import rate_distortion_plot
 
     section, metrics = run.config.filter, [values for _, values in points]
 
@@ -114,7 +113,7 @@ def _operating(run: Run, points: Curve) -> int | None:
 
 
 def _draw_lengths(run: Run, path: Path, found: Measurements) -> Path:
-    from pipeline.evaluation.plots import token_histogram
+    from pipeline.core.plots import token_histogram
 
     section = run.config.filter
     token_histogram(path, found["lengths"]["tokens"], f"Tokens per image, {section.rule} {section.threshold:g}")
@@ -122,7 +121,7 @@ def _draw_lengths(run: Run, path: Path, found: Measurements) -> Path:
 
 
 def _draw_kept(run: Run, bench: "Bench", path: Path, found: Measurements, curve: Curve) -> Path:
-    from pipeline.evaluation.plots import KeptRow, kept_patches_picture
+    from pipeline.core.plots import KeptRow, kept_patches_picture
 
     cuts = [(number, point) for number, (point, _) in enumerate(curve) if point.threshold is not None]
     chosen = sorted({cuts[0], cuts[len(cuts) // 2], cuts[-1]}, key=lambda cut: cut[0])

@@ -5,32 +5,94 @@ Shapes: B images, R images of a range, H and W pixels.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.cuts import OPERATING, Cuts, Point
-from pipeline.evaluation.measurements import Measurements, PerImage, Pictures, Totals
+from pipeline.evaluation.measurements import OPERATING, Cuts, Measurements, PerImage, Pictures, Plan, Point, Totals
 from pipeline.evaluation.picture_codecs import png_bytes
-from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.replay import ReplayCheck, fallback_bits
-from pipeline.read_ahead import read_ahead
+from pipeline.training.batches import read_ahead
+from tatok_model.codec.bytestream import Codec
+from tatok_model.codec.header import unseal
 from tatok_model.config import TokenizerConfig
-from tatok_model.lpips import LPIPS
-from tatok_model.metrics.extractor import FeatureExtractor
+from tatok_model.losses import LPIPS
+from tatok_model.metrics.extractors.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import ImageQuality, squared_error, to_uint8
 from tatok_model.metrics.scores import CodeUsage, InceptionScore
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
+# Which images a reader could not replay: verified as `Codec` does when it writes streams, one image at a time.
+
+OPERATING_SAMPLE, CURVE_SAMPLE = 1024, 64  # images, evenly spread, that are verified at a cut: each is replayed alone
+
+
+class ReplayCheck:
+    """Verifies replay on a sample of the plan's images.
+
+    Args:
+        tokenizer: where it will compute, in evaluation mode.
+        plan: says how many images are measured.
+    """
+
+    def __init__(self, tokenizer: TaTok, plan: Plan) -> None:
+        self._codec = Codec(tokenizer)
+        self._operating, self._curve = (_spread(plan.count, most) for most in (OPERATING_SAMPLE, CURVE_SAMPLE))
+
+    def states(self, tokens: Tokens, numbers: np.ndarray, operating: bool) -> tuple[np.ndarray, float]:
+        """Of (B,) images by their numbers in the plan: (B,) int64, 1 replayed, 0 not, -1 not verified; and seconds.
+
+        Args:
+            tokens: one cut with replayed positions.
+            numbers: (B,) of the images.
+            operating: the cut is the operating point, of which more images are verified than of others.
+        """
+        wanted = np.isin(numbers, self._operating if operating else self._curve).nonzero()[0]
+        states = np.full(len(numbers), -1, dtype=np.int64)
+        if not len(wanted):
+            return states, 0.0
+        started = time.perf_counter()
+        streams = self._codec.to_bytes(tokens[wanted.tolist()])
+        seconds = time.perf_counter() - started
+        states[wanted] = [unseal(stream)[0].side.positions == "replayed" for stream in streams]
+        return states, seconds
+
+
+def fallback_bits(tokens: Tokens) -> Tensor:
+    """(B,) float64: how many bits more than replayed ones the positions of an image cost once they are sent."""
+    sent, positions = replace(tokens.side, positions="sent"), tokens.patch_indices.shape[1]
+    return sent.bits(tokens.patch_counts, positions) - tokens.side.bits(tokens.patch_counts, positions)
+
+
+def charged(bits: np.ndarray, states: np.ndarray, extra: np.ndarray) -> np.ndarray:
+    """(B,) bits with fallbacks paid for: verified images as they are, others their share of what a fallback costs.
+
+    Args:
+        bits: (B,) as if every image were replayed.
+        states: (B,) as `ReplayCheck.states`.
+        extra: (B,) as `fallback_bits`.
+    """
+    return bits + np.where(states < 0, fallback_share(states), states == 0) * extra
+
+
+def fallback_share(states: np.ndarray) -> float:
+    """Of the verified images, how many were not replayed."""
+    verified = states[states >= 0]
+    return float((verified == 0).mean()) if len(verified) else 0.0
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    return np.arange(min(count, most)) * count // min(count, most)
+
+
 T = TypeVar("T")
 
 
-class Codec(Protocol):
+class ImageCodec(Protocol):
     """What can be evaluated: `TaTok`, or a baseline."""
 
     config: TokenizerConfig
@@ -87,7 +149,7 @@ class Evaluator:
         cuts: Cuts | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.codec: Codec = codec.to(self.device).eval()
+        self.codec: ImageCodec = codec.to(self.device).eval()
         self.extractors = {key: network.to(self.device).eval() for key, network in instruments.extractors().items()}
         self.lpips = instruments.lpips.to(self.device) if instruments.lpips else None
         self.plan, self.originals = plan, originals

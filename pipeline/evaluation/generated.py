@@ -5,35 +5,262 @@ Held-out pictures are what generated ones are compared with; training pictures a
 Shapes: B pictures, F features.
 """
 
+import io
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
-from pipeline.evaluation.extractors import Extractor, load_extractor, load_more
+from pipeline.core.config import Config
+from pipeline.core.console import Row
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file, write_atomically
+from pipeline.core.plots import COLOURS, DPI, INK, PALE, save_rows
+from pipeline.core.run import Run
+from pipeline.data.shards import SPLITS, ShardDataset
 from pipeline.evaluation.generated_features import FeatureSet, measure_features
-from pipeline.evaluation.generated_lengths import compare_lengths, real_lengths
-from pipeline.evaluation.generated_plots import length_plot
-from pipeline.evaluation.generated_results import (
-    NEIGHBOURS,
-    class_accuracies,
-    distance_name,
-    inception_score,
-    manifold_names,
-    score_splits,
+from pipeline.evaluation.measurements import SHUFFLE_SEED, SPLIT_IMAGES, Plan, make_plan
+from pipeline.evaluation.reference import (
+    Extractor,
+    Reference,
+    cache_path,
+    describe,
+    load_extractor,
+    load_more,
+    read_cached,
+    read_given,
 )
-from pipeline.evaluation.plan import SHUFFLE_SEED, Plan, make_plan
-from pipeline.evaluation.reference import Reference, cache_path, describe, read_cached, read_given
-from pipeline.generating.generated import Generated
-from pipeline.grids import save_rows
-from pipeline.paths import sha256_file
-from pipeline.run import Run
+from pipeline.evaluation.results import distance_warnings
+from pipeline.generator.generated_files import Generated
+from pipeline.generator.token_data import TokenDataset
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
 from tatok_model.metrics.manifold import nearest, precision_recall
+from tatok_model.metrics.scores import InceptionScore
+
+# Numbers of generated pictures: how they are called, how they are had from logits, what stands beside them.
+
+NEIGHBOURS = 3  # k of precision and recall
+
+
+def distance_name(extractor: Extractor) -> str:
+    """Only the real Inception gives a `gfid`."""
+    return "gfid" if extractor.comparable else f"gfd_{extractor.name}"
+
+
+def manifold_names(extractor: Extractor) -> tuple[str, str]:
+    """Precision and recall belong to the features they are measured in."""
+    ending = "" if extractor.comparable else f"_{extractor.name}"
+    return f"precision{ending}", f"recall{ending}"
+
+
+def inception_score(logits: torch.Tensor) -> float:
+    """Of (B, C) logits, dealt by seed 2020 into splits of 5,000, as the evaluator of tokenizers does."""
+    splits = score_splits(len(logits))
+    score = InceptionScore(logits.shape[1], splits)
+    shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(len(logits))
+    score.update(logits, torch.from_numpy(shuffled * splits // len(logits)))
+    return score.result()
+
+
+def score_splits(images: int) -> int:
+    """Into how many equal splits the Inception score deals the pictures."""
+    return max(1, images // SPLIT_IMAGES)
+
+
+def class_accuracies(logits: torch.Tensor, labels: np.ndarray, name: str) -> dict[str, float]:
+    """Share of pictures that a classifier puts into their class, and that of the class with the lowest share.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) classes, -1 for none; pictures without one do not count.
+        name: what the share is called.
+    """
+    known = labels >= 0
+    if not known.any():
+        return {}
+    hits = logits.argmax(1).numpy()[known] == labels[known]
+    shares = {int(label): float(hits[labels[known] == label].mean()) for label in np.unique(labels[known])}
+    worst = min(shares, key=lambda label: shares[label])
+    return {name: float(hits.mean()), f"{name}_worst": shares[worst], f"{name}_worst_class": worst}
+
+
+def warnings(
+    results: dict[str, float], reference: Reference, extractor: Extractor, compared_lengths: bool
+) -> list[str]:
+    """What a reader must know before comparing the numbers with others."""
+    n, told = int(results["images"]), (reference, extractor.comparable, "generators")
+    found = distance_warnings(distance_name(extractor), n, *told)
+    if not compared_lengths:
+        found.append("token lengths were not compared with real ones: tokens.path is empty")
+    return found
+
+
+def rows(results: dict[str, float], extractor: Extractor, generated: Generated) -> Iterator[Row]:
+    """The table: every result with a note, in the order they are in."""
+    precision, recall = manifold_names(extractor)
+    splits = score_splits(int(results["images"]))
+    rate = f"one worker of jobs/generate.py, batch {generated.batch_size}, after warm-up"
+    notes = {
+        "images": "generated",
+        "images_real": "held-out",
+        distance_name(extractor): f"Frechet distance, {extractor.name}",
+        extractor.score_name: f"of generated images, {extractor.name}, {splits} splits",
+        f"{extractor.score_name}_real": f"of held-out originals, {score_splits(int(results['images_real']))} splits",
+        precision: f"share of generated images inside the real manifold, k = {NEIGHBOURS}",
+        recall: f"share of real images inside the generated manifold, k = {NEIGHBOURS}",
+        "images_manifold": "of each kind at most, for precision and recall",
+        "class_accuracy": f"share that {extractor.name} puts into the class asked for",
+        "class_accuracy_real": "the same of held-out originals",
+        "tokens_per_image": "mean, generated",
+        "tokens_per_image_real": "mean of held-out and training pictures",
+        "tokens_mean_difference": "of the means, relative to the real one",
+        "tokens_ks": "Kolmogorov-Smirnov distance of generated and real lengths",
+        "tokens_mean_difference_worst": "of the class where it is largest",
+        "nearest_train": "median distance to the nearest training picture, mirrored or not, generated",
+        "nearest_train_real": "the same of held-out originals",
+        "memorisation_ratio": "of the two: far below 1 would mean copies of training pictures",
+        "images_train": "among which neighbours were sought",
+        "images_per_second": rate,
+        "sample_images_per_second": f"tokens alone; {rate}",
+        "decode_images_per_second": f"tokens to pictures alone; {rate}",
+        "batch_seconds_p50": f"a whole batch; {rate}",
+        "stage_images_per_second": "all workers by the clock, their start included",
+    }
+    for name, value in results.items():
+        yield Row(name, value, notes.get(name) or _note_by_form(name))
+
+
+def _note_by_form(name: str) -> str:
+    """Beside names that are made of others."""
+    if name.endswith("_worst"):
+        return "of the worst class, numbered below"
+    if name.startswith("gfd_"):
+        return f"Frechet distance, {name.removeprefix('gfd_')}"
+    if name.startswith("class_accuracy_") and not name.endswith("_worst_class"):
+        return f"the same by {name.removeprefix('class_accuracy_').removeprefix('real_')}"
+    return ""
+
+
+# Are generated token sequences as long as real ones? Means, deviations, Kolmogorov-Smirnov distances.
+
+VIEW = re.compile(r"@(flip|crop\d+)$")  # ending of the id of a picture's mirror image or shifted copy
+
+
+def real_lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the pictures behind `tokens.path` at the configured cut; mirrored and shifted copies do not count.
+
+    Returns:
+        counts: (R,) int64, M + T of each picture of both splits.
+        labels: (R,) int64, -1 for none.
+
+    Raises:
+        BadInput: a stream that cannot be read or cut; see `TokenDataset.load`.
+    """
+    counts, labels = [], []
+    for split in SPLITS:
+        rows = TokenDataset.load(config.tokens.path, split, config.filter)
+        originals = np.array([VIEW.search(name) is None for name in rows.ids], dtype=bool)
+        counts.append(rows.lengths()[originals])
+        labels.append(rows.labels[originals])
+    return np.concatenate(counts), np.concatenate(labels)
+
+
+def compare_lengths(
+    counts: np.ndarray, labels: np.ndarray, real_counts: np.ndarray, real_labels: np.ndarray
+) -> dict[str, float]:
+    """Generated against real lengths, by their names in summary.json.
+
+    Classes count that both sides have pictures of.
+
+    Args:
+        counts: (B,) tokens of each generated picture.
+        labels: (B,) classes that were asked for, -1 for none.
+        real_counts: (R,).
+        real_labels: (R,).
+    """
+    found = {
+        "tokens_per_image": float(counts.mean()),
+        "tokens_per_image_real": float(real_counts.mean()),
+        "tokens_std": float(counts.std()),
+        "tokens_std_real": float(real_counts.std()),
+        "tokens_mean_difference": _difference(counts, real_counts),
+        "tokens_ks": ks_distance(counts, real_counts),
+    }
+    classes = np.intersect1d(labels[labels >= 0], real_labels)
+    if len(classes):
+        pairs = [(counts[labels == label], real_counts[real_labels == label]) for label in classes]
+        distances = [ks_distance(*pair) for pair in pairs]
+        found["tokens_ks_worst"] = max(distances)
+        found["tokens_ks_worst_class"] = int(classes[np.argmax(distances)])
+        found["tokens_mean_difference_worst"] = max((_difference(*pair) for pair in pairs), key=abs)
+    return found
+
+
+def ks_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Largest difference between the distribution functions of (B,) and (R,) values, 0 to 1 (Kolmogorov-Smirnov)."""
+    points = np.union1d(first, second)
+    below = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (first, second)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+def _difference(counts: np.ndarray, real_counts: np.ndarray) -> float:
+    """Of the means, relative to the real one."""
+    return float(counts.mean() / real_counts.mean() - 1)
+
+
+# Lengths of generated and of real token sequences in one figure.
+
+BARS = 60  # at most
+
+
+def length_plot(path: Path, generated: np.ndarray, real: np.ndarray, title: str) -> None:
+    """Which share of pictures has how many tokens, as PNG: real ones filled, generated ones as a line over them.
+
+    Args:
+        path: of the picture; written aside and renamed.
+        generated: (B,) tokens of each generated picture.
+        real: (R,) of each real one.
+        title: what was compared.
+
+    Raises:
+        ValueError: there is no picture of a kind.
+    """
+    if generated.ndim != 1 or real.ndim != 1 or not len(generated) or not len(real):
+        raise ValueError(f"lengths are {generated.shape} and {real.shape}; expected (B,) and (R,), at least 1 of each")
+    least, most = int(min(generated.min(), real.min())), int(max(generated.max(), real.max()))
+    step = max(1, math.ceil((most - least + 1) / BARS))  # whole tokens a bar, or bars would differ by rounding
+    edges = np.arange(least, most + 1 + step, step) - 0.5
+    figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    looks: list[tuple[np.ndarray, str, dict[str, Any]]] = [
+        (real, "real", {"color": COLOURS[0], "alpha": 0.55, "linewidth": 0}),
+        (generated, "generated", {"color": COLOURS[1], "histtype": "step", "linewidth": 2}),
+    ]
+    for values, name, look in looks:
+        label = f"{name}: mean {values.mean():.1f}, standard deviation {values.std():.1f}"
+        axes.hist(values, bins=edges.tolist(), weights=np.full(len(values), 1 / len(values)), label=label, **look)
+    axes.set_xlabel("tokens per image", color=INK)
+    axes.set_ylabel("share of images", color=INK)
+    axes.set_title(title, color=INK, fontsize=11, loc="left", fontweight="bold")
+    axes.grid(color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.2)  # room for the legend
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, file.getvalue())
+
 
 MANIFOLD_IMAGES = 10_000  # of each kind at most, for precision and recall
 TRAIN_IMAGES = 50_000  # training pictures at most, evenly spread, among which neighbours are sought

@@ -17,14 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pipeline.data.manifest import Shard
-from pipeline.data.shards import ShardDataset
-from pipeline.evaluation.extractors import Extractor
-from pipeline.paths import write_atomically
-from pipeline.run import Run
-from pipeline.tokenizing.follow import make_all
-from pipeline.tokenizing.parts import Seconds, Stopwatch
-from pipeline.tokenizing.plan import Range
+from pipeline.core.files import write_atomically
+from pipeline.core.run import Run
+from pipeline.data.shards import Shard, ShardDataset
+from pipeline.evaluation.reference import Extractor
+from pipeline.tokens.parts import Seconds, Stopwatch, make_all
+from pipeline.tokens.ranges import Range
 
 RANGE_ROWS = 1024  # pictures per file, in whole batches
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import BadInput
-from pipeline.evaluation.blind import check_blind
+from pipeline.core.errors import BadInput
+from pipeline.evaluation.evaluation_checks import check_blind
 from pipeline.evaluation.evaluator import ImageSource
-from tatok_model.metrics.information import chain_orders, limit, mutual_information, partners, redundancy, unigram_bits
+from tatok_model.metrics.scores import chain_orders, limit, mutual_information, partners, redundancy, unigram_bits
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
@@ -44,7 +44,7 @@ def measure_information(
     advance: Callable[[int], None] = lambda count: None,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Every quantity by its name in summary.json; see `tatok_model.metrics.information` for what they mean.
+    """Every quantity by its name in summary.json; see `tatok_model.metrics.scores` for what they mean.
 
     Args:
         tokenizer: with an entropy model that sees the global tokens.

@@ -4,14 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-from pipeline.checkpoints import check_architecture
-from pipeline.checks import check_pictures
-from pipeline.config import Config
-from pipeline.data.manifest import read_manifest
-from pipeline.errors import BadInput
-from pipeline.job import run_nested
-from pipeline.progress import say
-from pipeline.training import stage as training
+from pipeline.core.checkpoints import check_architecture
+from pipeline.core.config import Config
+from pipeline.core.console import say
+from pipeline.core.errors import BadInput
+from pipeline.core.job import run_nested
+from pipeline.data.checks import check_pictures
+from pipeline.data.shards import read_manifest
+from pipeline.training import train as training
 
 
 def trained_folder(config: Config) -> Path:
@@ -60,7 +60,7 @@ def with_tokenizer(config: Config) -> Config:
         say(f"tokenizer.checkpoint is empty: taking {found.tokenizer.checkpoint}")
         return found
     say("tokenizer.checkpoint is empty: training first")
-    made = run_nested("train", "pipeline.training.stage", config)
+    made = run_nested("train", "pipeline.training.train", config)
     return _with_checkpoint(config, made.folder / "checkpoint")
 
 

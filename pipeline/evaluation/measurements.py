@@ -2,13 +2,158 @@
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
+from pipeline.core.config import EvaluateConfig, FilterConfig
+from pipeline.core.errors import BadInput
+from tatok_model.codec.payload import grid_schedule, ranking_schedule
+from tatok_model.filtering import rate_bits
+from tatok_model.filtering_rules import SCORES
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import ImageQuality
 from tatok_model.metrics.scores import CodeUsage, InceptionScore
+from tatok_model.tokenizer import TaTok
+from tatok_model.tokens import Tokens
+
+# At which cuts a tokenizer is measured: the configured operating point, and the points of a rate-distortion curve.
+
+OPERATING, ALL = "", "all"  # names of points; those of the curve are curve00, curve01, ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cut."""
+
+    name: str
+    threshold: float | None  # of the filter's rule; None: everything is kept
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What is done with the tokens of a batch before they are decoded.
+
+    Attributes:
+        filter: score, rounds and rule, and the threshold of the operating point.
+        thresholds: of the curve, for the same rule.
+    """
+
+    filter: FilterConfig
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the operating point is that of a tokenizer without a filter."""
+        return self.filter.rule == "relative" and self.filter.threshold == 1
+
+    def curve(self, codec: TaTok) -> list[Point]:
+        """The points of the curve; last, where an entropy model can code them, all tokens: the control `all_coded`."""
+        points = [Point(f"curve{number:02d}", threshold) for number, threshold in enumerate(self.thresholds)]
+        return [*points, Point(ALL, None)] if points and codec.entropy_model is not None else points
+
+    def rank(self, codec: TaTok, tokens: Tokens, images: Tensor) -> Tokens:
+        """Tokens that can be cut at every point; images (B, 3, H, W) uint8."""
+        if not codec.config.patch_tokens or (self.keeps_all and not self.thresholds):
+            return tokens
+        return codec.rank(tokens, self.filter.score, self.filter.rounds, images)
+
+    def operating(self, tokens: Tokens) -> Tokens:
+        """Ranked tokens, cut as configured."""
+        if self.keeps_all:
+            return tokens
+        return self.at(tokens, Point(OPERATING, self.filter.threshold))
+
+    def at(self, tokens: Tokens, point: Point) -> Tokens:
+        """Ranked tokens, cut at one point. Without patch tokens, a count is of leading global tokens."""
+        if point.threshold is None:
+            return tokens
+        if tokens.ranking is None:
+            return tokens.cut_globals(int(point.threshold))
+        return tokens.cut(self.filter.rule, point.threshold, self.filter.replay)
+
+    def rate_bits(self, codec: TaTok, tokens: Tokens, threshold: float | None) -> Tensor | None:
+        """(B,) float64: R(theta) of tokens cut at one water level; None where that is not how they were cut."""
+        ranking, section = tokens.ranking, self.filter
+        if ranking is None or section.rule != "marginal" or not threshold or not SCORES[ranking.score].in_signal:
+            return None
+        codes = codec.code_vectors()[1]
+        dimensions = 0 if codes is None else codes.shape[1]
+        return rate_bits(ranking.score_units, tokens.patch_counts, threshold, ranking.resolution, dimensions)
+
+    def bits_coded(self, codec: TaTok, tokens: Tokens) -> Tensor:
+        """(B,) float64: bits with patch codes entropy-coded by q; everything else as in `bits_fixed`."""
+        fixed = tokens.bits(codec.config.bits_per_token)
+        if codec.entropy_model is None:
+            return fixed
+        if tokens.side.positions == "replayed" and tokens.ranking is not None:
+            schedule = ranking_schedule(tokens.ranking)
+        else:
+            schedule = grid_schedule(tokens.kept_mask, self.filter.coding_rounds)
+        return fixed - tokens.patch_counts * codec.config.bits_per_token + codec.code_lengths(tokens, schedule)
+
+
+# Which pictures are measured, cut into ranges before any work.
+
+SPLIT_IMAGES = 5000  # images in a split of the Inception score, as in ADM's evaluator
+SHUFFLE_SEED = 2020  # of the deal of images into those splits: shards may be sorted by class
+NARROW, WIDE = 512, 2048  # images per range; a range returns F x F float64, 33.5 MB at 2048 features
+NARROW_FEATURES = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Measured pictures are numbered 0 to count - 1; `indices` says which of the split they are."""
+
+    count: int  # pictures measured
+    total: int  # pictures in the split
+    batch_size: int  # pictures per forward pass
+    range_size: int  # pictures per range, a multiple of batch_size
+    grid: int  # pictures to show, evenly spread
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and one past the last number of each range."""
+        starts = range(0, self.count, self.range_size)
+        return [(start, min(start + self.range_size, self.count)) for start in starts]
+
+    def indices(self, numbers: np.ndarray) -> np.ndarray:
+        """Places in the split: evenly spread over it, because shards may be sorted by class."""
+        return numbers * self.total // self.count
+
+    def shown(self) -> np.ndarray:
+        """Numbers of the pictures to show."""
+        return np.arange(self.grid) * self.count // max(self.grid, 1)
+
+    @property
+    def score_splits(self) -> int:
+        """Into how many equal splits the Inception score deals the pictures."""
+        return max(1, self.count // SPLIT_IMAGES)
+
+    def score_split_of(self) -> np.ndarray:
+        """(count,) int64, the split of the Inception score that each picture belongs to."""
+        shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(self.count)
+        return shuffled * self.score_splits // self.count
+
+
+def make_plan(total: int, feature_dim: int, config: EvaluateConfig) -> Plan:
+    """The plan for a split of `total` pictures.
+
+    Args:
+        total: pictures in the split.
+        feature_dim: F of the extractor; wide states are returned less often.
+        config: how many pictures, in which batches.
+
+    Raises:
+        BadInput: fewer than two pictures, of which no covariance can be taken.
+    """
+    count = min(config.max_images or total, total)
+    if count < 2:
+        raise BadInput(f"{count} held-out pictures would be measured; expected at least 2 for a Frechet distance")
+    batch = min(config.batch_size, count)
+    wanted = NARROW if feature_dim <= NARROW_FEATURES else WIDE
+    return Plan(count, total, batch, -(-wanted // batch) * batch, min(config.grid_images, count))
 
 
 class Totals:

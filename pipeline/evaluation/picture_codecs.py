@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 
 VP8_FRAME_HEADER = 10  # bytes: frame tag, start code, width and height
 

@@ -1,13 +1,165 @@
 """From sums to named numbers, and what to say beside each."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-from pipeline.evaluation.curve import Distance, content_results, cut_results, frechet
-from pipeline.evaluation.extractors import Extractor
-from pipeline.evaluation.measurements import Measurements
-from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.reference import Reference
-from pipeline.evaluation.report import SMALL, Row
+import numpy as np
+
+from pipeline.core.console import SMALL, Row
+from pipeline.core.files import sha256_file
+from pipeline.core.run import Run
+from pipeline.evaluation.actors import Bench
+from pipeline.evaluation.evaluator import charged, fallback_share
+from pipeline.evaluation.measurements import Measurements, PerImage, Plan
+from pipeline.evaluation.reference import Extractor, Reference, cache_path, describe, read_cached, read_given
+from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
+from tatok_model.metrics.rate_distortion import spearman, spearman_interval
+
+# The rate-distortion curve of a tokenizer: what was measured at each cut, as named numbers and as rows of a table.
+
+SEED = 0  # of bootstrap intervals
+COLUMNS = ("threshold", "tokens_per_image", "bits_fixed", "bits_coded", "psnr", "ssim")  # of the table, then distances
+
+
+@dataclass(frozen=True)
+class Distance:
+    """One Frechet distance."""
+
+    key: str  # ending of the states' names, see `Instruments.extractors`
+    name: str  # rfid or rfd_<extractor>
+    reference: Reference
+
+
+def cut_results(found: Measurements, prefix: str, distances: list[Distance], pixels: int) -> dict[str, float]:
+    """Every metric of one cut by its name.
+
+    Args:
+        found: on all images.
+        prefix: '' for the operating point, `curve00.` and so on for points of the curve.
+        distances: Frechet distances to report.
+        pixels: of an image, height times width.
+    """
+    lengths = found[f"{prefix}lengths"]
+    results = dict(found[f"{prefix}quality"].results())
+    for distance in distances:
+        results[distance.name] = frechet(found[f"{prefix}features{distance.key}"], distance.reference)
+    results |= length_results(lengths["tokens"], bits_of(lengths, "bits_fixed"), bits_of(lengths, "bits_coded"), pixels)
+    if "rate_bits" in lengths.arrays:
+        results["rate_bits"] = _mean(lengths["rate_bits"])
+    if "replay_state" in lengths.arrays:
+        states = lengths["replay_state"]
+        results["replay_checked_images"] = float((states >= 0).sum())
+        results["replay_fallback_share"] = fallback_share(states)
+    return results
+
+
+def bits_of(lengths: PerImage, name: str) -> np.ndarray:
+    """(B,) bits_fixed or bits_coded of each image; those that a reader cannot replay pay for their positions."""
+    if "replay_state" not in lengths.arrays:
+        return lengths[name]
+    return charged(lengths[name], lengths["replay_state"], lengths["fallback_bits"])
+
+
+def length_results(tokens: np.ndarray, bits_fixed: np.ndarray, bits_coded: np.ndarray, pixels: int) -> dict[str, float]:
+    """Of (B,) tokens and bits of each image; a generator takes one step per token."""
+    low, middle, high = np.percentile(tokens, (5, 50, 95)).tolist()
+    mean, fixed, coded = _mean(tokens), _mean(bits_fixed), _mean(bits_coded)
+    return {
+        "tokens_per_image": mean,
+        "tokens_std": float(tokens.std()),
+        "tokens_p05": low,
+        "tokens_p50": middle,
+        "tokens_p95": high,
+        "generator_steps": mean,
+        "bits_fixed": fixed,
+        "bits_coded": coded,
+        "bits_per_pixel": fixed / pixels,
+        "bits_coded_per_pixel": coded / pixels,
+    }
+
+
+def content_results(found: Measurements) -> dict[str, float]:
+    """Whether lengths, or at one length errors, follow what a picture holds: Spearman's rho with its size as PNG."""
+    content, lengths = found["images"]["png_bytes"], found["lengths"]
+    varies = bool(lengths["tokens"].std() > 0)
+    name, values = ("tokens", lengths["tokens"]) if varies else ("error", lengths["squared_error"])
+    if len(content) < 3 or values.std() == 0 or content.std() == 0:
+        return {}
+    low, high = spearman_interval(values, content, SEED)
+    key = f"spearman_{name}_png"
+    return {key: spearman(values, content), f"{key}_low": low, f"{key}_high": high}
+
+
+def frechet(features: FeatureStatistics, reference: Reference) -> float:
+    """Frechet distance between reconstructions and originals; arithmetic may leave a tiny negative one: 0."""
+    return max(0.0, frechet_distance(features.mean(), features.covariance(), reference.mu, reference.sigma))
+
+
+def table(points: list[tuple[str, dict[str, float]]], distances: list[str]) -> list[list[str]]:
+    """Header and a line for each named cut, for people."""
+    from pipeline.core.console import format_value
+
+    columns = [*COLUMNS[1:], *distances]
+    header = ["cut", *(name.replace("_per_image", "") for name in columns)]
+    return [header, *([label, *(format_value(values[name]) for name in columns)] for label, values in points)]
+
+
+def _mean(values: np.ndarray) -> float:
+    """The same to the last bit however images were shared out."""
+    return math.fsum(values) / len(values)
+
+
+# Which Frechet distances an evaluation reports, and the statistics of originals that they are measured against.
+
+
+def measured_with_distances(run: Run, bench: Bench, tokenizer: object) -> tuple[Measurements, list[Distance]]:
+    """Measure the tokenizer, and the originals too where their statistics are not known yet.
+
+    Returns:
+        What was measured; the Frechet distances to report, the main one first.
+
+    Raises:
+        BadInput: kept or given statistics are of other images or another network.
+        Stopped: the run was asked to stop.
+    """
+    extractors = {"": bench.extractor, **{f"@{extractor.name}": extractor for extractor in bench.more}}
+    known = {key: known_reference(run, bench, extractor) for key, extractor in extractors.items()}
+    found = bench.measure("evaluate", tokenizer, originals=None in known.values())
+    distances = []
+    for key, extractor in extractors.items():
+        reference = known[key] or new_reference(run, bench, found, key, extractor)
+        distances.append(Distance(key, extractor.distance_name, reference))
+    return found, distances
+
+
+def known_reference(run: Run, bench: Bench, extractor: Extractor) -> Reference | None:
+    """Statistics of the originals that were given for the main extractor, or kept by an earlier run."""
+    meta = describe(bench.manifest, bench.plan, extractor)
+    width = extractor.network.feature_dim
+    given = run.config.evaluate.reference if extractor is bench.extractor else ""
+    path = Path(given or cache_path(run.config.run.output, meta))
+    reference = read_given(str(path), meta, width) if given else read_cached(path, meta, width)
+    if reference is not None:
+        run.inputs[_reference_name(bench, extractor)] = {"path": str(path), "sha256": sha256_file(path)}
+    return reference
+
+
+def new_reference(run: Run, bench: Bench, found: Measurements, key: str, extractor: Extractor) -> Reference:
+    """Statistics of the originals, kept for later runs."""
+    meta = describe(bench.manifest, bench.plan, extractor)
+    score = found["original_score"].result() if extractor is bench.extractor else None
+    reference = Reference.of(found[f"original_features{key}"], score, meta)
+    path = cache_path(run.config.run.output, meta)
+    reference.save(path)
+    run.outputs[_reference_name(bench, extractor)] = str(path)
+    return reference
+
+
+def _reference_name(bench: Bench, extractor: Extractor) -> str:
+    return "reference" if extractor is bench.extractor else f"reference_{extractor.name}"
+
 
 BASELINE = "baseline_kmeans_"
 

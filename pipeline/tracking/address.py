@@ -7,8 +7,8 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import urlopen
 
-from pipeline.config import Config
-from pipeline.errors import BadInput
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
 
 EXPECTED = "expected sqlite:///file.db, http(s)://host:port, databricks, or '' for no tracking"
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")

@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.progress import say
-from pipeline.run import versions
+from pipeline.core.console import say
+from pipeline.core.run import versions
 from pipeline.tracking.address import artifact_folder, sqlite_path
 from pipeline.tracking.feed import BATCH, Point
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     import numpy as np
 
 ENVIRONMENT = {  # only where the user has not decided otherwise

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.paths import write_json
-from pipeline.progress import say
+from pipeline.core.console import say
+from pipeline.core.files import write_json
 from pipeline.tracking.address import masked
 from pipeline.tracking.feed import Feed, Point
 from pipeline.tracking.mlflow_store import Refused

@@ -3,6 +3,9 @@
 It knows neither Ray nor MLflow, nor what is trained.
 """
 
+import ctypes
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +14,90 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.config import TrainConfig
-from pipeline.errors import Stopped
-from pipeline.progress import say
+from pipeline.core.config import TrainConfig
+from pipeline.core.console import say
+from pipeline.core.errors import Stopped
 from pipeline.training import distributed
-from pipeline.training.finite import MOST_SKIPPED, FiniteWatch, NotFinite
-from pipeline.training.heap import HeapTrim
 from pipeline.training.state import TrainState
+
+# Whether losses and gradients are numbers, without waiting for the device at every step.
+
+MOST_SKIPPED = 10  # steps in a row: the weights are then past help
+
+
+class NotFinite(FloatingPointError):
+    """A term of a step is no number; the weights after it are spoiled.
+
+    Args:
+        step: counted from 1, as logs do.
+        name: of the term.
+        value: of the term.
+        notes: what else to say.
+    """
+
+    def __init__(self, step: int, name: str, value: float, notes: str = "") -> None:
+        super().__init__(f"{name} is {value} at step {step}; expected a number{notes}")
+        self.step, self.name, self.value = step, name, value
+
+
+class FiniteWatch:
+    """Keeps the terms of steps on the device until somebody asks; then finds the first that is no number."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, step: int, terms: dict[str, Tensor]) -> None:
+        """Remember the scalars of a step."""
+        self._steps.append((step, terms))
+
+    def check(self) -> None:
+        """Look at all steps since the last time, of all workers; every worker has to ask.
+
+        Raises:
+            NotFinite: naming the first step that has a term that is no number.
+        """
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        sums = torch.stack([torch.stack([t.float() for t in terms.values()]).sum() for _, terms in steps])
+        bad = (~distributed.total(sums).isfinite()).tolist()
+        if True in bad:
+            step, terms = steps[bad.index(True)]
+            values = {name: float(value) for name, value in terms.items()}
+            found = {name: value for name, value in values.items() if not math.isfinite(value)}
+            name = "loss" if "loss" in found or not found else next(iter(found))  # none: it is another worker's
+            raise NotFinite(step, f"the {name}", found.get(name, math.nan))
+
+
+# Freed memory goes back to the system while a training runs.
+
+SECONDS_BETWEEN = 30.0  # a call takes 0.1 to 0.2 seconds
+
+
+class HeapTrim:
+    """Gives back what is free, when asked and not too often."""
+
+    def __init__(self, seconds_between: float = SECONDS_BETWEEN) -> None:
+        self._between, self._due = seconds_between, time.monotonic() + seconds_between
+
+    def __call__(self) -> bool:
+        """Give back, unless the last time is too near; whether it did. Nothing happens where there is no glibc."""
+        trim = _malloc_trim()
+        if trim is None or time.monotonic() < self._due:
+            return False
+        trim(0)
+        self._due = time.monotonic() + self._between
+        return True
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):  # another system, or another libc
+        return None
+    return found
+
 
 STOP_EVERY = 10  # steps between questions whether another worker wants to stop
 Batch = TypeVar("Batch")

@@ -1,23 +1,131 @@
 """Training that leaves something behind: metrics, pictures, checkpoints and progress, written by the first worker."""
 
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import checkpoints
-from pipeline.config import TrainConfig
-from pipeline.errors import Stopped
-from pipeline.grids import save_rows
-from pipeline.paths import write_json
-from pipeline.progress import Progress, say
-from pipeline.run import Run
+from pipeline.core import checkpoints
+from pipeline.core.config import TrainConfig
+from pipeline.core.console import Progress, say
+from pipeline.core.errors import Stopped
+from pipeline.core.files import write_json
+from pipeline.core.plots import save_rows
+from pipeline.core.run import Run
+from pipeline.tracking import Tracker
 from pipeline.training import distributed
 from pipeline.training.loop import Batch, Batches, Hooks, Objective, train
-from pipeline.training.saving import CheckpointThread
 from pipeline.training.state import TrainState
+
+# Checkpoints written beside training: the state is copied to main memory at the step, the files come from a thread.
+
+
+class CheckpointThread:
+    """Writes one checkpoint at a time; what fails is raised at the next call.
+
+    Args:
+        folder: the run's `checkpoints`.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(self, state: TrainState[Any], **record: Any) -> None:
+        """Copy the state and return; waits for the checkpoint before, so that at most one copy is kept."""
+        self.wait()
+        average, tensors = state.snapshot()
+        self._writing = self._thread.submit(
+            checkpoints.save, self._folder, state.step, average, tensors, self._keep, **record
+        )
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what the last writing raised, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+# The driver's side of a training run: follows what the workers leave in the run folder.
+
+SECONDS = 0.5  # between looks
+
+
+@contextmanager
+def followed(run: Run, tracker: Tracker, pictures: str) -> Iterator[None]:
+    """While the body trains, report checkpoints and pictures to `tracker` and pass on `run.should_stop`.
+
+    Args:
+        run: whose folder is looked at.
+        tracker: is told.
+        pictures: the name under which pictures are shown.
+    """
+    stop_file = run.folder / STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    ended = threading.Event()
+    follower = Follower(run, tracker, pictures)
+
+    def follow() -> None:
+        while not ended.wait(SECONDS):
+            try:
+                if run.should_stop:
+                    stop_file.touch()
+                follower.look()
+            except OSError as error:  # a full or slow disk must not end the only thread that hears a stop
+                say(f"following the run: {error}")
+
+    thread = threading.Thread(target=follow, daemon=True, name="follow")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        follower.look()
+        stop_file.unlink(missing_ok=True)
+
+
+class Follower:
+    """Tells the tracker of each new checkpoint and picture once."""
+
+    def __init__(self, run: Run, tracker: Tracker, pictures: str) -> None:
+        self.run, self.tracker, self._name = run, tracker, pictures
+        self._checkpoint = self._newest_checkpoint()
+        self._pictures = self._all_pictures()
+
+    def look(self) -> None:
+        """Look once."""
+        newest = self._newest_checkpoint()
+        if newest != self._checkpoint:
+            self._checkpoint = newest
+            self.tracker.commit()
+        for name in sorted(self._all_pictures() - self._pictures):
+            self._pictures.add(name)
+            step = int(name.removeprefix("step-").removesuffix(".png"))
+            path = self.run.folder / "pictures" / name
+            self.tracker.picture(path, self._name, step)
+            self.tracker.artifact(path, "pictures")
+
+    def _newest_checkpoint(self) -> str:
+        return max((path.name for path in (self.run.folder / "checkpoints").glob("step-*")), default="")
+
+    def _all_pictures(self) -> set[str]:
+        return {path.name for path in (self.run.folder / "pictures").glob("step-*.png")}
+
 
 NOT_FINITE = "not_finite"  # folder in the run folder: ids of batches whose loss or gradient was no number
 STOP_FILE = "stop"  # in the run folder: the driver was told to end

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoints
-from pipeline.config import Config
-from pipeline.errors import BadInput
-from pipeline.progress import say
+from pipeline.core import checkpoints
+from pipeline.core.config import Config
+from pipeline.core.console import say
+from pipeline.core.manifest import check_unchanged
 from pipeline.training.state import TrainState
 
 FREE = {  # keys of a training's section that may change between attempts: they do not decide what a step does
@@ -46,19 +46,3 @@ def values_of(config: Config, *sections: str) -> dict[str, Any]:
         for key, value in values[section].items()
         if section not in training or key not in FREE
     }
-
-
-def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on with other values than a run was begun with.
-
-    A key that there was not yet when the run was begun had the value that it has by default.
-
-    Raises:
-        BadInput: naming the first key that differs.
-    """
-    defaults = Config().to_dict()
-    for key, value in wanted.items():
-        section, _, name = key.partition(".")
-        before = begun.get(key, defaults[section].get(name))
-        if before != value:
-            raise BadInput(f"{key} is {value!r}; expected {before!r}, as this run was begun, or a new run.name")

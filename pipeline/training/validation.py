@@ -1,6 +1,7 @@
 """Validation inside training: PSNR, a Frechet distance and codebook use on some held-out pictures."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,105 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.measurements import Totals
-from pipeline.training import adaptivity, distributed
+from pipeline.training import distributed
 from pipeline.training.batches import Pictures
-from tatok_model.metrics.extractor import FeatureExtractor
+from tatok_model.codec.payload import grid_schedule
+from tatok_model.metrics.extractors.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
-from tatok_model.metrics.images import ImageQuality, to_uint8
-from tatok_model.metrics.scores import CodeUsage
+from tatok_model.metrics.images import ImageQuality, psnr, to_uint8
+from tatok_model.metrics.scores import CodeUsage, partners
 from tatok_model.tokenizer import TaTok
+from tatok_model.tokens import Tokens
+
+# Validation of what makes the tokenizer adaptive: are global tokens used, and does the entropy model know anything?
+
+IMAGES = 256  # at most, of those that a validation looks at: the entropy model runs some twenty times on each
+ROUNDS = 8  # in which the codes of an image are predicted from one another
+SEED = 0  # of whose global tokens an image gets
+LEAST_GAIN = 0.3  # dB; a loss of less by wrong global tokens means that they are ignored
+
+
+def quarter(model: TaTok, tokens: Tokens) -> Tokens:
+    """The quarter of the patch tokens that the filter keeps first."""
+    return model.rank(tokens, "distortion").cut("count", model.config.patch_positions // 4)
+
+
+def measure(model: TaTok, images: Tensor) -> Totals:
+    """Sums over (B, 3, H, W) uint8 images, B at least 2, drawn at random; the tokenizer has an entropy model."""
+    tokens = model.encode(images)
+    some = quarter(model, tokens)
+    everyone = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    schedule = grid_schedule(tokens.kept_mask, ROUNDS)
+    found = Totals(
+        images=len(images),
+        psnr_quarter=_psnr(model, images, some),
+        psnr_globals_only=_psnr(model, images, some.cut("count", 0)),
+        psnr_quarter_shuffled=_psnr(model, images, exchanged(some)),
+        bits_one_pass=float(model.code_lengths(tokens, torch.zeros_like(schedule)).sum()),
+        bits_chain=float(model.code_lengths(tokens, schedule).sum()),
+    )
+    if model.config.global_tokens and model.config.entropy_globals:
+        found.values["bits_blind"] = float(model.code_lengths(tokens, schedule, everyone).sum())
+    return found
+
+
+def exchanged(tokens: Tokens) -> Tokens:
+    """The same patch tokens, each image with the global tokens of another one."""
+    return replace(tokens, global_indices=tokens.global_indices[torch.from_numpy(partners(len(tokens), SEED))])
+
+
+def metrics(totals: Totals, unigram_bits: float) -> dict[str, float]:
+    """By their logged names.
+
+    Args:
+        totals: over all images.
+        unigram_bits: of the patch codes of an image, if each is coded by how often its entry is used.
+    """
+    means = {name: value / totals.values["images"] for name, value in totals.values.items() if name != "images"}
+    means["bits_unigram"] = unigram_bits
+    means["bits_redundancy"] = means["bits_one_pass"] - means["bits_chain"]
+    if "bits_blind" in means:
+        means["bits_mutual"] = means.pop("bits_blind") - means["bits_chain"]
+    return {f"validation/{name}": value for name, value in means.items()}
+
+
+def warnings(found: dict[str, float], globals_exist: bool) -> list[str]:
+    """What a reader of the log should look into, given logged metrics."""
+    told = []
+    quarter_psnr, shuffled = found["validation/psnr_quarter"], found["validation/psnr_quarter_shuffled"]
+    if globals_exist and quarter_psnr - shuffled < LEAST_GAIN:
+        told.append(
+            f"global tokens are ignored: those of other images cost {quarter_psnr - shuffled:.2f} dB at a quarter of "
+            f"the patch tokens; expected at least {LEAST_GAIN} dB"
+        )
+    one_pass, unigram = found["validation/bits_one_pass"], found["validation/bits_unigram"]
+    if one_pass >= unigram:
+        told.append(
+            f"the entropy model is no better than counting codes: {one_pass:.0f} bits an image; expected fewer than "
+            f"{unigram:.0f}"
+        )
+    return told
+
+
+def distortion_maps(model: TaTok, tokens: Tokens) -> Tensor:
+    """(B, 3, H, W) uint8: at each patch black where q expects just its code, white where it knows no better.
+
+    White is the mean squared distance of the codebook's vectors from their own mean.
+    """
+    ranking, codes = model.rank(tokens, "distortion").ranking, model.code_vectors()[1]
+    if ranking is None or codes is None:
+        raise ValueError("the tokens were not ranked")
+    values = torch.zeros_like(ranking.score_units).scatter(1, ranking.order, ranking.score_units) / ranking.resolution
+    grey = (values / codes.var(dim=0, correction=0).sum()).clamp(0, 1) * 255
+    side, patch = model.config.grid_size, model.config.patch_size
+    maps = grey.view(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return maps.expand(-1, 3, -1, -1).to(torch.uint8)
+
+
+def _psnr(model: TaTok, images: Tensor, tokens: Tokens) -> float:
+    """Sum of the images' PSNR in dB."""
+    return float(psnr(images.cpu(), to_uint8(model.decode(tokens)).cpu()).sum())
+
 
 BATCH = 64  # pictures per forward pass
 ORDER_SEED = 0  # of the order in which pictures are measured
@@ -53,8 +146,8 @@ class Validator:
         usage = {kind: CodeUsage(model.config.codebook_size) for kind in ("global", "patch")}
         adaptive = Totals()
         for images in self._batches():
-            if model.entropy_model is not None and len(images) > 1 and self._looked_at(adaptive) < adaptivity.IMAGES:
-                adaptive.merge(adaptivity.measure(model, images))
+            if model.entropy_model is not None and len(images) > 1 and self._looked_at(adaptive) < IMAGES:
+                adaptive.merge(measure(model, images))
             tokens = model.encode(images)
             pictures = to_uint8(model.decode(tokens))
             quality.update(images.cpu(), pictures.cpu())
@@ -75,7 +168,7 @@ class Validator:
         adaptive = distributed.merged(adaptive)
         if adaptive.values:
             perplexity = found["validation/codebook_perplexity_patch"]
-            found |= adaptivity.metrics(adaptive, model.config.patch_positions * math.log2(perplexity))
+            found |= metrics(adaptive, model.config.patch_positions * math.log2(perplexity))
         if self._originals is not None and reconstructed.n > 1:
             distance = frechet_distance(
                 self._originals.mean(), self._originals.covariance(), reconstructed.mean(), reconstructed.covariance()
@@ -87,7 +180,7 @@ class Validator:
         """What a reader of the log should look into, given the latest metrics by their logged names."""
         if "validation/psnr_quarter" not in found:
             return []
-        return adaptivity.warnings(found, model.config.global_tokens > 0)
+        return warnings(found, model.config.global_tokens > 0)
 
     def examples(self, model: TaTok) -> list[np.ndarray]:
         """A few pictures, (B, H, W, 3) uint8 each: originals and reconstructions.
@@ -101,10 +194,10 @@ class Validator:
         tokens = model.encode(images)
         rows = [images, to_uint8(model.decode(tokens))]
         if model.entropy_model is not None:
-            some = adaptivity.quarter(model, tokens)
-            others = adaptivity.exchanged(some) if len(images) > 1 else some
+            some = quarter(model, tokens)
+            others = exchanged(some) if len(images) > 1 else some
             rows += [to_uint8(model.decode(part)) for part in (some, others, some.cut("count", 0))]
-            rows.append(adaptivity.distortion_maps(model, tokens))
+            rows.append(distortion_maps(model, tokens))
         return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in rows]
 
     def _looked_at(self, adaptive: Totals) -> float:

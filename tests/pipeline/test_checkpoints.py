@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from pipeline import checkpoints
-from pipeline.errors import BadInput
+from pipeline.core import checkpoints
+from pipeline.core.errors import BadInput
 from tatok_model import TaTok, TokenizerConfig
 
 CONFIG = TokenizerConfig(image_size=32, patch_size=8, global_tokens=2, codebook_size=16, codebook_dim=4)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.cluster import as_they_finish, check_cpus, connect, most_resources
-from pipeline.errors import BadInput
+from pipeline.core.cluster import as_they_finish, check_cpus, connect, most_resources
+from pipeline.core.errors import BadInput
 
 
 def test_more_workers_than_cpus_are_refused_with_both_numbers(monkeypatch):
@@ -41,7 +41,7 @@ def test_connecting_again_does_nothing():
 def test_connecting_leaves_sigterm_to_the_job(run_python):
     said = run_python(
         "import signal\n"
-        "from pipeline.cluster import connect\n"
+        "from pipeline.core.cluster import connect\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: print('orderly stop'))\n"
         "connect()\n"
         "signal.raise_signal(signal.SIGTERM)\n"
@@ -65,7 +65,7 @@ def test_a_cluster_that_died_is_not_waited_for(run_python):
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's sockets lie in it
     (folder / "ray").mkdir()
     (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as a killed head leaves it behind
-    code = "from pipeline.cluster import connect\nprint(connect().is_initialized())"
+    code = "from pipeline.core.cluster import connect\nprint(connect().is_initialized())"
     said = run_python(code, RAY_TMPDIR=str(folder))
     shutil.rmtree(folder, ignore_errors=True)
     assert said.stdout.splitlines()[-1:] == ["True"], said.stderr

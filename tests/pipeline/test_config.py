@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import (
+from pipeline.core.config import (
     Config,
     DataConfig,
     EvaluateConfig,
@@ -16,7 +16,7 @@ from pipeline.config import (
     config_from_dict,
     load_config,
 )
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline.devices import pick_device, pick_workers_device, uses_bf16
-from pipeline.errors import BadInput
+from pipeline.core.cluster import pick_device, pick_workers_device, uses_bf16
+from pipeline.core.errors import BadInput
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,17 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline import extractor
-from pipeline.config import Config, DataConfig, EvaluateConfig, load_config
-from pipeline.data.manifest import Manifest, Split, fingerprint, read_manifest
-from pipeline.data.writer import ShardWriter
-from pipeline.errors import BadInput, Stopped
-from pipeline.evaluation.extractors import load_extractor, load_more
-from pipeline.extractor_loop import measure, one_cycle
-from pipeline.labelled import read_labelled
-from pipeline.run import Run
-from tatok_model.metrics.compact import SHIPPED, CompactExtractor
-from tatok_model.metrics.trained import load_trained
+from pipeline.core.config import Config, DataConfig, EvaluateConfig, load_config
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.run import Run
+from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint, read_manifest
+from pipeline.evaluation.reference import load_extractor, load_more
+from pipeline.training import train_extractor
+from pipeline.training.extractor_training import measure, one_cycle, read_labelled
+from tatok_model.metrics.extractors.small_networks import SHIPPED, CompactExtractor, load_trained
 
 TINY = [
     "extractor.epochs=3",
@@ -97,7 +94,7 @@ def train(open_run: Callable[..., Run]) -> Callable[[Config, str], Run]:
 
     def train_one(config: Config, name: str) -> Run:
         run = open_run(config, name)
-        extractor.run(run)
+        train_extractor.run(run)
         return run
 
     return train_one
@@ -111,7 +108,7 @@ def stop_after_an_epoch(open_run: Callable[..., Run], monkeypatch: pytest.Monkey
         run = open_run(config, name)
         monkeypatch.setattr(run, "log", lambda metrics, step: run.request_stop())
         with pytest.raises(Stopped, match="stopped in epoch 2 of 3; --resume goes on from its start"):
-            extractor.run(run)
+            train_extractor.run(run)
         run.close()
 
     return stop
@@ -167,7 +164,7 @@ def test_stopping_and_resuming_equals_not_stopping(
 ) -> None:
     stop_after_an_epoch(config(), "stopped")
     resumed = open_run(config(), "stopped", resume=True)
-    extractor.run(resumed)
+    train_extractor.run(resumed)
     whole = train(config(), "whole")
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
@@ -181,7 +178,7 @@ def test_a_state_that_was_configured_differently_is_refused(
 ) -> None:
     stop_after_an_epoch(config(), "stopped")
     with pytest.raises(BadInput, match=r"learning_rate is 0\.3; expected 0\.05, with which .*last_epoch\.safetensors"):
-        extractor.run(open_run(config("extractor.learning_rate=0.3"), "stopped", resume=True))
+        train_extractor.run(open_run(config("extractor.learning_rate=0.3"), "stopped", resume=True))
 
 
 def test_more_pictures_a_batch_than_there_are_is_refused(
@@ -201,30 +198,30 @@ def test_the_learning_rate_rises_falls_and_ends_at_zero() -> None:
 
 def test_sources_fall_back_to_those_of_the_data(two_colours: Path) -> None:
     with pytest.raises(BadInput, match=r"extractor\.test_source, data\.shards and data\.heldout_source are empty"):
-        extractor.check(load_config("extractor_cifar10", [f"data.source={two_colours}"]))
-    extractor.check(
+        train_extractor.check(load_config("extractor_cifar10", [f"data.source={two_colours}"]))
+    train_extractor.check(
         load_config("extractor_cifar10", [f"data.source={two_colours}", f"data.heldout_source={two_colours}"])
     )
 
 
 def test_without_sources_the_keys_are_named() -> None:
     with pytest.raises(BadInput, match=r"extractor\.train_source, data\.shards and data\.source are empty"):
-        extractor.check(load_config("extractor_cifar10"))
+        train_extractor.check(load_config("extractor_cifar10"))
 
 
 def test_a_source_that_does_not_exist_is_named(config: Callable[..., Config]) -> None:
     with pytest.raises(BadInput, match=r"extractor\.test_source is 'absent\.parquet', which does not exist"):
-        extractor.check(config("extractor.test_source=absent.parquet"))
+        train_extractor.check(config("extractor.test_source=absent.parquet"))
 
 
 def test_pictures_that_are_too_small_are_refused(config: Callable[..., Config]) -> None:
     with pytest.raises(BadInput, match=r"data\.image_size is 15; expected at least 16 pixels"):
-        extractor.check(config("data.image_size=15", "tokenizer.patch_size=5"))
+        train_extractor.check(config("data.image_size=15", "tokenizer.patch_size=5"))
 
 
 def test_shards_of_another_picture_size_are_refused(shards: Path, config: Callable[..., Config]) -> None:
     with pytest.raises(BadInput, match=r"data\.image_size is 64; expected 32, as shards"):
-        extractor.check(config("data.image_size=64", f"extractor.test_source={shards}"))
+        train_extractor.check(config("data.image_size=64", f"extractor.test_source={shards}"))
 
 
 @pytest.mark.parametrize("architecture", ["compact", "resnet"])
@@ -248,16 +245,16 @@ def test_shards_serve_both_architectures_and_decide_size_and_classes(
 
 def test_an_address_that_tracking_cannot_use_is_refused(config: Callable[..., Config]) -> None:
     with pytest.raises(BadInput, match=r"tracking\.uri is 'mlflow\.db'"):
-        extractor.check(config("tracking.uri=mlflow.db"))
+        train_extractor.check(config("tracking.uri=mlflow.db"))
 
 
 def test_checking_does_not_load_torch(two_colours: Path) -> None:
     code = (
-        "import sys; from pipeline import extractor; from pipeline.config import load_config; "
-        "extractor.check(load_config('extractor_cifar10', sys.argv[1:])); sys.exit('torch' in sys.modules)"
+        "import sys; from pipeline.training import train_extractor; from pipeline.core.config import load_config; "
+        "train_extractor.check(load_config('extractor_cifar10', sys.argv[1:])); sys.exit('torch' in sys.modules)"
     )
     sources = [f"data.source={two_colours}", f"data.heldout_source={two_colours}"]
-    subprocess.run([sys.executable, "-c", code, *sources], cwd=Path(extractor.__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code, *sources], cwd=Path(train_extractor.__file__).parents[2], check=True)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.grids import GAP, save_rows
+from pipeline.core.plots import GAP, save_rows
 
 
 def test_rows_lie_below_one_another_enlarged_without_smoothing(tmp_path):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import DataConfig
-from pipeline.errors import BadInput
-from pipeline.labelled import Labelled, augment, read_labelled
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import BadInput
+from pipeline.training.extractor_training import Labelled, augment, read_labelled
 
 
 def png(side: int = 32, colour: tuple[int, int, int] = (200, 30, 90)) -> bytes:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.errors import BadInput
-from pipeline.paths import finite, in_temporary_copy, resolve_paths, sha256_file, write_atomically, write_json
+from pipeline.core.config import load_config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import finite, in_temporary_copy, resolve_paths, sha256_file, write_atomically, write_json
 
 
 def resolved(*overrides: str):
@@ -95,7 +95,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("pipeline.paths.os.replace", fail)
+    monkeypatch.setattr("pipeline.core.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pipeline.progress import Progress, progress, say
+from pipeline.core.console import Progress, progress, say
 
 
 def test_without_a_terminal_every_line_is_whole(capsys):

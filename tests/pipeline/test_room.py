@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from pipeline.config import load_config
-from pipeline.room import memory_sentence, storage_sentence
+from pipeline.core.config import load_config
+from pipeline.core.files import memory_sentence, storage_sentence
 
 
 def by_python(path):

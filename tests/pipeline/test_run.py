@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run as run_module
-from pipeline.config import Config, load_config
-from pipeline.errors import BadInput
-from pipeline.run import Run, check_folder, commit, hardware, versions
+from pipeline.core import run as run_module
+from pipeline.core.config import Config, load_config
+from pipeline.core.errors import BadInput
+from pipeline.core.run import Run, check_folder, commit, hardware, versions
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import samples
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
+from pipeline.data import samples
 
 
 def test_tiles_are_many_and_all_different() -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tatok_model import TaTok, TokenizerConfig
-from tatok_model.codec import Codec, model_id
-from tatok_model.stream_header import payload_bits, unseal
+from tatok_model.codec.bytestream import Codec, model_id
+from tatok_model.codec.header import payload_bits, unseal
 from tatok_model.threads import one_thread
 
 CONFIG = TokenizerConfig(

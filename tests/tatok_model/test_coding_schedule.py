@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tatok_model.coding_schedule import grid_schedule, ranking_schedule
+from tatok_model.codec.payload import grid_schedule, ranking_schedule
 from tatok_model.tokens import Ranking
 
 
@@ -19,7 +19,7 @@ def test_every_round_has_its_share_of_the_kept_positions(bits, rounds):
 
 def test_the_schedule_is_that_of_the_byte_format():
     from tatok_model import TaTok, TokenizerConfig
-    from tatok_model.codec import Codec
+    from tatok_model.codec.bytestream import Codec
 
     codec = Codec(TaTok(TokenizerConfig(image_size=32, patch_size=4)).eval(), coding_rounds=5)
     kept = torch.rand(3, 64, generator=torch.Generator().manual_seed(0)) < 0.4

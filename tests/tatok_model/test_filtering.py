@@ -18,15 +18,7 @@ from tatok_model.filtering import (
     surprisal,
     to_units,
 )
-from tatok_model.filtering_rules import (
-    RULES,
-    SCORES,
-    UNITS,
-    check_cut,
-    check_threshold,
-    fixes_length,
-    keeps_all,
-)
+from tatok_model.filtering_rules import RULES, SCORES, UNITS, check_cut, check_threshold, fixes_length, keeps_all
 
 RULES_OF_UNITS = [rule for rule in RULES if rule != "quality"]  # test_quality.py has that one, a residual told in dB
 RESOLUTIONS = [UNITS, 2**16, 2**20]

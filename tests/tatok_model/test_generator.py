@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tatok_model.generator import Generator
-from tatok_model.generator_config import GeneratorConfig, SamplingConfig, read_generator_config
-from tatok_model.generator_layers import Rotation, rotate
-from tatok_model.sampling import sample
-from tatok_model.sequences import Sequences
-from tatok_model.stepper import Stepper
+from tatok_model.config import GeneratorConfig, SamplingConfig, read_generator_config
+from tatok_model.generation.generator import Generator
+from tatok_model.generation.layers import Rotation, rotate
+from tatok_model.generation.sampling import Stepper, sample
+from tatok_model.generation.sequences import Sequences
 
 CONFIG = GeneratorConfig(
     size="nano", dropout=0, classes=5, global_tokens=3, grid_size=4, codebook_size=16, max_patch_tokens=16

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tatok_model.keyed import uniforms
+from tatok_model.generation.sampling import uniforms
 
 
 def test_numbers_depend_on_their_key_alone() -> None:

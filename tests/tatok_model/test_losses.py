@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from tatok_model.config import LossConfig
-from tatok_model.discriminator import Discriminator
-from tatok_model.losses import LeCam, ReconstructionLoss, hinge_discriminator_loss, hinge_generator_loss
+from tatok_model.losses import Discriminator, LeCam, ReconstructionLoss, hinge_discriminator_loss, hinge_generator_loss
 
 
 def test_terms_are_weighted_means():

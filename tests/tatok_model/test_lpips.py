@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tatok_model.lpips import BACKBONES, LPIPS
+from tatok_model.losses import BACKBONES, LPIPS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchmetrics warns on import

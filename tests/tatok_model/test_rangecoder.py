@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatok_model.rangecoder import FREQUENCY_BITS, MOST_ENTRIES, Decoder, Encoder, bounds_of, quantise
+from tatok_model.codec.range_coder import FREQUENCY_BITS, MOST_ENTRIES, Decoder, Encoder, bounds_of, quantise
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tatok_model.sequences import Sequences
+from tatok_model.generation.sequences import Sequences
 from tatok_model.tokens import Tokens
 
 

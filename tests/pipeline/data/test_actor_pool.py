@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.core.config import load_config
 from pipeline.data import preprocess
-from pipeline.data.ranges import Work
+from pipeline.data.preprocess import Work
 
 
 @pytest.mark.parametrize(

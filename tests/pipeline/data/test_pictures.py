@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.config import DataConfig
+from pipeline.core.config import DataConfig
 from pipeline.data.pictures import BadPicture, decode, extensions, formats, prepare
 
 SIZE = 16

@@ -19,15 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import Config, load_config
-from pipeline.data import preprocess, ranges
+from pipeline.core.config import Config, load_config
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.run import Run
+from pipeline.data import preprocess
 from pipeline.data.listing import Scan
-from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.plan import Plan, class_names, make_or_load_plan
-from pipeline.data.ranges import split_of
-from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput, Stopped
-from pipeline.run import Run
+from pipeline.data.preprocess import Plan, class_names, make_or_load_plan, split_of
+from pipeline.data.shards import Manifest, ShardDataset, read_manifest
 
 Bytes = Callable[..., bytes]
 
@@ -237,8 +235,8 @@ def test_resuming_makes_what_is_missing_or_damaged(
     before = checksums(run)
     harm(run.folder)
     remade = []
-    make = ranges._make
-    monkeypatch.setattr(ranges, "_make", lambda task, *how: remade.append(task.number) or make(task, *how))
+    make = preprocess._make
+    monkeypatch.setattr(preprocess, "_make", lambda task, *how: remade.append(task.number) or make(task, *how))
     assert checksums(made(config, "a", resume=True)) == before
     assert 0 < len(remade) < 20  # of 20 ranges
 
@@ -306,7 +304,7 @@ def test_checking_names_the_key_that_cannot_work(
 
 def test_checking_loads_neither_torch_nor_ray(repository: Path) -> None:
     code = (
-        "import sys; from pipeline.config import load_config; from pipeline.data import preprocess;"
+        "import sys; from pipeline.core.config import load_config; from pipeline.data import preprocess;"
         "preprocess.check(load_config('smoke')); print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
@@ -341,7 +339,7 @@ def test_threads_that_share_the_only_range_give_the_same_bytes_as_one(
     limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
     alone = made(configured(broken_folder[0], "data.rows_per_shard=100"), "alone")
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr(ranges, "READ_AHEAD", 7)
+    monkeypatch.setattr(preprocess, "READ_AHEAD", 7)
     for number in ("0", "2"):
         options = ("data.rows_per_shard=100", f"data.num_workers={number}")
         assert checksums(made(configured(broken_folder[0], *options), f"threads-{number}")) == checksums(alone)

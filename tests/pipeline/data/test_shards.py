@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import load_config
-from pipeline.data.manifest import Manifest, Shard, Split, check_shards, fingerprint, read_manifest
-from pipeline.data.shards import CACHED_GROUPS, ROW_GROUP_ROWS, ShardDataset
-from pipeline.data.writer import ShardWriter
-from pipeline.errors import BadInput
+from pipeline.core.config import load_config
+from pipeline.core.errors import BadInput
+from pipeline.data.shards import (
+    CACHED_GROUPS,
+    ROW_GROUP_ROWS,
+    Manifest,
+    Shard,
+    ShardDataset,
+    ShardWriter,
+    Split,
+    check_shards,
+    fingerprint,
+    read_manifest,
+)
 
 SIZE = 8
 

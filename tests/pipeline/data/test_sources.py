@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import DataConfig
+from pipeline.core.config import DataConfig
+from pipeline.core.errors import BadInput
 from pipeline.data import sources
 from pipeline.data.listing import Picture, Scan
-from pipeline.errors import BadInput
 
 DATA = DataConfig(image_size=16)
 Bytes = Callable[..., bytes]

@@ -9,13 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.manifest import Manifest, Split, fingerprint
-from pipeline.data.shards import ShardDataset
-from pipeline.data.writer import ShardWriter
+from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
 from pipeline.evaluation.evaluator import Instruments
-from pipeline.evaluation.extractors import Extractor
+from pipeline.evaluation.reference import Extractor
 from tatok_model.config import TokenizerConfig
-from tatok_model.metrics.compact import CompactExtractor
+from tatok_model.metrics.extractors.small_networks import CompactExtractor
 from tatok_model.tokenizer import TaTok
 
 SIDE = 16  # pixels

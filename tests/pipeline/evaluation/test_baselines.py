@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 from pipeline.evaluation.baselines import PatchVQ, codewords_for, fit_kmeans, sample_patches
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.measurements import Plan
 from tatok_model.config import TokenizerConfig
 from tatok_model.metrics.images import to_uint8
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import Config, load_config
-from pipeline.errors import BadInput
-from pipeline.evaluation.blind import check_blind, check_information, load_blind
-from pipeline.paths import sha256_file
+from pipeline.core.config import Config, load_config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file
+from pipeline.evaluation.evaluation_checks import check_blind, check_information, load_blind
 from tatok_model.tokenizer import TaTok
 
 SHAPE = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.global_tokens=2", "tokenizer.codebook_size=16"]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.config import Config, load_config
-from pipeline.errors import BadInput
-from pipeline.evaluation.budget import check_baselines, fixed_bits
-from pipeline.evaluation.cuts import Cuts
+from pipeline.core.config import Config, load_config
+from pipeline.core.errors import BadInput
+from pipeline.evaluation.evaluation_checks import check_baselines, fixed_bits
+from pipeline.evaluation.measurements import Cuts
 from tatok_model.tokenizer import TaTok
 
 SHAPE = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.global_tokens=2", "tokenizer.codebook_size=16"]

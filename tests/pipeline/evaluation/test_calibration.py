@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import load_config
+from pipeline.core.config import load_config
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.pretrained import check_quality, load_tokenizer
+from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput, Stopped
-from pipeline.evaluation import calibration
-from pipeline.pretrained import check_quality, load_tokenizer
-from pipeline.run import Run
+from pipeline.evaluation import calibrate
 from tatok_model.quality import QualityLine, read_lines
 from tatok_model.tokenizer import TaTok
 
@@ -43,8 +43,8 @@ def test_the_threshold_keeps_the_wanted_mean(
     calibrating: Any, tokenizer: TaTok, shards: Path, rule: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = calibrating(f"filter.rule={rule}", "filter.threshold=0", "filter.mean_tokens=10", "evaluate.max_images=0")
-    calibration.check(run.config)
-    calibration.run(run)
+    calibrate.check(run.config)
+    calibrate.run(run)
     assert run.results["tokens_per_image"] == pytest.approx(10, abs=1)
     kept = yaml.safe_load(Path(run.outputs["filter"]).read_text())["filter"]
     pictures = ShardDataset(shards, "heldout").images(range(30))
@@ -75,20 +75,20 @@ def test_the_threshold_keeps_the_wanted_mean(
 )
 def test_what_cannot_be_calibrated_is_refused(calibrating: Any, overrides: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        calibration.check(calibrating(*overrides).config)
+        calibrate.check(calibrating(*overrides).config)
 
 
 def test_a_calibration_that_is_asked_to_stop_stops(calibrating: Any) -> None:
     run = calibrating("filter.mean_tokens=9")
     run.request_stop()
     with pytest.raises(Stopped, match="asked to stop"):
-        calibration.run(run)
+        calibrate.run(run)
 
 
 def test_a_gpu_that_is_not_there_is_refused(calibrating: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="evaluate.device is 'cuda'; expected cpu or auto"):
-        calibration.run(calibrating("filter.mean_tokens=9", "evaluate.device=cuda"))
+        calibrate.run(calibrating("filter.mean_tokens=9", "evaluate.device=cuda"))
 
 
 def test_a_line_is_found_again_and_decibels_are_right_on_average() -> None:
@@ -96,9 +96,9 @@ def test_a_line_is_found_again_and_decibels_are_right_on_average() -> None:
     total = draw.uniform(1, 60, 2000)
     dropped = np.where(draw.random(2000) < 0.1, 0, total * draw.random(2000))  # of some, everything is kept
     exact = 0.002 + 0.0013 * dropped + 0.0002 * (total - dropped)
-    assert calibration.fit(dropped, total - dropped, exact) == pytest.approx((0.002, 0.0013, 0.0002), rel=1e-5)
+    assert calibrate.fit(dropped, total - dropped, exact) == pytest.approx((0.002, 0.0013, 0.0002), rel=1e-5)
     noisy = exact * 10 ** draw.normal(0, 0.1, len(total))  # a deviation of 1 dB
-    intercept, slope, kept_slope = calibration.fit(dropped, total - dropped, noisy)
+    intercept, slope, kept_slope = calibrate.fit(dropped, total - dropped, noisy)
     assert (slope, kept_slope) == pytest.approx((0.0013, 0.0002), rel=0.1)
     predicted = intercept + slope * dropped + kept_slope * (total - dropped)
     assert np.mean(10 * np.log10(predicted / noisy)) == pytest.approx(0, abs=0.05)
@@ -106,7 +106,7 @@ def test_a_line_is_found_again_and_decibels_are_right_on_average() -> None:
 
 def test_a_model_that_keeping_tokens_does_not_help_still_has_a_line() -> None:
     total = np.linspace(1, 2, 50)
-    _, slope, kept_slope = calibration.fit(total / 2, total / 2, 0.01 + 0.001 * total)
+    _, slope, kept_slope = calibrate.fit(total / 2, total / 2, 0.01 + 0.001 * total)
     assert 0 < kept_slope < slope
 
 
@@ -116,7 +116,7 @@ def test_calibration_keeps_a_line_beside_the_weights_and_quality_cuts_by_it(
 ) -> None:
     asked = [f"filter.score={score}", f"filter.rounds={rounds}", "filter.rule=quality", "filter.threshold=5"]
     run = calibrating(*asked, "filter.mean_tokens=10")
-    calibration.run(run)
+    calibrate.run(run)
     (line,) = TaTok.from_pretrained(tmp_path / "tokenizer").quality_lines
     assert (line.score, line.rounds) == (score, rounds)
     assert line == read_lines(run.folder / "quality.json")[0]
@@ -131,7 +131,7 @@ def test_calibration_keeps_a_line_beside_the_weights_and_quality_cuts_by_it(
 
 def test_a_line_of_another_score_stays(calibrating: Any, tmp_path: Path) -> None:
     for score in ("error", "distortion", "error"):
-        calibration.run(calibrating(f"filter.score={score}", "filter.mean_tokens=9"))
+        calibrate.run(calibrating(f"filter.score={score}", "filter.mean_tokens=9"))
     found = TaTok.from_pretrained(tmp_path / "tokenizer").quality_lines
     assert [line.score for line in found] == ["distortion", "error"]
 
@@ -141,16 +141,16 @@ def test_a_wanted_psnr_is_measured_at_the_threshold(calibrating: Any, rule: str)
     """The untrained tokenizer's pictures get worse with every token: wanted is what half of them give."""
     start = ["filter.score=error", f"filter.rule={rule}", "filter.threshold=0"]
     by_tokens = calibrating(*start, "filter.mean_tokens=10")
-    pictures = calibration._Ranked(by_tokens, load_tokenizer(by_tokens.config)[0])
+    pictures = calibrate._Ranked(by_tokens, load_tokenizer(by_tokens.config)[0])
     wanted = float(pictures.decibels("count", 16).mean())
     run = calibrating(*start, f"filter.mean_psnr={wanted - 1e-9!r}")
-    calibration.run(run)
+    calibrate.run(run)
     assert run.results["psnr"] == pytest.approx(float(pictures.decibels(rule, run.results["threshold"]).mean()))
 
 
 def test_more_db_than_all_tokens_give_are_refused_with_the_most(calibrating: Any) -> None:
     with pytest.raises(BadInput, match=r"filter.mean_psnr is 60; expected at most \d+\.\d\d dB, which this tokenizer"):
-        calibration.run(calibrating("filter.mean_psnr=60"))
+        calibrate.run(calibrating("filter.mean_psnr=60"))
 
 
 @pytest.mark.parametrize("threshold", ["60", "5"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 from pipeline.evaluation.compare import bd_rates, main
 
 

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from pipeline.config import FilterConfig
-from pipeline.evaluation.curve import content_results, length_results, table
-from pipeline.evaluation.cuts import Cuts, Point
-from pipeline.evaluation.measurements import Measurements, PerImage
+from pipeline.core.config import FilterConfig
+from pipeline.evaluation.measurements import Cuts, Measurements, PerImage, Point
+from pipeline.evaluation.results import content_results, length_results, table
 from tatok_model.tokenizer import TaTok
 
 

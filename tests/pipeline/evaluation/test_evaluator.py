@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import FilterConfig
+from pipeline.core.config import FilterConfig
 from pipeline.data.shards import ShardDataset
-from pipeline.evaluation.cuts import Cuts
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.measurements import Measurements, Pictures, Totals
-from pipeline.evaluation.plan import Plan
-from tatok_model.lpips import LPIPS, _alexnet
+from pipeline.evaluation.measurements import Cuts, Measurements, Pictures, Plan, Totals
+from tatok_model.losses import LPIPS, _alexnet
+from tatok_model.metrics.extractors.cifar_resnets import ResNet20
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import psnr, to_uint8
-from tatok_model.metrics.resnet import ResNet20
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=4, range_size=12, grid=3)

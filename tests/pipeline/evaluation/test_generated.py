@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.generated import Comparison
-from tatok_model.metrics.extractor import CIFAR10
+from tatok_model.metrics.extractors.extractor import CIFAR10
 
 PICTURES = SimpleNamespace(logits=torch.eye(10), labels=np.arange(10))
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.evaluation.generated_lengths import VIEW, compare_lengths, ks_distance
-from pipeline.evaluation.generated_plots import length_plot
+from pipeline.evaluation.generated import VIEW, compare_lengths, ks_distance, length_plot
 
 LENGTHS = st.lists(st.integers(0, 20), min_size=1, max_size=30).map(np.array)
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.manifest import Manifest
-from pipeline.evaluation.extractors import Extractor
-from pipeline.evaluation.generated_results import (
+from pipeline.data.shards import Manifest
+from pipeline.evaluation.generated import (
     class_accuracies,
     distance_name,
     inception_score,
@@ -17,9 +16,9 @@ from pipeline.evaluation.generated_results import (
     score_splits,
     warnings,
 )
-from pipeline.evaluation.reference import Reference
-from pipeline.generating.generated import Generated
-from tatok_model.metrics.inception import Inception2015
+from pipeline.evaluation.reference import Extractor, Reference
+from pipeline.generator.generated_files import Generated
+from tatok_model.metrics.extractors.inception import Inception2015
 from tatok_model.metrics.scores import inception_score as in_order
 
 

@@ -12,25 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import Config, load_config
-from pipeline.data.manifest import Manifest, Split, fingerprint
-from pipeline.data.shards import ShardDataset
-from pipeline.data.writer import ShardWriter
-from pipeline.errors import BadInput, Stopped
-from pipeline.evaluation import generated_features, stage
-from pipeline.evaluation.generated import drawn
+from pipeline.core.config import Config, load_config
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.files import sha256_file
+from pipeline.core.run import Run
+from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
+from pipeline.evaluation import evaluate, generated_features
+from pipeline.evaluation.generated import drawn, real_lengths
 from pipeline.evaluation.generated_features import FeatureWork, FeatureWorker
-from pipeline.evaluation.generated_lengths import real_lengths
-from pipeline.generating import generate_stage
-from pipeline.paths import sha256_file
-from pipeline.run import Run
-from pipeline.tokenizing import stage as tokenizing
-from pipeline.tokenizing.plan import Range
-from tatok_model.config import TokenizerConfig
-from tatok_model.generator import Generator
-from tatok_model.generator_config import GeneratorConfig
-from tatok_model.metrics.compact import CompactExtractor
-from tatok_model.metrics.extractor import CIFAR10
+from pipeline.generator import generate
+from pipeline.tokens import tokenize as tokenizing
+from pipeline.tokens.ranges import Range
+from tatok_model.config import GeneratorConfig, TokenizerConfig
+from tatok_model.generation.generator import Generator
+from tatok_model.metrics.extractors.extractor import CIFAR10
+from tatok_model.metrics.extractors.small_networks import CompactExtractor
 from tatok_model.metrics.manifold import precision_recall
 from tatok_model.tokenizer import TaTok
 
@@ -40,7 +36,7 @@ SIDE = 32
 ROWS = {"train": 24, "heldout": 20}
 CLASSES = CIFAR10
 SHAPE = {"patch_size": 8, "global_tokens": 2, "quantizer": "fsq", "codebook_size": 16}
-STAGES: dict[str, ModuleType] = {"tokenize_images": tokenizing, "generate": generate_stage, "evaluate": stage}
+STAGES: dict[str, ModuleType] = {"tokenize_images": tokenizing, "generate": generate, "evaluate": evaluate}
 
 Started = Callable[..., Run]
 
@@ -229,7 +225,7 @@ def test_a_stopped_evaluation_keeps_what_it_computed(
     run = begin("evaluate", "stopped", f"evaluate.generated={generated}")
     run.request_stop()
     with pytest.raises(Stopped, match="1 of 4 files are made; --resume makes the others"):
-        stage.run(run)
+        evaluate.run(run)
     run.close()
     file = run.folder / "features/compact_cifar10/features/heldout-00000.npz"
     before = file.stat().st_mtime_ns
@@ -238,8 +234,8 @@ def test_a_stopped_evaluation_keeps_what_it_computed(
 
 
 def test_it_is_named_after_what_it_measures(configure: Callable[..., Config], generated: Path) -> None:
-    assert stage.default_name(configure(f"evaluate.generated={generated}")) == "smoke-evaluate-generated"
-    assert stage.default_name(configure()) == "smoke-evaluate"
+    assert evaluate.default_name(configure(f"evaluate.generated={generated}")) == "smoke-evaluate-generated"
+    assert evaluate.default_name(configure()) == "smoke-evaluate"
 
 
 def test_a_folder_that_generate_did_not_finish_is_refused(begin: Started, made: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.errors import BadInput
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
 from pipeline.evaluation.information import measure_information
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import Config, load_config
+from pipeline.core.config import Config, load_config
+from pipeline.core.errors import BadInput
+from pipeline.core.pretrained import load_lpips, load_tokenizer
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
-from pipeline.evaluation import inputs, stage
+from pipeline.evaluation import evaluate, inputs
 from pipeline.evaluation.inputs import with_tokenizer
-from pipeline.pretrained import load_lpips, load_tokenizer
-from tatok_model.lpips import BACKBONES
+from tatok_model.losses import BACKBONES
 from tatok_model.tokenizer import TaTok
 
 SHAPE = [
@@ -54,7 +54,7 @@ def test_a_tokenizer_that_was_named_is_taken(config: Config) -> None:
 
 def test_the_tokenizer_that_training_left_is_taken(config: Config, tokenizer: TaTok, heldout: ShardDataset) -> None:
     folder = save_trained(config, tokenizer, heldout.manifest.fingerprint)
-    stage.check(config)
+    evaluate.check(config)
     found = with_tokenizer(config)
     assert found.tokenizer.checkpoint == str(folder)
     loaded, sha256 = load_tokenizer(found)
@@ -80,7 +80,7 @@ def test_without_a_tokenizer_one_is_trained_first(
 
     monkeypatch.setattr(inputs, "run_nested", run_nested)
     assert with_tokenizer(config).tokenizer.checkpoint == "/made/checkpoint"
-    assert asked == [("train", "pipeline.training.stage", config)]
+    assert asked == [("train", "pipeline.training.train", config)]
     assert "training first" in capsys.readouterr().err
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_work_is_refused_before_anything_is_made(
 ) -> None:
     config = load_config("smoke", [f"run.output={tmp_path}", "tracking.uri=", *overrides])
     with pytest.raises(BadInput, match=message):
-        stage.check(config)
+        evaluate.check(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,18 +159,18 @@ def test_a_tokenizer_of_another_architecture_or_image_size_is_refused(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "made")
     named = given(config, "tokenizer", checkpoint=str(tmp_path / "made"))
-    stage.check(named)
+    evaluate.check(named)
     with pytest.raises(BadInput, match="has global_tokens 2; expected tokenizer.global_tokens, 5"):
-        stage.check(given(named, "tokenizer", global_tokens=5))
+        evaluate.check(given(named, "tokenizer", global_tokens=5))
     other = load_config("smoke", [f"data.shards={config.data.shards}", "tracking.uri="])
     with pytest.raises(BadInput, match="were made for image size 16; expected data.image_size, 32"):
-        stage.check(replace(other, run=config.run))
+        evaluate.check(replace(other, run=config.run))
 
 
 def test_checking_loads_neither_torch_nor_ray(run_python: Any, shards: Path) -> None:
     code = f"""
 import sys
-from pipeline.config import load_config
+from pipeline.core.config import load_config
 from pipeline.evaluation import stage
 stage.check(load_config("smoke", ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}"]))
 assert stage.default_name(load_config("smoke")) == "smoke-evaluate"

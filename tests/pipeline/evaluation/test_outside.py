@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from pipeline.data.shards import ShardDataset
-from pipeline.evaluation.curve import Distance
+from pipeline.evaluation.baselines import Outside
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.outside import Outside
+from pipeline.evaluation.measurements import Plan
 from pipeline.evaluation.picture_codecs import compress, quality_for
-from pipeline.evaluation.plan import Plan
 from pipeline.evaluation.reference import Reference
+from pipeline.evaluation.results import Distance
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=8, range_size=32, grid=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 from pipeline.evaluation.picture_codecs import (
     CODECS,
     compress,

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import EvaluateConfig
-from pipeline.errors import BadInput
-from pipeline.evaluation.plan import NARROW, SPLIT_IMAGES, WIDE, make_plan
+from pipeline.core.config import EvaluateConfig
+from pipeline.core.errors import BadInput
+from pipeline.evaluation.measurements import NARROW, SPLIT_IMAGES, WIDE, make_plan
 
 
 @given(st.integers(2, 30_000), st.integers(0, 30_000), st.integers(1, 700))

@@ -5,13 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.plots import (
-    Curve,
-    KeptRow,
-    kept_patches_picture,
-    rate_distortion_plot,
-    token_histogram,
-)
+from pipeline.core.plots import Curve, KeptRow, kept_patches_picture, rate_distortion_plot, token_histogram
 
 CURVE = Curve(
     "surprisal", [16, 32, 64], [160, 320, 640], [18, 20, 23], [40, 25, 12], [150, 290, 560], operating_point=1

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import EvaluateConfig
+from pipeline.core.config import EvaluateConfig
+from pipeline.core.errors import BadInput
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
-from pipeline.evaluation.extractors import Extractor
-from pipeline.evaluation.plan import make_plan
-from pipeline.evaluation.reference import Reference, cache_path, describe, read_cached, read_given
+from pipeline.evaluation.measurements import make_plan
+from pipeline.evaluation.reference import Extractor, Reference, cache_path, describe, read_cached, read_given
 from tatok_model.metrics.frechet import FeatureStatistics
 
 WIDTH = 3

@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import FilterConfig
+from pipeline.core.config import FilterConfig
 from pipeline.data.shards import ShardDataset
-from pipeline.evaluation.curve import bits_of, cut_results
-from pipeline.evaluation.cuts import Cuts
-from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.measurements import Measurements
-from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.replay import ReplayCheck, charged, fallback_bits, fallback_share
+from pipeline.evaluation.evaluator import (
+    Evaluator,
+    Instruments,
+    ReplayCheck,
+    charged,
+    fallback_bits,
+    fallback_share,
+    measure_here,
+    merged,
+)
+from pipeline.evaluation.measurements import Cuts, Measurements, Plan
+from pipeline.evaluation.results import bits_of, cut_results
 from tatok_model.filtering_rules import CHECK_BITS
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens, log2_binomial

@@ -7,19 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import EvaluateConfig
+from pipeline.core.config import EvaluateConfig
+from pipeline.core.console import format_value, markdown, terminal_table
+from pipeline.core.errors import BadInput
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
-from pipeline.evaluation.curve import Distance
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.extractors import Extractor, extractor_name, load_extractor, load_more
-from pipeline.evaluation.measurements import Measurements
-from pipeline.evaluation.plan import Plan
-from pipeline.evaluation.reference import Reference
-from pipeline.evaluation.report import format_value, markdown, terminal_table
-from pipeline.evaluation.results import baseline_results, rows, tokenizer_results, warnings
-from tatok_model.metrics.inception import Inception2015
-from tatok_model.metrics.resnet import ResNet20, ResNet56
+from pipeline.evaluation.measurements import Measurements, Plan
+from pipeline.evaluation.reference import Extractor, Reference, extractor_name, load_extractor, load_more
+from pipeline.evaluation.results import Distance, baseline_results, rows, tokenizer_results, warnings
+from tatok_model.metrics.extractors.cifar_resnets import ResNet20, ResNet56
+from tatok_model.metrics.extractors.inception import Inception2015
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=8, range_size=32, grid=2)

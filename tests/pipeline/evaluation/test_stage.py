@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import load_config
-from pipeline.errors import BadInput, Stopped
-from pipeline.evaluation import plan, stage
-from pipeline.run import Run
+from pipeline.core.config import load_config
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.run import Run
+from pipeline.evaluation import evaluate, measurements
 from tatok_model.tokenizer import TaTok
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings
@@ -53,11 +53,11 @@ def evaluation(tmp_path: Path, shards: Path, tokenizer: TaTok) -> Iterator[Any]:
 def test_one_and_two_actors_find_the_same_to_the_last_bit(
     ray_session: ModuleType, evaluation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "NARROW", 8)  # four ranges of the 30 pictures
+    monkeypatch.setattr(measurements, "NARROW", 8)  # four ranges of the 30 pictures
     found = []
     for workers in (1, 2):
         run = evaluation(f"of-{workers}", f"evaluate.num_workers={workers}", "evaluate.baselines=[kmeans]")
-        stage.run(run)
+        evaluate.run(run)
         found.append({name: value for name, value in run.results.items() if name not in RATES})
         assert ("reference" in run.outputs, "reference" in run.inputs) == (workers == 1, workers == 2), "cached"
     assert found[0] == found[1]
@@ -73,7 +73,7 @@ def test_one_and_two_actors_find_the_same_to_the_last_bit(
 def test_a_curve_is_measured_from_one_ranking(ray_session: ModuleType, evaluation: Any) -> None:
     cut = ["filter.rule=count", "filter.threshold=8", "evaluate.thresholds=[4,8,16]", "evaluate.baselines=[jpeg]"]
     run = evaluation("curve", *cut)
-    stage.run(run)
+    evaluate.run(run)
     found = run.results
     assert [found[f"curve{number:02d}_tokens_per_image"] for number in range(3)] == [6, 10, 18]
     for name in ("psnr", "bits_fixed", "bits_coded", "rfd_compact_cifar10"):
@@ -101,7 +101,7 @@ def test_counts_of_global_tokens_are_cut_where_there_are_no_patch_tokens(
     TaTok(replace(tokenizer.config, patch_tokens=False)).save_pretrained(tmp_path / "global")
     only = ["tokenizer.patch_tokens=false", f"tokenizer.checkpoint={tmp_path / 'global'}"]
     run = evaluation("nested", *only, "filter.rule=count", "filter.threshold=2", "evaluate.thresholds=[1,2]")
-    stage.run(run)
+    evaluate.run(run)
     assert [run.results[f"curve0{number}_tokens_per_image"] for number in range(2)] == [1, 2]
     assert run.results["curve00_bits_coded"] == run.results["curve00_bits_fixed"] == 4
     assert "all_psnr" not in run.results
@@ -123,17 +123,17 @@ def test_counts_of_global_tokens_are_cut_where_there_are_no_patch_tokens(
 )
 def test_cuts_that_global_tokens_do_not_have_are_refused(evaluation: Any, overrides: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        stage.check(evaluation("refused", "tokenizer.patch_tokens=false", *overrides).config)
+        evaluate.check(evaluation("refused", "tokenizer.patch_tokens=false", *overrides).config)
 
 
 def test_a_ranking_without_an_entropy_model_is_refused(evaluation: Any) -> None:
     cut = ["tokenizer.entropy_layers=0", "filter.threshold=0.5"]
     with pytest.raises(BadInput, match=r"filter\.score is 'distortion' with tokenizer\.entropy_layers 0"):
-        stage.check(evaluation("none", *cut).config)
+        evaluate.check(evaluation("none", *cut).config)
 
 
 def test_an_evaluation_that_is_asked_to_stop_stops(ray_session: ModuleType, evaluation: Any) -> None:
     run = evaluation("stopped")
     run.request_stop()
     with pytest.raises(Stopped, match="asked to stop"):
-        stage.run(run)
+        evaluate.run(run)

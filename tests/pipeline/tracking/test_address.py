@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from pipeline.config import TrackingConfig, load_config
-from pipeline.errors import BadInput
-from pipeline.paths import resolve_paths
+from pipeline.core.config import TrackingConfig, load_config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import resolve_paths
 from pipeline.tracking import check_tracking, masked
 from pipeline.tracking.address import artifact_folder
 

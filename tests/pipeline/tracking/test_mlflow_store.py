@@ -15,8 +15,8 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from pipeline.config import load_config
-from pipeline.run import Run
+from pipeline.core.config import load_config
+from pipeline.core.run import Run
 from pipeline.tracking import Tracker
 from pipeline.tracking.feed import Point
 from pipeline.tracking.mlflow_store import MlflowStore, Refused

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.errors import Stopped
-from pipeline.run import Run
+from pipeline.core.config import load_config
+from pipeline.core.errors import Stopped
+from pipeline.core.run import Run
 from pipeline.tracking import Tracker, sender
 from pipeline.tracking.mlflow_store import Refused
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import Config, config_from_dict
-from pipeline.data.manifest import Manifest, Split, fingerprint
-from pipeline.data.writer import ShardWriter
+from pipeline.core.config import Config, config_from_dict
+from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
 
 
 def picture(number: int) -> bytes:
@@ -49,7 +48,7 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture
 def four_photographs(tmp_path) -> Path:
     """Shards with the same four tiles of photographs in both splits."""
-    from pipeline.samples import list_tiles, read_tile
+    from pipeline.data.samples import list_tiles, read_tile
 
     names = list_tiles(32)
     tiles = [read_tile(name, 32) for name in names[:: len(names) // 4][:4]]
@@ -92,6 +91,6 @@ def configure(shards, tmp_path):
 @pytest.fixture
 def run_training(carry_out):
     """`run_training(config, name)` trains in this process; returns the closed run."""
-    from pipeline.training import stage
+    from pipeline.training import train
 
-    return partial(carry_out, "train", stage)
+    return partial(carry_out, "train", train)

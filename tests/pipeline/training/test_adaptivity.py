@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.training import adaptivity
+from pipeline.training import validation
 from tatok_model import TaTok, TokenizerConfig
 
 CONFIG = TokenizerConfig(32, 8, global_tokens=2, quantizer="fsq", codebook_size=16, fsq_levels=(4, 4), entropy_width=32)
@@ -21,9 +21,9 @@ def images():
 
 
 def test_sums_of_two_halves_are_those_of_the_whole(tokenizer, images):
-    whole = adaptivity.measure(tokenizer, images)
-    halves = adaptivity.measure(tokenizer, images[:2])
-    halves.merge(adaptivity.measure(tokenizer, images[2:]))
+    whole = validation.measure(tokenizer, images)
+    halves = validation.measure(tokenizer, images[:2])
+    halves.merge(validation.measure(tokenizer, images[2:]))
     for name, value in whole.values.items():
         if name != "psnr_quarter_shuffled":  # whose global tokens an image gets depends on its neighbours
             assert halves.values[name] == pytest.approx(value, rel=1e-4), name
@@ -32,14 +32,14 @@ def test_sums_of_two_halves_are_those_of_the_whole(tokenizer, images):
 def test_every_image_gets_the_global_tokens_of_another_one(tokenizer, images):
     tokens = tokenizer.encode(images)
     numbered = replace(tokens, global_indices=torch.arange(4)[:, None].expand(4, 2))
-    received = adaptivity.exchanged(numbered).global_indices[:, 0]
+    received = validation.exchanged(numbered).global_indices[:, 0]
     assert sorted(received.tolist()) == [0, 1, 2, 3]
     assert not (received == torch.arange(4)).any()
 
 
 def test_metrics_are_means_and_differences_in_bits(tokenizer, images):
-    totals = adaptivity.measure(tokenizer, images)
-    found = adaptivity.metrics(totals, unigram_bits=60.0)
+    totals = validation.measure(tokenizer, images)
+    found = validation.metrics(totals, unigram_bits=60.0)
     one_pass, chain = totals.values["bits_one_pass"] / 4, totals.values["bits_chain"] / 4
     assert found["validation/bits_one_pass"] == pytest.approx(one_pass)
     assert found["validation/bits_redundancy"] == pytest.approx(one_pass - chain)
@@ -54,17 +54,17 @@ def test_an_untrained_tokenizer_is_warned_of():
         "validation/bits_one_pass": 64.0,
         "validation/bits_unigram": 60.0,
     }
-    ignored, useless = adaptivity.warnings(found, globals_exist=True)
+    ignored, useless = validation.warnings(found, globals_exist=True)
     assert "those of other images cost 0.10 dB" in ignored
     assert "64 bits an image; expected fewer than 60" in useless
-    assert adaptivity.warnings(found, globals_exist=False) == [useless]
+    assert validation.warnings(found, globals_exist=False) == [useless]
     good = {**found, "validation/psnr_quarter_shuffled": 9.0, "validation/bits_one_pass": 50.0}
-    assert adaptivity.warnings(good, globals_exist=True) == []
+    assert validation.warnings(good, globals_exist=True) == []
 
 
 def test_maps_show_each_patch_in_its_place(tokenizer, images):
     tokens = tokenizer.encode(images)
-    maps = adaptivity.distortion_maps(tokenizer, tokens)
+    maps = validation.distortion_maps(tokenizer, tokens)
     assert maps.shape == images.shape
     ranking = tokenizer.rank(tokens).ranking
     top = ranking.order[0, 0].item()

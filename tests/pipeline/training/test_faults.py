@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline import checkpoints
+from pipeline.core import checkpoints
+from pipeline.core.errors import BadInput
+from pipeline.core.files import OutOfRoom
+from pipeline.core.job import execute
+from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
-from pipeline.errors import BadInput
-from pipeline.job import execute
-from pipeline.room import OutOfRoom
-from pipeline.run import Run
-from pipeline.training import stage
-from pipeline.training.finite import FiniteWatch, NotFinite
+from pipeline.training import train
+from pipeline.training.loop import FiniteWatch, NotFinite
 from pipeline.training.order import SampleOrder
 
 LOSSES = "tatok_model.losses.ReconstructionLoss.forward"
@@ -130,7 +130,7 @@ def test_full_memory_is_answered_with_the_number_of_images_to_try(configure, run
     def step(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr("pipeline.training.objective.Objective.step", step)
+    monkeypatch.setattr("pipeline.training.tokenizer_training.Objective.step", step)
     with pytest.raises(OutOfRoom, match=r"full with 8 images at a time .* try train\.accumulation=2, 4 at a time"):
         run_training(configure(), "large")
     with pytest.raises(OutOfRoom, match="full with 1 images at a time .* expected a smaller model"):
@@ -141,7 +141,7 @@ def test_another_error_of_a_step_is_not_taken_for_full_memory(configure, run_tra
     def step(self, batch):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("pipeline.training.objective.Objective.step", step)
+    monkeypatch.setattr("pipeline.training.tokenizer_training.Objective.step", step)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_training(configure(), "wrong")
 
@@ -163,7 +163,7 @@ def test_full_storage_is_told_in_a_sentence_and_the_run_goes_on_once_there_is_ro
 
     monkeypatch.setattr(checkpoints, "save", save)
     run = Run.open("train", config, "full", resume=False)
-    assert execute(run, stage) == 1
+    assert execute(run, train) == 1
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["error"].startswith("storage is full")
@@ -217,7 +217,7 @@ def test_a_stop_waits_until_its_checkpoint_is_safe(configure, run_training, monk
 
 
 def test_fewer_workers_than_asked_for_are_enough_where_the_least_says_so(configure):
-    from pipeline.training.ray_workers import check_resources
+    from pipeline.training.workers import check_resources
 
     config = configure(train={"num_workers": 4, "min_workers": 2})
     check_resources({"CPU": 2.0}, config)
@@ -229,7 +229,7 @@ def test_fewer_workers_than_asked_for_are_enough_where_the_least_says_so(configu
 
 
 def test_workers_that_are_started_again_hear_why_another_one_gave_up(configure, tmp_path):
-    from pipeline.training.ray_workers import GAVE_UP, _work
+    from pipeline.training.workers import GAVE_UP, _work
 
     (tmp_path / GAVE_UP).write_text('{"out_of_room": "memory is full"}')
     values = {"config": configure().to_dict(), "stage": "train", "section": "train", "folder": str(tmp_path)}

@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from pipeline.training import heap
-from pipeline.training.heap import HeapTrim
+from pipeline.training import loop
+from pipeline.training.loop import HeapTrim
 
 
 # Asks Python and not the code under test, which would skip this where it no longer finds glibc.
@@ -25,8 +25,8 @@ def test_holes_in_the_heap_are_given_back():
 
 def test_it_waits_between_two_times(monkeypatch):
     called, clock = [], [0.0]
-    monkeypatch.setattr(heap, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(heap, "_malloc_trim", lambda: called.append)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "_malloc_trim", lambda: called.append)
     trim = HeapTrim(seconds_between=60)
     for clock[0], done in ((59, False), (60, True), (119, False), (120, True)):
         assert trim() is done
@@ -34,5 +34,5 @@ def test_it_waits_between_two_times(monkeypatch):
 
 
 def test_without_glibc_nothing_happens(monkeypatch):
-    monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
+    monkeypatch.setattr(loop, "_malloc_trim", lambda: None)
     assert not HeapTrim(seconds_between=0)()

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import Stopped
+from pipeline.core.errors import Stopped
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 STEPS = {
@@ -113,9 +113,9 @@ LOSE_A_NODE = """
 import json, os, sys, threading, time, traceback  # reads FOLDER, AT, ADDED_BACK from the environment
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from pipeline.cluster import connect
-from pipeline.config import config_from_dict
-from pipeline.run import Run
+from pipeline.core.cluster import connect
+from pipeline.core.config import config_from_dict
+from pipeline.core.run import Run
 from pipeline.training import stage
 
 folder, at = Path(os.environ["FOLDER"]), int(os.environ["AT"])

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import TrainConfig
-from pipeline.errors import BadInput, Stopped
-from pipeline.training.optimizers import MuonAdamW, make_optimizer
-from pipeline.training.state import TrainState
-from pipeline.training.tokenizer_state import TokenizerState
-from tatok_model.generator import Generator
-from tatok_model.generator_config import GeneratorConfig
+from pipeline.core.config import TrainConfig
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.training.state import MuonAdamW, TrainState, make_optimizer
+from pipeline.training.tokenizer_training import TokenizerState
+from tatok_model.config import GeneratorConfig
+from tatok_model.generation.generator import Generator
 from tatok_model.vit import Block
 
 CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline.config import TrainConfig
-from pipeline.training.schedule import learning_rate
+from pipeline.core.config import TrainConfig
+from pipeline.training.state import learning_rate
 
 CONFIG = TrainConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10, max_steps=110)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import BadInput
+from pipeline.core.errors import BadInput
 
 STEPS = {
     "max_steps": 14, "num_workers": 2, "log_every": 1, "checkpoint_every": 0, "validate_every": 7,
@@ -24,10 +24,10 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from pipeline.config import config_from_dict
-from pipeline.run import Run
-from pipeline.training.ray_workers import _for_workers
-from pipeline.training.worker import work
+from pipeline.core.config import config_from_dict
+from pipeline.core.run import Run
+from pipeline.training.workers import _for_workers
+from pipeline.training.tokenizer_training import work
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
@@ -44,8 +44,8 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from pipeline.config import config_from_dict
-from pipeline.training.tokenizer_state import TokenizerState
+from pipeline.core.config import config_from_dict
+from pipeline.training.tokenizer_training import TokenizerState
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
@@ -74,9 +74,9 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from pipeline.config import config_from_dict
+from pipeline.core.config import config_from_dict
 from pipeline.training.distributed import whole
-from pipeline.training.tokenizer_state import TokenizerState
+from pipeline.training.tokenizer_training import TokenizerState
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)

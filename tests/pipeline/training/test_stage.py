@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import checkpoints
-from pipeline.config import load_config
-from pipeline.errors import BadInput, Stopped
-from pipeline.run import Run
-from pipeline.training import loop, stage
-from pipeline.training.drive import compiled, export
-from pipeline.training.tokenizer_state import TokenizerState
+from pipeline.core import checkpoints
+from pipeline.core.config import load_config
+from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.run import Run
+from pipeline.training import loop, train
+from pipeline.training.tokenizer_training import TokenizerState
+from pipeline.training.train import compiled, export
 from tatok_model import TaTok
 
 
@@ -86,7 +86,7 @@ def test_accumulated_micro_batches_take_the_step_of_one_large_batch(configure, r
 
 def test_fine_tuning_starts_from_the_checkpoint(trained, configure):
     config = configure(tokenizer={"checkpoint": str(trained.folder)})
-    from pipeline.training.tokenizer_state import starting_state
+    from pipeline.training.tokenizer_training import starting_state
 
     state = starting_state(config, trained.folder.parent / "none", torch.device("cpu"))
     assert state.step == 0
@@ -158,7 +158,7 @@ def test_a_wish_to_stop_saves_a_checkpoint(configure):
     run = Run.open("train", configure(train={"max_steps": 100000, "checkpoint_every": 0}), "stopped", resume=False)
     run.request_stop()
     with pytest.raises(Stopped, match="go on with --resume"):
-        stage.run(run)
+        train.run(run)
     run.close()
     newest = checkpoints.latest(run.folder / "checkpoints")
     assert newest is not None
@@ -192,7 +192,7 @@ def test_the_average_carries_no_graph(configure):
 
 
 def test_empty_splits_are_refused(configure, shards, tmp_path):
-    from pipeline.data.manifest import Split, fingerprint, read_manifest
+    from pipeline.data.shards import Split, fingerprint, read_manifest
 
     manifest = read_manifest(shards)
     splits = {**manifest.splits, "heldout": Split(0, ())}
@@ -200,7 +200,7 @@ def test_empty_splits_are_refused(configure, shards, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(values))
     run = Run.open("train", configure(data={"shards": str(tmp_path)}), "empty", resume=False)
     with pytest.raises(BadInput, match="expected some in both splits"):
-        stage.run(run)
+        train.run(run)
     run.close()
 
 
@@ -248,25 +248,25 @@ def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
 )
 def test_what_cannot_work_is_refused_before_anything_is_made(changes, message, configure):
     with pytest.raises(BadInput, match=message):
-        stage.check(configure(**changes))
+        train.check(configure(**changes))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(trained, configure):
     config = configure(tokenizer={"checkpoint": str(trained.folder), "global_tokens": 3})
     with pytest.raises(BadInput, match=r"has global_tokens 2; expected tokenizer\.global_tokens, 3"):
-        stage.check(config)
+        train.check(config)
 
 
 def test_hiding_global_tokens_of_no_sample_is_told(configure):
     nothing = {"all": 0, "none": 1, "random": 0, "blocks": 0, "filtered": 0}
-    assert stage.hides_nothing(configure(kept_sets=nothing))
-    assert not stage.hides_nothing(configure())
-    assert not stage.hides_nothing(configure(kept_sets={**nothing, "hide_globals": 0}))
-    assert not stage.hides_nothing(configure(kept_sets=nothing, tokenizer={"patch_tokens": False}))
+    assert train.hides_nothing(configure(kept_sets=nothing))
+    assert not train.hides_nothing(configure())
+    assert not train.hides_nothing(configure(kept_sets={**nothing, "hide_globals": 0}))
+    assert not train.hides_nothing(configure(kept_sets=nothing, tokenizer={"patch_tokens": False}))
 
 
 def test_the_default_name_says_preset_and_stage():
-    assert stage.default_name(load_config("smoke")) == "smoke-train"
+    assert train.default_name(load_config("smoke")) == "smoke-train"
 
 
 @pytest.mark.gpu
@@ -294,7 +294,7 @@ def test_resuming_a_finished_run_measures_it_again_and_changes_nothing(trained, 
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused(configure):
-    from pipeline.training.ray_workers import check_resources
+    from pipeline.training.workers import check_resources
 
     config = configure(train={"num_workers": 4})
     check_resources({"CPU": 4.0}, config)
@@ -306,7 +306,7 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused(configure):
 
 def test_pictures_too_small_for_ssim_are_refused(configure):
     with pytest.raises(BadInput, match=r"data\.image_size is 8; expected at least 11 pixels"):
-        stage.check(configure(data={"image_size": 8}, tokenizer={"patch_size": 4}))
+        train.check(configure(data={"image_size": 8}, tokenizer={"patch_size": 4}))
 
 
 def test_the_loop_runs_without_ray_and_mlflow(run_python, configure, tmp_path):
@@ -315,8 +315,8 @@ def test_the_loop_runs_without_ray_and_mlflow(run_python, configure, tmp_path):
 import sys
 for name in ("ray", "mlflow"): sys.modules[name] = None
 from pathlib import Path
-from pipeline.config import config_from_dict
-from pipeline.run import Run
+from pipeline.core.config import config_from_dict
+from pipeline.core.run import Run
 from pipeline.training import loop, stage
 config = config_from_dict({config.to_dict()!r})
 run = Run.open("train", config, "bare", resume=False)

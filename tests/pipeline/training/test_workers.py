@@ -42,7 +42,7 @@ def test_two_workers_reach_the_loss_of_one(ray_session, configure, run_training,
 
 @pytest.mark.slow
 def test_a_picture_that_one_of_two_workers_cannot_read_ends_both(ray_session, configure, run_training, damaged_shards):
-    from pipeline.errors import BadInput
+    from pipeline.core.errors import BadInput
 
     config = configure(data={"shards": str(damaged_shards)}, train={**STEPS, "num_workers": 2})
     with pytest.raises(BadInput, match="picture 0 of split 'train' in .* cannot be decoded"):
@@ -51,15 +51,15 @@ def test_a_picture_that_one_of_two_workers_cannot_read_ends_both(ray_session, co
 
 @pytest.mark.slow
 def test_a_stop_reaches_the_workers_and_the_run_can_be_resumed(ray_session, configure, run_training):
-    from pipeline.errors import Stopped
-    from pipeline.run import Run
-    from pipeline.training import stage
+    from pipeline.core.errors import Stopped
+    from pipeline.core.run import Run
+    from pipeline.training import train
 
     config = configure(train={"max_steps": 100000, "num_workers": 2, "validate_every": 0, "checkpoint_every": 0})
     run = Run.open("train", config, "stopped", resume=False)
     run.request_stop()
     with pytest.raises(Stopped, match="go on with --resume"):
-        stage.run(run)
+        train.run(run)
     run.close()
     newest = max((run.folder / "checkpoints").iterdir())
     step = int(newest.name.removeprefix("step-"))

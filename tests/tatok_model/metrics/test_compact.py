@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from tatok_model.metrics.compact import SHIPPED, CompactExtractor
+from tatok_model.metrics.extractors.small_networks import SHIPPED, CompactExtractor
 
 
 @pytest.fixture(scope="module")

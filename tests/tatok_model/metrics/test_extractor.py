@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tatok_model.metrics.extractor import FeatureExtractor, check_images
+from tatok_model.metrics.extractors.extractor import FeatureExtractor, check_images
 
 
 def test_uint8_pictures_of_any_size_pass() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tatok_model.metrics import inception
-from tatok_model.metrics.inception import Inception2015, tf1_bilinear
+from tatok_model.metrics.extractors import inception
+from tatok_model.metrics.extractors.inception import Inception2015, tf1_bilinear
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "inception_conformance.json").read_text())
 

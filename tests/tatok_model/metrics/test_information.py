@@ -5,14 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tatok_model.metrics.information import (
-    chain_orders,
-    limit,
-    mutual_information,
-    partners,
-    redundancy,
-    unigram_bits,
-)
+from tatok_model.metrics.scores import chain_orders, limit, mutual_information, partners, redundancy, unigram_bits
 
 
 def test_orders_are_permutations_that_a_seed_repeats():

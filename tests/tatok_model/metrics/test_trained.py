@@ -5,10 +5,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tatok_model.metrics.compact import SHIPPED, CompactExtractor
-from tatok_model.metrics.small_resnet import SmallResNet
-from tatok_model.metrics.trainable import TrainableExtractor
-from tatok_model.metrics.trained import ARCHITECTURES, load_trained
+from tatok_model.metrics.extractors.extractor import TrainableExtractor
+from tatok_model.metrics.extractors.small_networks import (
+    ARCHITECTURES,
+    SHIPPED,
+    CompactExtractor,
+    SmallResNet,
+    load_trained,
+)
 
 BOTH = pytest.mark.parametrize("network", [CompactExtractor, SmallResNet])
 

@@ -1,0 +1,224 @@
+"""Images per second of the evaluation stage, against the bare computation on pictures that are in memory.
+
+Contenders, on held-out pictures at the configured cut, each on as many threads as an actor has:
+- stage: Ray Data actors, as a job runs them; the rate is that of the ranges after the first, which has the start in it.
+  The others take the pictures of that first range: their rates do not depend on how many there are.
+- evaluator: what an actor does (reading, encoding, cutting, decoding, every measurement), in this process.
+- bare: encode, rank and cut where the configuration cuts, decode, features.
+- bare_with_bits: that and the entropy-coded length of what is kept, a pass of q in each coding round.
+
+Shapes: B images of a batch, H = W image side.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipeline.benchmarks.benchmark_inputs import check_named, take_pictures, tokenizer_of
+from pipeline.benchmarks.harness import (
+    Findings,
+    Goal,
+    Ratio,
+    Spread,
+    device_facts,
+    go_on,
+    now,
+    publish,
+    rate_table,
+    ratio,
+    scratch,
+    spread_results,
+    take_turns,
+)
+from pipeline.core.checkpoints import check_architecture
+from pipeline.core.cluster import check_cpus
+from pipeline.core.config import Config
+from pipeline.core.console import progress
+from pipeline.core.errors import BadInput
+from pipeline.core.run import Run
+from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from pipeline.evaluation.actors import Bench
+    from pipeline.evaluation.measurements import Plan
+    from tatok_model.tokenizer import TaTok
+
+STAGE, EVALUATOR, BARE, WITH_BITS = "stage", "evaluator", "bare", "bare_with_bits"
+SHARE = Goal(0.9)
+RANGES = 3  # of the run: the rate is that of all but the first
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work; reads no pictures.
+
+    Raises:
+        BadInput: shards or a checkpoint that do not fit, more workers than CPUs.
+    """
+    check_cpus("evaluate.num_workers", config.evaluate.num_workers)
+    check_architecture(config)
+    check_named(config)
+
+
+def run(run: Run) -> None:
+    """Measure, and leave `report.md` with the table.
+
+    Raises:
+        BadInput: the tokenizer cannot be used, or there are too few held-out pictures.
+        Stopped: the run was asked to stop.
+    """
+    from pipeline.evaluation.actors import Bench
+
+    with scratch(run) as folder:
+        take_pictures(run, folder, heldout_fraction=0.5)
+        # One worker: a bare loop has one process too.
+        run.config = dataclasses.replace(run.config, evaluate=dataclasses.replace(run.config.evaluate, num_workers=1))
+        tokenizer = tokenizer_of(run)
+        with Tracker.start(run) as tracker:
+            publish(run, tracker, _measure(run, Bench.set_up(run), tokenizer))
+
+
+def plan_of(plan: "Plan", images: int) -> "Plan":
+    """The evaluation's plan for as many whole ranges as the benchmark takes: of its own size where pictures suffice.
+
+    Args:
+        plan: of the evaluation.
+        images: at least so many, where there are.
+
+    Raises:
+        BadInput: there are not enough held-out pictures for ranges of a batch each.
+    """
+    if plan.count < RANGES * plan.batch_size:
+        raise BadInput(
+            f"{plan.count} held-out pictures would be measured; "
+            f"expected at least {RANGES * plan.batch_size}, {RANGES} batches of evaluate.batch_size"
+        )
+    whole = max(images, RANGES * plan.range_size)
+    size = plan.batch_size * (min(plan.count, whole) // (RANGES * plan.batch_size))
+    return dataclasses.replace(plan, count=RANGES * size, range_size=size, grid=0)
+
+
+@dataclass
+class StageRate:
+    """The stage's rate, and how long it takes to start."""
+
+    bench: "Bench"
+    tokenizer: "TaTok"
+    first: list[float] = field(default_factory=list)  # seconds until the first range came back, in every round
+
+    def __call__(self) -> float:
+        """Images per second after the first range."""
+        from pipeline.evaluation.actors import measure_on_actors
+
+        bench, config = self.bench, self.bench.run.config
+        started = time.perf_counter()
+        common = bench.plan, False, bench.device, config.evaluate.num_workers, bench.cuts
+        parts = measure_on_actors(self.tokenizer, bench.instruments, config.data.shards, *common)
+        times = [time.perf_counter() for _ in parts]
+        self.first.append(times[0] - started)
+        return (bench.plan.count - bench.plan.range_size) / (times[-1] - times[0])
+
+
+def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
+    import torch
+
+    from pipeline.evaluation.evaluator import Evaluator
+
+    section = run.config.benchmark
+    bench = dataclasses.replace(bench, plan=plan_of(bench.plan, section.images))
+    device = torch.device(bench.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as in an actor, which reserves a CPU
+    stage = StageRate(bench, tokenizer)
+    evaluator = Evaluator(copy.deepcopy(tokenizer), bench.instruments, bench.plan, False, device, bench.cuts)
+    turns: dict[str, Callable[[], float]] = {
+        STAGE: stage,
+        EVALUATOR: partial(evaluator_rate, evaluator, bench),
+        BARE: bare(bench, evaluator, device),
+        WITH_BITS: bare(bench, evaluator, device, bits=True),
+    }
+    with progress("benchmark", len(turns) * (section.repeats + 1), "timings") as shown:
+
+        def timed(measure: Callable[[], float]) -> float:
+            go_on(run)
+            rate = measure()
+            shown.advance(1)
+            return rate
+
+        rates = take_turns({name: partial(timed, measure) for name, measure in turns.items()}, section.repeats)
+    facts = {
+        **device_facts(device),
+        "pictures a timing": f"{bench.plan.count} (stage), {bench.plan.range_size} (the others)",
+        "batch": str(bench.plan.batch_size),
+        "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.max_tokens} tokens",
+        "cut": f"{run.config.filter.rule} {run.config.filter.threshold:g}",
+        "extractor": bench.extractor.name,
+    }
+    return findings(rates, Spread.of(stage.first[1:]), bench.plan.range_size, facts)
+
+
+def findings(rates: dict[str, list[float]], first: Spread, range_size: int, facts: dict[str, str]) -> Findings:
+    """What the rates say.
+
+    Args:
+        rates: images per second of every contender, one a round.
+        first: seconds until the stage's first range came back.
+        range_size: images of a range.
+        facts: about device and pictures.
+    """
+    spreads = {name: Spread.of(values) for name, values in rates.items()}
+    numbers: dict[str, float] = {}
+    for name, spread in spreads.items():
+        numbers |= spread_results(f"{name}_images_per_second", spread)
+    numbers["start_seconds"] = max(0.0, first.median - range_size / spreads[STAGE].median)
+    ratios = [
+        Ratio("stage_over_bare", ratio(rates[STAGE], rates[BARE]), "stage, steady, over bare computation", SHARE),
+        Ratio("stage_over_bare_with_bits", ratio(rates[STAGE], rates[WITH_BITS]), "stage over bare with coded bits"),
+        Ratio("evaluator_over_bare", ratio(rates[EVALUATOR], rates[BARE]), "the same without Ray, over bare"),
+    ]
+    told = f"the stage takes {numbers['start_seconds']:.1f} s to start"
+    return Findings(rate_table("images/s", spreads, STAGE), ratios, numbers, facts, told)
+
+
+def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
+    """Images per second of an actor's work on one range, done here."""
+    started = time.perf_counter()
+    evaluator.measure(bench.pictures, 0, bench.plan.range_size)
+    return bench.plan.range_size / (time.perf_counter() - started)
+
+
+def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
+    """Measures the bare computation on one range, in images per second, with the evaluator's networks.
+
+    Args:
+        bench: pictures and cuts.
+        evaluator: an `Evaluator`.
+        device: where its networks are.
+        bits: whether lengths are entropy-coded too.
+    """
+    import numpy as np
+    import torch
+
+    from tatok_model.metrics.images import to_uint8
+
+    plan, cuts, tokenizer = bench.plan, bench.cuts, evaluator.codec
+    pictures = bench.pictures.images(plan.indices(np.arange(plan.range_size)).tolist())
+    images = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))  # (B, 3, H, W) uint8
+
+    @torch.inference_mode()
+    def rate() -> float:
+        started = now(device)
+        for part in images.split(plan.batch_size):
+            batch = part.to(device)
+            tokens = cuts.operating(cuts.rank(tokenizer, tokenizer.encode(batch), batch))
+            if bits:
+                cuts.bits_coded(tokenizer, tokens)
+            made = to_uint8(tokenizer.decode(tokens))
+            for extractor in evaluator.extractors.values():
+                extractor(made)
+        return plan.range_size / (now(device) - started)
+
+    return rate

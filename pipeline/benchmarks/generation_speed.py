@@ -1,0 +1,262 @@
+"""Pictures per second of the generator, against the same generator that writes all N patch tokens.
+
+Both sample and decode the same number of pictures, in one process, on one device, taking turns; once at an equal batch
+and once each at the batch that suits it best. The control is not trained: what it has to do does not depend on its
+weights, because it always writes N tokens. Ours is, because its lengths are what training made of them. Positions are
+generated with the tokens, so nothing is filtered or replayed here; what decoding costs, q's expected codes included, is
+counted.
+
+Shapes: B pictures of a batch, N patch positions.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipeline.benchmarks.harness import (
+    Findings,
+    Ratio,
+    Spread,
+    device_facts,
+    go_on,
+    now,
+    publish,
+    ratio,
+    spread_results,
+    take_turns,
+)
+from pipeline.core.cluster import pick_device, uses_bf16
+from pipeline.core.config import Config
+from pipeline.core.console import progress
+from pipeline.core.errors import BadInput
+from pipeline.core.run import Run
+from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from tatok_model.generation.generator import Generator
+    from tatok_model.tokenizer import TaTok
+
+OURS, CONTROL = "tatok", "patch_only"
+FLOOR = 0.9  # of the ratio of steps: what fewer steps have to give at least
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work; reads no tokens.
+
+    Raises:
+        BadInput: a tokenizer without patch tokens, which has no such control, or as the check of training a generator
+            where there is none yet.
+    """
+    from pipeline.generator.fit import asked_labels, check_guidance, read_generator
+    from pipeline.generator.generator_inputs import check_generator
+
+    if not config.tokenizer.patch_tokens:
+        raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
+    if config.generate.device == "cuda":  # else torch need not be imported
+        pick_device("generate", config.generate.device)
+    found = check_generator(config)
+    if found.generator.checkpoint:
+        generator = read_generator(found.generator.checkpoint)
+        check_guidance(config.generate, asked_labels(config.generate, generator.classes), generator.class_dropout)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A generator with the tokenizer that decodes for it."""
+
+    name: str
+    generator: "Generator"
+    tokenizer: "TaTok"
+
+
+@dataclass
+class Work:
+    """What was done for one batch size, over all timings."""
+
+    images: int = 0
+    tokens: int = 0
+    batches: int = 0
+    longest: int = 0  # tokens of the longest sequence of each batch, added up
+    sampling: float = 0.0  # seconds
+    decoding: float = 0.0  # seconds
+
+    @property
+    def steps(self) -> float:
+        """Of the generator for a picture: one a token."""
+        return self.tokens / self.images
+
+    @property
+    def decoding_share(self) -> float:
+        """Of the time."""
+        return self.decoding / (self.decoding + self.sampling)
+
+
+def run(run: Run) -> None:
+    """Measure both, and leave `report.md` with the table.
+
+    Raises:
+        BadInput: the generator or its tokenizer cannot be used.
+        Stopped: the run was asked to stop.
+    """
+    from pipeline.core.pretrained import load_tokenizer
+    from pipeline.generator.generator_inputs import load_generator, with_generator
+
+    run.config = config = with_generator(run.config)
+    generator, sha256 = load_generator(config)
+    tokenizer, tokenizer_sha256 = load_tokenizer(config)
+    run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}
+    run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
+    device = pick_device("generate", config.generate.device)
+    ours = Contender(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
+    facts = {
+        **device_facts(device),
+        "generator": f"{generator.config.size}, {sum(p.numel() for p in generator.parameters())} parameters",
+        "pictures a timing": str(config.benchmark.images),
+        "repeats": str(config.benchmark.repeats),
+        "guidance": f"{config.generate.guidance:g}, {config.generate.schedule}",
+    }
+    with Tracker.start(
+        run, {"generator_sha256": sha256, **{k.replace(" ", "_"): v for k, v in facts.items()}}
+    ) as tracker:
+        found = _measure(run, [ours, control_of(ours, device)], device)
+        found.facts, found.conclusion = facts, _conclusion(found.results())
+        publish(run, tracker, found)
+
+
+def control_of(ours: Contender, device: Any) -> Contender:
+    """The same generator and tokenizer for all N patch tokens and no global ones, with fresh weights."""
+    import torch
+
+    from tatok_model.generation.generator import Generator
+    from tatok_model.tokenizer import TaTok
+
+    made, n = ours.generator.config, ours.generator.config.patch_positions
+    config = dataclasses.replace(made, global_tokens=0, positions="derived", max_patch_tokens=n)
+    architecture = dataclasses.replace(ours.tokenizer.config, global_tokens=0, entropy_layers=0)
+    torch.manual_seed(0)
+    return Contender(CONTROL, Generator(config).to(device).eval(), TaTok(architecture).to(device).eval())
+
+
+def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
+    """The table and every number behind it."""
+    section, config = run.config.benchmark, run.config
+    sizes = sorted({section.batch_size, *section.batch_sizes})
+    work = {(contender.name, size): Work() for size in sizes for contender in contenders}
+    measured: dict[tuple[str, int], list[float]] = {}  # images/s, one a round
+    with progress("benchmark", len(work) * (section.repeats + 1), "timings") as shown:
+
+        def timed(contender: Contender, size: int) -> float:
+            go_on(run)
+            done = work[contender.name, size]
+            before = done.sampling + done.decoding
+            make_pictures(contender, size, section.images, config, device, done)
+            shown.advance(1)
+            return done.sampling + done.decoding - before
+
+        for size in sizes:  # ratios compare what ran side by side: the contenders of one batch size take turns
+            turns = {contender.name: partial(timed, contender, size) for contender in contenders}
+            for name, seconds in take_turns(turns, section.repeats).items():
+                measured[name, size] = [section.images / value for value in seconds]
+    rates = {key: Spread.of(values) for key, values in measured.items()}
+    numbers: dict[str, float] = {}
+    for contender in contenders:
+        numbers |= _results(contender, section.batch_size, rates, work, config)
+    best = {name: int(numbers[f"{name}_best_batch_size"]) for name in (OURS, CONTROL)}
+    steps = numbers[f"{CONTROL}_steps"] / numbers[f"{OURS}_steps"]
+    equal = ratio(measured[OURS, section.batch_size], measured[CONTROL, section.batch_size])
+    # Batches of different sizes did not take turns: this one's spread has in it what changed between them.
+    at_best = ratio(measured[OURS, best[OURS]], measured[CONTROL, best[CONTROL]])
+    ratios = [
+        Ratio("speedup_equal_batch", equal, f"images/s, both at {section.batch_size} pictures"),
+        Ratio("speedup_best_batch", at_best, f"images/s at each one's best, {best[OURS]} and {best[CONTROL]} pictures"),
+    ]
+    ours, control = (work[name, section.batch_size] for name in (OURS, CONTROL))
+    numbers |= {
+        "ratio_of_steps": steps,
+        "speedup_sampling_equal_batch": (control.sampling / control.images) / (ours.sampling / ours.images),
+        "share_of_steps_equal_batch": equal.median / steps,
+        "share_of_steps_best_batch": at_best.median / steps,
+    }
+    header = ["", "batch", "images/s", "lowest", "highest", "steps", "longest", "decoding", "KV cache MB"]
+    named = {contender.name: contender for contender in contenders}
+    lines = [_line(named[name], size, rates[name, size], work[name, size], config) for name, size in rates]
+    return Findings([header, *lines], ratios, numbers)
+
+
+def make_pictures(contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: Work) -> None:
+    """Sample and decode that many pictures, and add to `work` what it took."""
+    import torch
+
+    from pipeline.generator.fit import asked_labels
+    from tatok_model.generation.sampling import sample
+
+    generator, tokenizer = contender.generator, contender.tokenizer
+    asked = torch.tensor(asked_labels(config.generate, generator.config.classes), device=device)
+    for first in range(0, images, batch_size):
+        numbers = torch.arange(first, min(first + batch_size, images), device=device)
+        labels = asked[numbers % len(asked)]
+        started = now(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16("auto", device)):
+            sequences = sample(generator, labels, numbers, config.generate.seed, config.generate)
+            sampled = now(device)
+            tokenizer.decode(sequences.to_tokens(tokenizer.config.patch_positions, tokenizer.config.global_tokens))
+        work.sampling += sampled - started
+        work.decoding += now(device) - sampled
+        lengths = sequences.lengths()
+        work.images += len(numbers)
+        work.batches += 1
+        work.tokens += int(lengths.sum())
+        work.longest += int(lengths.max())
+
+
+def _results(
+    contender: Contender,
+    equal: int,
+    rates: dict[tuple[str, int], Spread],
+    work: dict[tuple[str, int], Work],
+    config: Config,
+) -> dict[str, float]:
+    name = contender.name
+    best = max((size for other, size in rates if other == name), key=lambda size: rates[name, size].median)
+    return {
+        **spread_results(f"{name}_images_per_second", rates[name, equal]),
+        f"{name}_best_images_per_second": rates[name, best].median,
+        f"{name}_best_batch_size": best,
+        f"{name}_steps": work[name, equal].steps,
+        f"{name}_longest": work[name, equal].longest / work[name, equal].batches,
+        f"{name}_decoding_share": work[name, equal].decoding_share,
+        f"{name}_kv_cache_bytes": _cache_bytes(contender, equal, config),
+    }
+
+
+def _line(contender: Contender, size: int, rate: Spread, work: Work, config: Config) -> list[str]:
+    numbers = (rate.median, rate.low, rate.high, work.steps, work.longest / work.batches)
+    cache = _cache_bytes(contender, size, config) / 1e6
+    return [
+        contender.name,
+        str(size),
+        *(f"{number:.1f}" for number in numbers),
+        f"{work.decoding_share:.0%}",
+        f"{cache:.1f}",
+    ]
+
+
+def _cache_bytes(contender: Contender, batch: int, config: Config) -> int:
+    import torch
+
+    from tatok_model.generation.sampling import kv_cache_bytes
+
+    weight = next(contender.generator.parameters())
+    dtype = torch.bfloat16 if uses_bf16("auto", weight.device) else weight.dtype
+    return kv_cache_bytes(contender.generator.config, batch, dtype, config.generate.guided)
+
+
+def _conclusion(results: dict[str, float]) -> str:
+    equal, best, steps = (results[name] for name in ("speedup_equal_batch", "speedup_best_batch", "ratio_of_steps"))
+    sampling = results["speedup_sampling_equal_batch"]
+    return (
+        f"{equal:.2f} times {CONTROL}'s images/s at an equal batch, {best:.2f} times at each one's best batch; "
+        f"{CONTROL} takes {steps:.2f} times as many steps; {min(equal, best) / steps:.0%} of that arrive "
+        f"(floor: {FLOOR:.0%}), sampling without decoding is {sampling:.2f} times as fast"
+    )

@@ -1,0 +1,374 @@
+"""How the data stages scale: with workers, and with pictures.
+
+Workers: pictures per second of preprocess and of tokenize with each number of workers that there are CPUs for, against
+one worker and against as many plain processes, in turns. The clock runs from when every worker has finished its first
+range, so that starting workers is not in it.
+
+Pictures: seconds and peak memory of both stages, run whole by one worker in a fresh process, for each of
+`benchmark.sizes`. Tokens are made by an untrained tokenizer: the work does not depend on weights.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.benchmarks.benchmark_inputs import make_photographs, make_shards, run_quietly
+from pipeline.benchmarks.harness import (
+    Findings,
+    Goal,
+    Ratio,
+    Spread,
+    emptied,
+    go_on,
+    in_fresh_process,
+    publish_measured,
+    ratio,
+    spread_results,
+    steady_rate,
+    take_turns,
+)
+from pipeline.core.cluster import connect
+from pipeline.core.config import Config, DataConfig
+from pipeline.core.console import format_value, progress
+from pipeline.core.errors import BadInput
+from pipeline.core.run import Run
+from pipeline.data import preprocess
+from pipeline.data import preprocess as pictures_ranges
+from pipeline.data.preprocess import check as check_preprocess
+from pipeline.data.preprocess import make_plan, open_sources
+from pipeline.data.samples import photograph_files
+from pipeline.data.shards import read_manifest
+from pipeline.tokens.ranges import Range
+
+# The data stages as `scaling` takes them apart: ranges of work, given to our workers or to plain processes.
+
+
+class Scaled(Protocol):
+    """A stage under test."""
+
+    def ours(self, workers: int) -> Iterator[int]:
+        """Pictures of each finished range, by our workers: one works in this process, several on Ray."""
+        ...
+
+    def plain(self, workers: int) -> Iterator[int]:
+        """The same by so many plain processes, which are kept for the next time."""
+        ...
+
+    def close(self) -> None:
+        """End the processes."""
+        ...
+
+
+class Pools:
+    """Plain processes, a pool for each number of them."""
+
+    def __init__(self, initializer: Any = None, arguments: tuple[Any, ...] = ()) -> None:
+        self._how = {"mp_context": get_context("spawn"), "initializer": initializer, "initargs": arguments}
+        self._pools: dict[int, ProcessPoolExecutor] = {}
+
+    def of(self, workers: int) -> Executor:
+        """The pool with so many."""
+        if workers not in self._pools:
+            self._pools[workers] = ProcessPoolExecutor(workers, **self._how)
+        return self._pools[workers]
+
+    def close(self) -> None:
+        """End all processes."""
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+class Preprocess:
+    """Pictures of a folder to shards.
+
+    Args:
+        config: `data.source` names the folder; `data.rows_per_shard` says how long a range is.
+        folder: for what is made; emptied each time.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._data, self._folder, self._pools = config.data, folder, Pools()
+        sources = open_sources(self._data)
+        self._plan = make_plan(sources, self._data)
+        self._sources = [source.without_listing() for source in sources]
+
+    def ours(self, workers: int) -> Iterator[int]:
+        """See `Scaled`."""
+        work, ranges = self._work(workers), self._plan.ranges
+        made = (
+            (pictures_ranges.make_part(task, work) for task in ranges)
+            if workers == 1
+            else preprocess.make_on_ray(connect(), ranges, work)
+        )
+        for part, _ in made:
+            yield ranges[part.number].rows
+
+    def plain(self, workers: int) -> Iterator[int]:
+        """See `Scaled`."""
+        work, ranges, pool = self._work(workers), self._plan.ranges, self._pools.of(workers)
+        for done in as_completed([pool.submit(pictures_ranges.make_part, task, work) for task in ranges]):
+            yield ranges[done.result()[0].number].rows
+
+    def close(self) -> None:
+        """See `Scaled`."""
+        self._pools.close()
+
+    def _work(self, workers: int) -> pictures_ranges.Work:
+        emptied(self._folder, "shards", "parts")
+        data = dataclasses.replace(self._data, num_workers=workers)
+        return pictures_ranges.Work(self._folder, self._plan.key, self._plan.classes, self._sources, data)
+
+
+class Tokenize:
+    """Pictures of shards to token files.
+
+    Args:
+        config: `data.shards` and `tokenizer.checkpoint` are named.
+        folder: for what is made; emptied each time.
+        pictures: of the training split to take, if it has so many.
+        rows: pictures of a range.
+    """
+
+    def __init__(self, config: Config, folder: Path, pictures: int, rows: int) -> None:
+        from pipeline.core.pretrained import load_tokenizer
+        from pipeline.tokens.encoder import EncodingWork
+        from pipeline.tokens.token_manifest import stream_of
+
+        self._tokenizer, sha256 = load_tokenizer(config)
+        tokens = dataclasses.replace(config.tokens, batch_size=min(config.tokens.batch_size, rows), flip=False, crops=0)
+        self._folder = folder
+        self._work = EncodingWork(folder, "", config.data.shards, stream_of(config, sha256), tokens, config.train.seed)
+        total = min(read_manifest(config.data.shards).splits["train"].rows, pictures)
+        self._ranges = [
+            Range(number, "train", number, start, min(start + rows, total), total, total)
+            for number, start in enumerate(range(0, total, rows))
+        ]
+        self._pools = Pools(_load, (self._tokenizer, self._work))
+
+    def ours(self, workers: int) -> Iterator[int]:
+        """See `Scaled`."""
+        from pipeline.tokens.parts import make_here, make_on_actors
+
+        emptied(self._folder, "tokens", "parts")
+        made = (
+            make_here(self._tokenizer, self._work, self._ranges, "cpu")
+            if workers == 1
+            else make_on_actors(self._tokenizer, self._work, self._ranges, "cpu", workers)
+        )
+        for part in made:
+            yield part.file.rows
+
+    def plain(self, workers: int) -> Iterator[int]:
+        """See `Scaled`."""
+        emptied(self._folder, "tokens", "parts")
+        pool = self._pools.of(workers)
+        for done in as_completed([pool.submit(_tokenize, task) for task in self._ranges]):
+            yield done.result()
+
+    def close(self) -> None:
+        """See `Scaled`."""
+        self._pools.close()
+
+
+_loaded: list[Any] = []  # in a plain process: the work and the worker that it keeps for all its ranges
+
+
+def _load(tokenizer: Any, work: Any) -> None:
+    _loaded[:] = [work, work.worker(tokenizer, "cpu")]
+
+
+def _tokenize(task: Range) -> int:
+    from pipeline.tokens.parts import make_part
+
+    work, worker = _loaded
+    return make_part(work.folder, work.key, task, worker.make).file.rows
+
+
+STAGES = ("preprocess", "tokenize")
+OURS, PLAIN = "tatok", "processes"
+MOST_MEMORY = Goal(1.2, at_most=True)
+RANGES_PER_WORKER = 8
+
+Timings = dict[tuple[str, str, int], list[float]]  # rates by stage, contender, workers
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work; makes nothing.
+
+    Raises:
+        BadInput: no photographs to make pictures from, too few pictures, or fewer than two sizes.
+    """
+    photograph_files()
+    section = config.benchmark
+    least = RANGES_PER_WORKER * max(_workers(config))
+    if section.pictures < least:
+        raise BadInput(f"benchmark.pictures is {section.pictures}; expected at least {least} on this machine")
+    if len(set(section.sizes)) < 2:
+        raise BadInput(f"benchmark.sizes is {list(section.sizes)}; expected two different numbers of pictures or more")
+
+
+def run(run: Run) -> None:
+    """Measure, and leave `report.md` with the table; `Stopped` where the run was asked to stop."""
+    publish_measured(run, _measure)
+
+
+def _measure(run: Run, folder: Path) -> Findings:
+    config = _with_tokenizer(run.config, folder)
+    sizes = [_size(run, config, folder / str(size), size) for size in sorted(set(config.benchmark.sizes))]
+    rates = _rates(run, config, folder / "workers")
+    facts = {
+        "pictures": f"{config.benchmark.pictures} to preprocess and {_tokenized(config)[0]} to tokenize (workers)",
+        "made": f"{config.data.image_size} pixels, {config.data.encoding}",
+        "tokenizer": f"{config.tokenizer.size}, {config.tokenizer.max_tokens} tokens, untrained, ranked by "
+        f"{config.filter.score} in {config.filter.rounds}",
+        "repeats": f"{config.benchmark.repeats} (workers), 1 (sizes)",
+    }
+    return _findings(rates, sizes, facts)
+
+
+def _with_tokenizer(config: Config, folder: Path) -> Config:
+    """The configuration with an untrained tokenizer in `folder`."""
+    import torch
+
+    from tatok_model.tokenizer import TaTok
+
+    torch.manual_seed(0)
+    place = folder / "tokenizer"
+    TaTok(config.tokenizer.architecture()).save_pretrained(place)
+    tokens = dataclasses.replace(config.tokens, flip=False, crops=0, max_images=0, num_workers=1, split="both")
+    tokenizer = dataclasses.replace(config.tokenizer, checkpoint=str(place))
+    tracking = dataclasses.replace(config.tracking, uri="")  # of the stages that are measured
+    return dataclasses.replace(config, tokenizer=tokenizer, tokens=tokens, tracking=tracking)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What one number of pictures took."""
+
+    pictures: int
+    seconds: dict[str, float]  # by stage
+    mib: dict[str, float]  # by stage
+
+
+def _size(run: Run, config: Config, folder: Path, pictures: int) -> Size:
+    make_photographs(folder / "pictures", pictures)
+    data = dataclasses.replace(config.data, source=str(folder / "pictures"), heldout_source="", num_workers=1)
+    named = dataclasses.replace(config, data=dataclasses.replace(data, shards=str(folder / "shards")))
+    seconds, mib = {}, {}
+    for stage, arguments in (
+        ("preprocess", (time_preprocess, config, data, folder / "shards")),
+        ("tokenize", (time_tokenize, named, folder / "tokens")),
+    ):
+        go_on(run)
+        seconds[stage], mib[stage] = in_fresh_process(*arguments)
+    shutil.rmtree(folder)
+    return Size(pictures, seconds, mib)
+
+
+def time_preprocess(config: Config, data: DataConfig, folder: Path) -> float:
+    """Seconds of the whole stage; runs in a process of its own."""
+    check_preprocess(dataclasses.replace(config, data=data))  # imports
+    started = time.perf_counter()
+    make_shards(config, data, folder)
+    return time.perf_counter() - started
+
+
+def time_tokenize(config: Config, folder: Path) -> float:
+    """Seconds of the whole stage; runs in a process of its own."""
+    from pipeline.tokens import encoder, tokenize  # noqa: F401 - torch, before the clock runs
+
+    started = time.perf_counter()
+    run_quietly("tokenize_images", tokenize, config, folder)
+    return time.perf_counter() - started
+
+
+def _rates(run: Run, config: Config, folder: Path) -> Timings:
+    section, workers = config.benchmark, _workers(config)
+    rows = max(1, section.pictures // (RANGES_PER_WORKER * max(workers)))
+    make_photographs(folder / "pictures", section.pictures)
+    data = dataclasses.replace(
+        config.data, source=str(folder / "pictures"), heldout_source="", rows_per_shard=rows, num_workers=0
+    )
+    shards = make_shards(config, data, folder / "shards")
+    config = dataclasses.replace(config, data=dataclasses.replace(data, shards=str(shards)))
+    stages: dict[str, Scaled] = {
+        "preprocess": Preprocess(config, folder / "preprocess"),
+        "tokenize": Tokenize(config, folder / "tokenize", *_tokenized(config)),
+    }
+    rates: Timings = {}
+    with progress("benchmark", len(stages) * 2 * len(workers) * (section.repeats + 1), "timings") as shown:
+
+        def timed(stage: str, contender: str, number: int) -> float:
+            go_on(run)
+            scaled = stages[stage]
+            ranges = (scaled.ours if contender == OURS else scaled.plain)(number)
+            rate = steady_rate([(time.perf_counter(), pictures) for pictures in ranges], number)
+            shown.advance(1)
+            return rate
+
+        for stage, scaled in stages.items():
+            every = [(stage, contender, number) for number in workers for contender in (OURS, PLAIN)]
+            rates |= take_turns({key: partial(timed, *key) for key in every}, section.repeats)
+            scaled.close()
+    return rates
+
+
+def _tokenized(config: Config) -> tuple[int, int]:
+    """Pictures to make tokens of, `benchmark.images` for each worker, and those of a range."""
+    pictures = config.benchmark.images * max(_workers(config))
+    return pictures, max(1, pictures // (RANGES_PER_WORKER * max(_workers(config))))
+
+
+def _findings(rates: Timings, sizes: list[Size], facts: dict[str, str]) -> Findings:
+    table = [["", "workers or pictures", "images/s", "lowest", "highest", "efficiency", "peak MiB"]]
+    ratios: list[Ratio] = []
+    numbers: dict[str, float] = {}
+    for (stage, contender, number), values in rates.items():
+        spread, alone = Spread.of(values), rates.get((stage, contender, 1))
+        name = f"{stage}_{contender}_{number}_workers"
+        numbers |= spread_results(f"{name}_images_per_second", spread)
+        gain = ratio(values, [number * one for one in alone]) if alone else None
+        share = f"{gain.median:.2f}" if gain else ""
+        values_told = map(format_value, (spread.median, spread.low, spread.high))
+        table.append([f"{stage}, {contender}", str(number), *values_told, share, ""])
+        if gain and number > 1:
+            ratios.append(Ratio(f"{name}_efficiency", gain, f"{number} workers / {number} times one, {contender}"))
+        if contender == PLAIN:
+            versus = ratio(rates[stage, OURS, number], values)
+            ratios.append(Ratio(f"{stage}_{number}_workers_to_{PLAIN}", versus, f"{OURS} / as many plain processes"))
+    for size in sizes:
+        for stage in STAGES:
+            rate, mib = size.pictures / size.seconds[stage], size.mib[stage]
+            numbers |= {
+                f"{stage}_{size.pictures}_images_per_second": rate,
+                f"{stage}_{size.pictures}_peak_mib": mib,
+            }
+            table.append([f"{stage}, whole", str(size.pictures), format_value(rate), "", "", "", f"{mib:.0f}"])
+    ratios += _growth(sizes[0], sizes[-1])
+    return Findings(table, ratios, numbers, facts)
+
+
+def _growth(small: Size, large: Size) -> Iterator[Ratio]:
+    """Of memory and of time for a picture, from the fewest to the most pictures."""
+    for stage in STAGES:
+        mib = large.mib[stage] / small.mib[stage]
+        seconds = (large.seconds[stage] / large.pictures) / (small.seconds[stage] / small.pictures)
+        told = f"{large.pictures} / {small.pictures} pictures"
+        yield Ratio(f"{stage}_memory_growth", _once(mib), f"peak memory, {told}", MOST_MEMORY)
+        yield Ratio(f"{stage}_time_growth", _once(seconds), f"seconds a picture, {told}")
+
+
+def _once(value: float) -> Spread:
+    return Spread(value, value, value)
+
+
+def _workers(config: Config) -> list[int]:
+    """The numbers of workers that there are CPUs for."""
+    return [number for number in sorted(set(config.benchmark.workers)) if number <= (os.cpu_count() or 1)] or [1]

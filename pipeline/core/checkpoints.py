@@ -1,0 +1,222 @@
+"""Checkpoints of a training run: written aside and renamed, verified when read, kept by count, never unpickled.
+
+    checkpoints/step-00000500/config.json, model.safetensors     averaged weights: `from_pretrained` loads them
+                              training_state.safetensors          raw weights, optimisers
+                              training_state.json                 step, samples seen, checksums of the other files
+
+One writer serves the in-process loop and Ray Train's workers. Random states are not stored: every draw derives from the
+seed and the step.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.core.config import Config
+from pipeline.core.console import say
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file, write_json
+from tatok_model.config import TokenizerConfig, read_config
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from torch import Tensor
+
+FORMAT, VERSION = "tatok-training-state", 1
+TENSORS, RECORD = "training_state.safetensors", "training_state.json"
+WEIGHED = ("config.json", "model.safetensors", TENSORS)  # what a whole checkpoint has checksums of
+SHAPING = (
+    "image_size",
+    "patch_size",
+    "size",
+    "global_tokens",
+    "patch_tokens",
+    "quantizer",
+    "codebook_size",
+    "codebook_dim",
+    "fsq_levels",
+    "shared_codebook",
+    "entropy_layers",
+    "entropy_width",
+    "entropy_globals",
+    "expected_fill",
+)  # fmt: skip - the keys that decide the weights' shapes
+OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
+
+
+class Exportable(Protocol):
+    """A model that writes config.json and model.safetensors; `TaTok` is one."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write them into `folder`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was verified."""
+
+    folder: Path
+    step: int
+    record: dict[str, Any]
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Raw weights and optimiser state by name."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / TENSORS)
+
+
+def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
+    """Write `folder/step-NNNNNNNN` and delete the oldest beyond `keep`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: optimiser steps done.
+        model: the averaged model.
+        tensors: what resuming needs besides.
+        keep: how many checkpoints stay.
+        record: plain values to keep beside the step.
+    """
+    from safetensors.torch import save_file
+
+    final = folder / f"step-{step:08d}"
+    with replaced(final) as aside:
+        model.save_pretrained(aside)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+        checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
+        write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
+        for path in aside.iterdir():
+            _flush(path)
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def replaced(final: Path) -> Iterator[Path]:
+    """A new folder beside `final`, which takes its place once the body has filled it; after an error nothing is left.
+
+    What an earlier attempt left there when it was killed is removed.
+    """
+    for leftover in final.parent.glob(f".{final.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = final.with_name(f".{final.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:  # on full storage, what is half written would keep others from their room
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; torn or foreign ones are passed over and named."""
+    for path in reversed(_steps(folder)):
+        try:
+            return _verified(path)
+        except (OSError, ValueError, KeyError) as error:
+            say(f"checkpoint {path} is not used: {error}")
+    if _steps(folder):
+        say(f"no checkpoint in {folder} can be used: beginning anew")
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def find(path: str, key: str = "tokenizer.checkpoint") -> Path:
+    """The folder that a checkpoint's key means: a checkpoint, or the run folder of a training that ended.
+
+    Args:
+        path: the value.
+        key: of the configuration, for messages.
+
+    Raises:
+        BadInput: neither.
+    """
+    for folder in (Path(path), Path(path) / "checkpoint"):
+        if (folder / "config.json").is_file():
+            return folder
+    if not Path(path).is_dir():
+        hub = " or a hub id" if key == "tokenizer.checkpoint" else ""
+        raise BadInput(f"{key} {path!r} does not exist; expected a checkpoint folder{hub}")
+    raise BadInput(f"{key} {path!r} holds no config.json; expected a folder that training wrote")
+
+
+def is_hub_id(path: str) -> bool:
+    """`owner/name`, as opposed to a path: those are absolute once resolved."""
+    return bool(path) and not Path(path).is_absolute()
+
+
+def check_architecture(config: Config) -> None:
+    """Refuse a `tokenizer.checkpoint` that does not have the architecture the configuration describes.
+
+    A hub id is only looked up when it is used.
+
+    Raises:
+        BadInput: no such checkpoint, not one of ours, or another architecture.
+    """
+    path = config.tokenizer.checkpoint
+    if not path or is_hub_id(path):
+        return
+    check_same_architecture(path, read_architecture(path), config)
+
+
+def read_architecture(path: str, key: str = "tokenizer.checkpoint") -> TokenizerConfig:
+    """The architecture of a checkpoint; its weights are not read.
+
+    Args:
+        path: the value of a key.
+        key: of the configuration, for messages.
+
+    Raises:
+        BadInput: no such checkpoint, or not one of ours.
+    """
+    try:
+        return read_config(find(path, key))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(str(error)) from None
+
+
+def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -> None:
+    """Raises BadInput naming the first key in which a checkpoint's architecture differs from the configuration's."""
+    wanted = config.tokenizer.architecture()
+    anew = OF_ENTROPY_MODEL if config.train.parts == "entropy" else ()
+    for name in (key for key in SHAPING if key not in anew):
+        if getattr(found, name) != getattr(wanted, name):
+            raise BadInput(
+                f"tokenizer.checkpoint {path!r} has {name} {getattr(found, name)}; "
+                f"expected tokenizer.{name}, {getattr(wanted, name)}"
+            )
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _verified(path: Path) -> Checkpoint:
+    record = json.loads((path / RECORD).read_text())
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
+        raise ValueError(f"its {RECORD} is not of format {FORMAT} version {VERSION}")
+    checksums, step = record.get("sha256"), record.get("step")
+    if not isinstance(checksums, dict) or not checksums.keys() >= set(WEIGHED) or not isinstance(step, int):
+        raise ValueError(f"its {RECORD} lacks the step or checksums of {', '.join(WEIGHED)}")
+    for name, checksum in checksums.items():
+        if Path(name).name != name or sha256_file(path / name) != checksum:
+            raise ValueError(f"{name} does not match its checksum")
+    return Checkpoint(path, step, record)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

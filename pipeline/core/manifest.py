@@ -1,0 +1,69 @@
+"""JSON files that say what a folder holds: read with one sentence where they are missing, foreign or unreadable.
+
+Each names its `format` and `version`; what else it holds is its own module's business.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import locate
+
+
+def read_described(folder: str | Path, name: str, writer: str) -> Any:
+    """The values in file `name` of a folder, a path or URL.
+
+    Args:
+        folder: which.
+        name: of the file.
+        writer: the job that writes such folders, for messages.
+
+    Raises:
+        BadInput: there is none, or it is no JSON.
+    """
+    place = str(folder)
+    try:
+        return json.loads((locate(place) / name).read())
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{place!r} holds no {name}; expected a folder written by {writer}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name} in {place!r} cannot be read ({' '.join(str(error).split())})") from None
+
+
+def check_format(values: Any, what: str, format_and_version: tuple[str, int], writer: str, oldest: int = 0) -> None:
+    """Refuse values of another program or of another version.
+
+    Args:
+        values: as read from JSON.
+        what: they are of, for messages.
+        format_and_version: that are wanted.
+        writer: the job that writes them, for messages.
+        oldest: the first version that can still be read; 0: only the one that is wanted.
+
+    Raises:
+        BadInput: naming what was found.
+    """
+    wanted, version = format_and_version
+    if not isinstance(values, dict) or values.get("format") != wanted:
+        raise BadInput(f"{what} is not of format {wanted!r}; expected one by {writer}")
+    if values.get("version") not in range(oldest or version, version + 1):
+        expected = f"{oldest} to {version}" if oldest else version
+        raise BadInput(f"{what} has version {values.get('version')!r}; expected {expected}")
+
+
+def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on with other values than a run was begun with.
+
+    A key that there was not yet when the run was begun had the value that it has by default.
+
+    Raises:
+        BadInput: naming the first key that differs.
+    """
+    defaults = Config().to_dict()
+    for key, value in wanted.items():
+        section, _, name = key.partition(".")
+        before = begun.get(key, defaults[section].get(name))
+        if before != value:
+            raise BadInput(f"{key} is {value!r}; expected {before!r}, as this run was begun, or a new run.name")

@@ -1,0 +1,222 @@
+"""A run folder: what a stage leaves behind for people and programs to read.
+
+`summary.json` tells how the run stands and ended, `metrics.jsonl` holds every logged metric with its time and
+`config.yaml` what was asked for. docs/interface.md is the contract.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import finite, write_atomically, write_json
+
+SCHEMA_VERSION = 1
+PACKAGES = ("tatok", "torch", "ray", "mlflow", "pyarrow", "numpy", "pillow", "vector-quantize-pytorch", "scikit-image")
+
+
+class Run:
+    """One stage's run: its folder, its summary, its metrics, and whether it was asked to stop."""
+
+    def __init__(self, stage: str, config: Config, folder: Path, command: list[str] | None = None) -> None:
+        self.stage = stage
+        self.config = config
+        self.folder = folder
+        self.inputs: dict[str, dict[str, str]] = {}
+        self.outputs: dict[str, str] = {}
+        self.results: dict[str, float] = {}
+        self.mlflow_run_id: str | None = None
+        self.resumed = False
+        self._stop = threading.Event()
+        self._command = command or sys.argv
+        self._started = time.time()
+        self._config_sha256 = config.sha256()  # as asked for: stages fill in what they make
+        self._commit = commit()  # now: the clone may move on while the run lasts
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+
+    @classmethod
+    def open(cls, stage: str, config: Config, name: str, resume: bool, command: list[str] | None = None) -> "Run":
+        """Make the folder `{run.output}/{name}`, or open the one that is there when `resume` is set.
+
+        Raises:
+            BadInput: the folder exists and `resume` is not set, another process works in it, it belongs to another
+                stage, or it cannot be made.
+        """
+        folder = Path(config.run.output) / name
+        check_folder(folder, resume)
+        run = cls(stage, config, folder, command)
+        try:
+            run._take_folder()
+            run._read_earlier()
+        except BadInput:
+            run.close()
+            raise
+        write_atomically(folder / "config.yaml", config.to_yaml().encode())
+        run.write_summary("running")
+        return run
+
+    def _take_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for as long as the run lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"run folder {str(self.folder)!r} is in use by another process; expected a run.name of its own"
+            ) from None
+        except OSError as error:
+            raise BadInput(f"run folder {str(self.folder)!r} cannot be made: {error.strerror}") from None
+
+    def _read_earlier(self) -> None:
+        path = self.folder / "summary.json"
+        if not path.exists():
+            return
+        earlier = json.loads(path.read_text())
+        if earlier["stage"] != self.stage:
+            raise BadInput(
+                f"run folder {str(self.folder)!r} holds a run of {earlier['stage']!r}; expected one of {self.stage!r}"
+            )
+        self.resumed = True
+        self.mlflow_run_id = earlier["mlflow_run_id"]
+
+    @property
+    def should_stop(self) -> bool:
+        """True once somebody asked for an early, resumable end."""
+        return self._stop.is_set()
+
+    def request_stop(self) -> None:
+        """Ask the stage to save its state and end."""
+        self._stop.set()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Append one line to `metrics.jsonl`."""
+        if self._metrics is None:
+            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed at the end
+        line = {"time": time.time(), "step": step, "metrics": finite(metrics)}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of `metrics.jsonl` after `step`, which a resumed run logs again, and a line torn by a kill."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            if self._metrics is not None:
+                self._metrics.close()
+                self._metrics = None
+            write_atomically(path, b"".join(kept))
+
+    def write_summary(self, status: str, error: str | None = None, exit_code: int | None = None) -> None:
+        """Write `summary.json`; `status` is running, finished, stopped or failed."""
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "status": status,
+            "error": error,
+            "exit_code": exit_code,
+            "command": shlex.join(self._command),
+            "config_sha256": self._config_sha256,
+            "seed": self.config.train.seed,
+            **self._commit,
+            "hardware": hardware(),
+            "versions": versions(),
+            "started": datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self._started, 3),
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "mlflow_run_id": self.mlflow_run_id,
+            "results": self.results,
+        }
+        write_json(self.folder / "summary.json", summary)
+
+    def close(self) -> None:
+        """Close the files and let others use the folder."""
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                with suppress(OSError):  # of a line that storage had no room for: `log` has raised it before
+                    file.close()
+        self._metrics = self._lock = None
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; infinity for one that a kill has torn."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse to write over an earlier run.
+
+    Raises:
+        BadInput: there is something at `folder` and `resume` is not set.
+    """
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"run folder {str(folder)!r} exists; expected a new run.name, or --resume to go on with it")
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the code and whether it was changed since; `unknown` outside a clone."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        if tracked.returncode:
+            return {"commit": os.environ.get("TATOK_COMMIT", "unknown"), "dirty": False}
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        return {"commit": name.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": os.environ.get("TATOK_COMMIT", "unknown"), "dirty": False}
+
+
+def hardware() -> dict[str, Any]:
+    """What the driver runs on. GPUs are named only where torch is loaded: it is not worth loading for this."""
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpus": os.cpu_count(),
+        "cpu": _cpu_name(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": gpus,
+        "system": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

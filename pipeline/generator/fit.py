@@ -1,0 +1,219 @@
+"""Which generator fits a token stream at a cut. Imports no torch.
+
+Symbols: M global tokens, N patch positions, K codebook entries.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.checkpoints import find, is_hub_id
+from pipeline.core.config import Config, FilterConfig, GenerateConfig
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file
+from pipeline.tokens.token_manifest import TokenManifest
+from tatok_model.config import GeneratorConfig, read_generator_config
+
+
+def global_tokens_of(manifest: TokenManifest, filter: FilterConfig) -> int:  # noqa: A002 - the section's name
+    """How many global tokens a sequence has at this cut: streams without patch tokens are cut by `count`."""
+    stream = manifest.stream
+    return int(filter.threshold) if not stream.score and filter.rule == "count" else stream.global_tokens
+
+
+def check_global_cut(manifest: TokenManifest, filter: FilterConfig) -> None:  # noqa: A002
+    """Refuse a cut that a stream of global tokens alone does not allow.
+
+    Raises:
+        BadInput: naming the threshold.
+    """
+    keep, most = global_tokens_of(manifest, filter), manifest.stream.global_tokens
+    if not manifest.stream.score and not 1 <= keep <= most:
+        raise BadInput(
+            f"filter.threshold is {filter.threshold:g}; expected 1 to {most}, the global tokens of an image: "
+            "the stream has no others"
+        )
+
+
+def cut_of(filter: FilterConfig, patch_tokens: bool) -> str:  # noqa: A002
+    """What decides which tokens a sequence keeps, in words that are equal where the cut is."""
+    ranked = f"{filter.score}, {filter.rounds} rounds, " if patch_tokens else ""
+    return f"{ranked}{filter.rule} {filter.threshold!r}"
+
+
+def generator_config(config: Config, manifest: TokenManifest, shortest: int, longest: int) -> GeneratorConfig:
+    """The generator of a stream at the configured cut.
+
+    Args:
+        config: size, dropout, how positions are told, and the cut.
+        manifest: of the stream.
+        shortest: patch tokens of the shortest sequence.
+        longest: of the longest one, held-out ones included.
+
+    Raises:
+        BadInput: no token is kept, or positions are to be derived where some patch tokens are dropped.
+    """
+    section, most = config.generator, manifest.stream.patch_positions
+    if longest + global_tokens_of(manifest, config.filter) == 0:
+        raise BadInput(
+            f"filter.threshold is {config.filter.threshold:g}, which keeps no token of any picture; "
+            "expected one that does"
+        )
+    patches = bool(manifest.stream.score)
+    positions = section.positions
+    if positions == "auto":
+        positions = "derived" if patches and shortest == most else "generated"
+    if patches and positions == "derived" and shortest < most:
+        raise BadInput(
+            f"generator.positions is 'derived' where sequences have {shortest} to {longest} patch tokens; "
+            f"expected generated or auto, or a cut that keeps all {most}"
+        )
+    return GeneratorConfig(
+        size=section.size,
+        dropout=section.dropout,
+        class_dropout=section.class_dropout,
+        positions=positions,
+        max_patch_tokens=longest,
+        cut=cut_of(config.filter, patches),
+        **_given(config, manifest),
+    )
+
+
+def check_start(config: Config, manifest: TokenManifest, found: GeneratorConfig) -> None:
+    """Refuse a `generator.checkpoint` to start from that writes other sequences than the stream has.
+
+    Raises:
+        BadInput: naming the first thing that differs.
+    """
+    path = config.generator.checkpoint
+    wanted = {"size": config.generator.size, **_given(config, manifest)}
+    for name, value in wanted.items():
+        if getattr(found, name) != value:
+            source = "generator.size" if name == "size" else f"tokens.path {config.tokens.path!r}"
+            raise BadInput(
+                f"generator.checkpoint {path!r} has {name} {getattr(found, name)!r}; expected {value!r}, as {source}"
+            )
+
+
+def check_length(config: Config, found: GeneratorConfig, wanted: GeneratorConfig) -> None:
+    """Refuse a `generator.checkpoint` for longer sequences than it knows, or for other positions.
+
+    Raises:
+        BadInput: naming what differs.
+    """
+    path = config.generator.checkpoint
+    if found.positions != wanted.positions:
+        raise BadInput(
+            f"generator.checkpoint {path!r} has positions {found.positions}; expected {wanted.positions} at this cut"
+        )
+    if found.max_patch_tokens < wanted.max_patch_tokens:
+        raise BadInput(
+            f"generator.checkpoint {path!r} was made for {found.max_patch_tokens} patch tokens; "
+            f"expected at least {wanted.max_patch_tokens}, the longest sequence at this cut"
+        )
+
+
+def _given(config: Config, manifest: TokenManifest) -> dict[str, Any]:
+    """What the stream decides, by the names of `GeneratorConfig`."""
+    stream = manifest.stream
+    return {
+        "classes": len(manifest.classes),
+        "global_tokens": global_tokens_of(manifest, config.filter),
+        "patch_tokens": bool(stream.score),
+        "grid_size": stream.image_size // stream.patch_size,
+        "codebook_size": stream.codebook_size,
+        "tokenizer_sha256": stream.tokenizer_sha256,
+    }
+
+
+# Whether a generator, a tokenizer and what is asked of them fit together. Imports no torch.
+
+
+def read_generator(path: str) -> GeneratorConfig:
+    """The architecture of `generator.checkpoint`, a checkpoint or the run folder of a training; reads no weights.
+
+    Raises:
+        BadInput: neither.
+    """
+    folder = Path(path) / "checkpoint"
+    try:
+        return read_generator_config(folder if (folder / "config.json").is_file() else Path(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(f"generator.checkpoint: {error}") from None
+
+
+def check_fit(config: Config, generator: GeneratorConfig, tokenizer_sha256: str = "") -> None:
+    """Refuse a generator that writes other tokens than the tokenizer reads.
+
+    Args:
+        config: with both checkpoints, the tokenizer's of the architecture that is configured.
+        generator: of `generator.checkpoint`.
+        tokenizer_sha256: of the tokenizer's weights; empty: looked up, except for one of the hub.
+
+    Raises:
+        BadInput: naming the first thing that differs.
+    """
+    path, section = config.generator.checkpoint, config.tokenizer
+    pairs = [("patch_tokens", section.patch_tokens), ("codebook_size", section.codebook_size)]
+    if section.patch_tokens:
+        pairs += [("global_tokens", section.global_tokens), ("patch_positions", section.patch_positions)]
+    for name, wanted in pairs:
+        if getattr(generator, name) != wanted:
+            raise BadInput(
+                f"generator.checkpoint {path!r} has {name} {getattr(generator, name)}; "
+                f"expected the tokenizer's, {wanted}"
+            )
+    if generator.global_tokens > section.global_tokens:  # fewer: it writes sequences that lost their tail
+        raise BadInput(
+            f"generator.checkpoint {path!r} has {generator.global_tokens} global tokens; "
+            f"expected at most the tokenizer's, {section.global_tokens}"
+        )
+    if not tokenizer_sha256 and not is_hub_id(section.checkpoint):
+        tokenizer_sha256 = sha256_file(find(section.checkpoint) / "model.safetensors")
+    if tokenizer_sha256 and generator.tokenizer_sha256 not in ("", tokenizer_sha256):
+        raise BadInput(
+            f"generator.checkpoint {path!r} writes tokens of a tokenizer with sha256 "
+            f"{generator.tokenizer_sha256[:12]}...; expected that of tokenizer.checkpoint {section.checkpoint!r}, "
+            f"{tokenizer_sha256[:12]}..."
+        )
+
+
+def asked_labels(config: GenerateConfig, classes: int) -> tuple[int, ...]:
+    """The classes that samples are asked to be of, in turn; -1 alone for none.
+
+    Args:
+        config: what is asked for.
+        classes: that the generator knows.
+
+    Raises:
+        BadInput: a class that does not exist.
+    """
+    for label in config.labels:
+        if label >= classes:
+            known = f"0 to {classes - 1}, the generator's classes" if classes else "none: the generator has no classes"
+            raise BadInput(f"generate.labels has {label}; expected {known}")
+    if config.unconditional or not classes:
+        return (-1,)
+    return config.labels or tuple(range(classes))
+
+
+def check_guidance(config: GenerateConfig, labels: tuple[int, ...], class_dropout: float) -> None:
+    """Refuse guidance towards no class, or by a generator that always knew the class.
+
+    Args:
+        config: the scales.
+        labels: that are asked for, as `asked_labels` gives them.
+        class_dropout: of the generator's training.
+
+    Raises:
+        BadInput: naming the scale.
+    """
+    for name in ("guidance", "position_guidance"):
+        if (scale := getattr(config, name)) == 1:
+            continue
+        if labels == (-1,):
+            raise BadInput(f"generate.{name} is {scale:g} without classes; expected 1: there is nothing to guide to")
+        if class_dropout == 0:
+            raise BadInput(
+                f"generate.{name} is {scale:g} with a generator trained at generator.class_dropout 0; expected 1: "
+                "it never wrote without being told the class"
+            )

@@ -1,0 +1,281 @@
+"""Validation of a generator in training: bits of held-out sequences, and pictures that it makes.
+
+Shapes: B sequences.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.checkpoints import find
+from pipeline.core.cluster import uses_bf16
+from pipeline.core.config import Config, GenerateConfig, TrainConfig
+from pipeline.core.console import say
+from pipeline.core.pretrained import load_tokenizer
+from pipeline.core.run import Run
+from pipeline.evaluation.measurements import Totals
+from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config, read_generator
+from pipeline.generator.generate import class_rows
+from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset
+from pipeline.tokens.decoder import decoded_pictures
+from pipeline.tokens.token_manifest import check_tokenizer
+from pipeline.training import distributed
+from pipeline.training.order import SampleOrder
+from pipeline.training.recorder import Recorder
+from pipeline.training.resume import go_on, values_of
+from pipeline.training.state import TrainState, derive_seed
+from pipeline.training.validation import spread
+from tatok_model.generation.generator import Generator
+from tatok_model.generation.sampling import sample
+from tatok_model.tokenizer import TaTok
+
+# One optimiser step of a generator: bits of all tokens of the global batch, divided by their number.
+
+KINDS = ("globals", "positions", "codes")  # of bits
+
+
+class GeneratorObjective:
+    """Performs steps on the state of a generator.
+
+    Args:
+        state: what is trained.
+        device: where the model lives.
+        bf16: compute in bfloat16 under autocast; weights stay float32.
+        wrap: makes a module ready for several workers (DDP) or faster (compile).
+    """
+
+    def __init__(
+        self, state: TrainState[Generator], device: torch.device, bf16: bool, wrap: Callable[[nn.Module], nn.Module]
+    ) -> None:
+        self.state, self.device, self.bf16 = state, device, bf16
+        self.model: nn.Module = wrap(state.model)
+        self._images = self._tokens = self._computed = 0
+
+    def step(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """One optimiser step on this worker's part of a global batch.
+
+        Gradients add up over the parts: how a batch is cut does not change them.
+
+        Returns:
+            `loss` in bits per token, `bits_globals`, `bits_positions` and `bits_codes` per image, gradient norms.
+        """
+        state, parts = self.state, batch.parts
+        state.begin_step()
+        state.model.train()
+        found = torch.zeros(len(KINDS), device=self.device)
+        for number, part in enumerate(parts):
+            sequences, labels = part.sequences.to(self.device), part.labels.to(self.device, non_blocking=True)
+            with distributed.synchronised(self.model, last=number == len(parts) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    bits = self.model(sequences, labels)
+                # Times the number of workers, because gradients are averaged over them.
+                (bits.total().sum() * distributed.world_size() / batch.tokens).backward()
+            found += torch.stack([kind.detach().sum() for kind in (bits.globals_, bits.positions, bits.codes)]).float()
+            self._count(part.sequences.lengths())
+        norms = state.descend()
+        state.end_step()
+        images = sum(len(part.labels) for part in parts)
+        terms = {"loss": found.sum() * distributed.world_size() / batch.tokens}
+        return terms | {f"bits_{kind}": value / images for kind, value in zip(KINDS, found, strict=True)} | norms
+
+    def metrics(self) -> dict[str, float]:
+        """The share of computed tokens that is padding, and tokens per image, since the last call."""
+        counts = torch.tensor([self._images, self._tokens, self._computed], device=self.device)
+        images, tokens, computed = distributed.total(counts).tolist()
+        self._images = self._tokens = self._computed = 0
+        return {"train/padding_share": 1 - tokens / computed, "train/tokens_per_image": tokens / images}
+
+    def _count(self, lengths: Tensor) -> None:
+        self._images += len(lengths)
+        self._tokens += int(lengths.sum())
+        self._computed += len(lengths) * int(lengths.max())
+
+
+BATCH = 64  # sequences per forward pass
+
+
+class GeneratorValidator:
+    """Measures a generator on `count` held-out sequences, evenly spread over the split, shared out over the workers.
+
+    Args:
+        dataset: the held-out split.
+        count: how many of its sequences to use.
+        generate: how pictures are sampled.
+        pictures: how many of them; 0: none.
+        tokenizer: decodes them; None where this worker draws none.
+        device: where models live.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        count: int,
+        generate: GenerateConfig,
+        pictures: int,
+        tokenizer: TaTok | None,
+        device: torch.device,
+    ) -> None:
+        self.dataset, self.generate, self.pictures, self.device = dataset, generate, pictures, device
+        self.tokenizer = None if tokenizer is None else tokenizer.to(device).eval()
+        indices = spread(len(dataset), count)
+        self._indices = indices[np.argsort(dataset.counts[indices], kind="stable")]  # alike in a batch: less padding
+        self._best, self._trained = float("inf"), float("inf")  # bits per token: held-out, and training's at that time
+
+    @torch.inference_mode()
+    def measure(self, model: Generator) -> dict[str, float]:
+        """Metrics by their logged names; the same on every worker."""
+        totals = Totals()
+        for sequences, labels in self._batches():
+            bits = model(sequences, labels)
+            kinds = (bits.globals_, bits.positions, bits.codes)
+            sums = {name: float(kind.double().sum()) for name, kind in zip(KINDS, kinds, strict=True)}
+            ends = len(labels) if bits.positions.shape[1] else 0
+            tokens = float(sequences.lengths().sum())
+            totals.merge(
+                Totals(images=len(labels), tokens=tokens + ends, patches=float(sequences.counts.sum()), **sums)
+            )
+        values = distributed.merged(totals).values
+        images = values["images"]
+        found = {f"validation/bits_{name}": values[name] / images for name in KINDS}
+        total = sum(values[name] for name in KINDS)
+        found["validation/bits_per_image"] = total / images
+        found["validation/bits_per_token"] = total / values["tokens"]
+        if values["patches"]:
+            found["validation/bits_per_code"] = values["codes"] / values["patches"]
+        return found
+
+    @torch.inference_mode()
+    def examples(self, model: Generator) -> list[np.ndarray]:
+        """Rows of sampled pictures, (B, H, W, 3) uint8 each: those with which `jobs/generate.py` would begin."""
+        if not self.pictures or self.tokenizer is None:
+            return []
+        asked = asked_labels(self.generate, model.config.classes)
+        numbers = np.arange(self.pictures)
+        labels = np.array(asked)[numbers % len(asked)]
+        asked_for, sample_numbers = (torch.from_numpy(array).to(self.device) for array in (labels, numbers))
+        sequences = sample(model, asked_for, sample_numbers, self.generate.seed, self.generate)
+        architecture = self.tokenizer.config
+        tokens = sequences.to_tokens(architecture.patch_positions, architecture.global_tokens)
+        return class_rows(decoded_pictures(self.tokenizer, tokens), labels)
+
+    def warnings(self, model: Generator, found: dict[str, float]) -> list[str]:
+        """Held-out bits that rise while training's fall: the generator learns its training set by heart."""
+        here, trained = found["validation/bits_per_token"], found.get("train/loss", float("inf"))
+        best, then = self._best, self._trained
+        if here < best:
+            self._best, self._trained = here, trained
+        if here <= best or trained >= then:
+            return []
+        told = (
+            f"held-out tokens cost {here:.3f} bits and cost {best:.3f} before, while those of training fell from "
+            f"{then:.3f} to {trained:.3f}: the generator learns its training set by heart; expected more data, "
+            "generator.dropout, or fewer steps"
+        )
+        return [told]
+
+    def _batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        mine = self._indices[distributed.rank() :: distributed.world_size()]
+        for start in range(0, len(mine), BATCH):
+            rows = mine[start : start + BATCH]
+            labels = torch.from_numpy(self.dataset.labels[rows])
+            yield self.dataset.sequences(rows).to(self.device), labels.to(self.device)
+
+
+# One worker that trains a generator: builds what the loop needs from the configuration, runs it, reports.
+
+SECTION = "train_generator"
+
+
+def work(
+    run: Run,
+    device: torch.device,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module],
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Train this worker's part to the end of the run; see `pipeline.training.tokenizer_training.work`."""
+    config, section, train_config = run.config, run.config.generator, run.config.train_generator
+    training, heldout = (TokenDataset.load(config.tokens.path, name, config.filter) for name in ("train", "heldout"))
+    decides = deciding(config, training)
+    wanted = config.generator.from_codebook or train_config.grid_images
+    tokenizer = _tokenizer(config, training) if wanted and config.tokenizer.checkpoint else None
+    state = starting_state(run, training, heldout, decides, device, tokenizer)
+    draws = train_config.grid_images and distributed.rank() == 0
+    sizes = train_config.validation_images, config.generate, train_config.grid_images
+    validator = GeneratorValidator(heldout, *sizes, tokenizer if draws else None, device)
+    shape = state.model.config
+    groups = max(section.length_groups, train_config.accumulation)
+    batches = TokenBatches(
+        training,
+        _order(training, train_config),
+        distributed.rank(),
+        distributed.world_size(),
+        groups=groups,
+        class_dropout=section.class_dropout,
+        ends=int(shape.patch_tokens and shape.positions == "generated"),
+    )
+    objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device), wrap)
+    seen = LayeredOrder(_order(training, train_config), training.lengths(), groups)  # a thread has the batches' own
+
+    def ids(step: int) -> list[str]:
+        return [training.ids[row] for row in seen.global_batch(step)[0]]
+
+    outcome = Recorder(run, train_config, decides, validator, report, state, ids).train(objective, batches)
+    lengths = training.lengths()
+    facts = {"tokens_mean": float(lengths.mean()), "tokens_std": float(lengths.std()), "rows_train": len(training)}
+    outcome["results"] |= facts
+    return outcome
+
+
+def _order(training: TokenDataset, config: TrainConfig) -> SampleOrder:
+    return SampleOrder(len(training), config.seed, config.global_batch_size)
+
+
+def starting_state(
+    run: Run,
+    training: TokenDataset,
+    heldout: TokenDataset,
+    decides: dict[str, Any],
+    device: torch.device,
+    tokenizer: TaTok | None,
+) -> TrainState[Generator]:
+    """From the run's newest checkpoint, else from `generator.checkpoint`, else new, with the tokenizer's code vectors.
+
+    Raises:
+        BadInput: the run was begun with other values, or `generator.checkpoint` writes other sequences.
+    """
+    config = run.config
+    manifest, path = training.manifest, config.generator.checkpoint
+    counts = np.concatenate([training.counts, heldout.counts])
+    shape = generator_config(config, manifest, int(counts.min()), int(counts.max()))
+    if path:
+        found = read_generator(path)
+        check_start(config, manifest, found)
+        check_length(config, found, shape)
+        shape = dataclasses.replace(shape, max_patch_tokens=found.max_patch_tokens)
+    torch.manual_seed(derive_seed(config.train_generator.seed, "weights"))
+    generator = Generator(shape)
+    if config.generator.from_codebook and tokenizer is not None:
+        generator.start_from_codes(*tokenizer.code_vectors())
+    elif config.generator.from_codebook and distributed.rank() == 0:
+        say("tokenizer.checkpoint is empty: codes start at random instead of from its codebook")
+    state = TrainState(generator.to(device), config.train_generator, Generator.from_pretrained)
+    if not go_on(state, run.folder / "checkpoints", decides) and path:
+        state.start_from(Generator.from_pretrained(find(path, "generator.checkpoint")))
+    return state
+
+
+def deciding(config: Config, training: TokenDataset) -> dict[str, Any]:
+    """What decides the weights of a step, by key: a run that goes on must have the same."""
+    values = values_of(config, "generator", SECTION)
+    cut = {"filter.rule": config.filter.rule, "filter.threshold": config.filter.threshold}
+    return {**values, **cut, "tokens.path": training.manifest.fingerprint}
+
+
+def _tokenizer(config: Config, training: TokenDataset) -> TaTok:
+    tokenizer, sha256 = load_tokenizer(config)
+    check_tokenizer(config, training.manifest.stream, sha256)
+    return tokenizer

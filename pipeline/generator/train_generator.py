@@ -1,0 +1,89 @@
+"""The stage behind `jobs/train_generator.py`: a ranked token stream in, a generator checkpoint out.
+
+A stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`.
+"""
+
+from pipeline.core.checkpoints import check_architecture, find
+from pipeline.core.cluster import check_cpus
+from pipeline.core.config import Config
+from pipeline.core.console import say
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file
+from pipeline.core.run import Run
+from pipeline.data.checks import check_global_counts
+from pipeline.data.shards import read_manifest
+from pipeline.evaluation.inputs import with_trained
+from pipeline.generator.fit import asked_labels, check_global_cut, check_guidance, check_start, read_generator
+from pipeline.tokens import tokenize as tokenizing
+from pipeline.tokens.token_manifest import TokenManifest, check_stream, read_token_manifest
+from pipeline.tracking import Tracker, check_tracking
+from pipeline.training.train import train_and_export
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made; reads no tokens.
+
+    Raises:
+        BadInput: as tokenizing's `check` where no stream is named; a stream that is none, of another tokenizer, score
+            or number of rounds than configured, or without rows in a split; a cut that it does not allow; no tokenizer
+            to draw pictures with; a checkpoint to start from that does not fit; classes or guidance for the pictures
+            that cannot be, where the classes are known; more workers than CPUs; a tracking address of unknown form.
+    """
+    section = config.train_generator
+    check_cpus("train_generator.num_workers", section.num_workers, section.cpus_per_worker)
+    check_tracking(config)
+    if config.generator.checkpoint:
+        read_generator(config.generator.checkpoint)
+    if not config.tokens.path:
+        tokenizing.check(config)
+        if config.data.shards:
+            _check_pictures(config, len(read_manifest(config.data.shards).classes))
+        return
+    found = with_trained(config)
+    check_architecture(found)
+    _check_tokens(found, read_token_manifest(found.tokens.path))
+    check_global_counts(found)
+
+
+def default_name(config: Config) -> str:
+    """The run folder's name when `run.name` is empty."""
+    return f"{config.preset}-train-generator"
+
+
+def run(run: Run) -> None:
+    """Train, and leave the averaged generator in `checkpoint/`."""
+    config = run.config = tokenizing.with_tokens(run.config)
+    manifest = read_token_manifest(config.tokens.path)
+    _check_tokens(config, manifest)
+    run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}
+    if path := config.generator.checkpoint:
+        weights = find(path, "generator.checkpoint") / "model.safetensors"
+        run.inputs["generator"] = {"path": path, "sha256": sha256_file(weights)}
+    tags = {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": manifest.stream.tokenizer_sha256}
+    with Tracker.start(run, tags) as tracker:
+        train_and_export(run, tracker, "train_generator", "pipeline.generator.generator_training", "validation/samples")
+        say(f"generator in {run.outputs['checkpoint']}")
+
+
+def _check_tokens(config: Config, manifest: TokenManifest) -> None:
+    """Refuse a stream that does not fit the rest of the configuration."""
+    path = config.tokens.path
+    check_stream(config, manifest.stream)
+    check_global_cut(manifest, config.filter)
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    if not all(rows.values()):
+        raise BadInput(f"tokens.path {path!r} holds {rows} rows; expected some in both splits")
+    if config.generator.checkpoint:
+        check_start(config, manifest, read_generator(config.generator.checkpoint))
+    if config.train_generator.grid_images and not config.tokenizer.checkpoint:
+        raise BadInput(
+            f"tokenizer.checkpoint is empty; expected the tokenizer that made {path!r}, "
+            "or train_generator.grid_images=0"
+        )
+    _check_pictures(config, len(manifest.classes))
+
+
+def _check_pictures(config: Config, classes: int) -> None:
+    """Refuse classes or guidance of the pictures to draw that cannot be."""
+    if config.train_generator.grid_images:
+        check_guidance(config.generate, asked_labels(config.generate, classes), config.generator.class_dropout)

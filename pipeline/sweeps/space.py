@@ -1,0 +1,151 @@
+"""What a sweep varies: `sweep.space` and `sweep.cuts` read, checked and turned into points. No torch, no Ray.
+
+space: {tokenizer.global_tokens: [2, 4, 8], train.learning_rate: {log_uniform: [1e-4, 1e-2]}}
+cuts: {residual: [40, 100, 160], relative: {range: [0.2, 1, 5]}}
+"""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+
+DRAWN = ("choice", "uniform", "log_uniform", "int")
+SHARED = (  # the same for all trials: how they are measured, and what has no part in a trial
+    "run", "data", "tracking", "sweep", "evaluate", "tokens", "generator", "train_generator", "generate", "benchmark",
+    "extractor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values of one key.
+
+    Attributes:
+        key: `section.key`.
+        kind: `grid`, every value in turn, or one of DRAWN.
+        values: of grid and choice; low and high, both included, of the others.
+    """
+
+    key: str
+    kind: str
+    values: tuple[Any, ...]
+
+    def draw(self, source: random.Random) -> Any:
+        """One value of what is not a grid."""
+        if self.kind == "choice":
+            return source.choice(self.values)
+        low, high = self.values
+        if self.kind == "int":
+            return source.randint(low, high)
+        if self.kind == "uniform":
+            return source.uniform(low, high)
+        return min(max(math.exp(source.uniform(math.log(low), math.log(high))), low), high)
+
+
+def read_space(space: dict[str, Any]) -> list[Domain]:
+    """The domains of `sweep.space`, in its order.
+
+    Raises:
+        BadInput: a key that trials share or of another form, an empty range, or something that is no range.
+    """
+    return [_domain(str(key), value) for key, value in space.items()]
+
+
+def _domain(key: str, value: Any) -> Domain:
+    section = key.partition(".")[0]
+    if key.count(".") != 1 or not all(key.split(".")):
+        raise BadInput(f"sweep.space has the key {key!r}; expected section.key, e.g. tokenizer.global_tokens")
+    if section in SHARED:
+        raise BadInput(f"sweep.space has {key!r}; expected no key of {section}, which all trials share")
+    if isinstance(value, list | tuple):
+        if not value:
+            raise BadInput(f"sweep.space has {key}: []; expected at least one value")
+        if any(item in value[:i] for i, item in enumerate(value)):
+            raise BadInput(f"sweep.space has {key}: {list(value)}; expected different values")
+        return Domain(key, "grid", tuple(value))
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in DRAWN:
+        raise BadInput(f"sweep.space has {key}: {value!r}; expected a list, or one of {', '.join(DRAWN)} with a list")
+    kind, given = next(iter(value.items()))
+    if not isinstance(given, list | tuple) or not given:
+        raise BadInput(f"sweep.space has {key}: {value!r}; expected {kind} with a list of at least one value")
+    return Domain(key, kind, tuple(given) if kind == "choice" else _ends(key, kind, given))
+
+
+def _ends(key: str, kind: str, ends: Any) -> tuple[float, float]:
+    numbers = [end for end in map(_number, ends) if end is not None]
+    if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected [low, high] with low below high")
+    if kind == "log_uniform" and numbers[0] <= 0:
+        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected a low above 0")
+    if kind != "int":
+        return numbers[0], numbers[1]
+    if not all(isinstance(end, int) for end in ends):
+        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected whole numbers")
+    return ends[0], ends[1]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also as text: YAML reads 1e-4 so."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def points(domains: list[Domain], samples: int, seed: int) -> list[dict[str, Any]]:
+    """Every grid point, `samples` times where something is drawn besides; the same for equal arguments."""
+    grid = [domain for domain in domains if domain.kind == "grid"]
+    drawn = [domain for domain in domains if domain.kind != "grid"]
+    source = random.Random(seed)
+    found = []
+    for _ in range(samples if drawn else 1):
+        for values in itertools.product(*(domain.values for domain in grid)):
+            chosen = {domain.key: value for domain, value in zip(grid, values, strict=True)}
+            chosen |= {domain.key: domain.draw(source) for domain in drawn}
+            found.append({domain.key: chosen[domain.key] for domain in domains})
+    return found
+
+
+def corner_points(domains: list[Domain]) -> list[dict[str, Any]]:
+    """Points that use every value of lists and both ends of ranges, each at least once."""
+    most = max(len(domain.values) for domain in domains)
+    return [{domain.key: domain.values[i % len(domain.values)] for domain in domains} for i in range(most)]
+
+
+def read_cuts(config: Config) -> dict[str, tuple[float, ...]]:
+    """Cut rules and their thresholds, in order: `sweep.cuts`, else `filter.rule` at `evaluate.thresholds`.
+
+    Raises:
+        BadInput: there is none, or something that is no list or range of numbers. Whether a threshold is within the
+            range of its rule is seen when the rule's evaluation is configured.
+    """
+    cuts = config.sweep.cuts or {config.filter.rule: list(config.evaluate.thresholds)}
+    if not any(cuts.values()) and not config.sweep.cuts:
+        raise BadInput("sweep.cuts and evaluate.thresholds are empty; expected thresholds, e.g. {relative: [0.5, 1]}")
+    return {str(rule): _thresholds(str(rule), value) for rule, value in cuts.items()}
+
+
+def _thresholds(rule: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, dict) and set(value) == {"range"}:
+        return _range(rule, value["range"])
+    numbers = [_number(item) for item in value] if isinstance(value, list | tuple) else []
+    if not numbers or None in numbers:
+        raise BadInput(f"sweep.cuts has {rule}: {value!r}; expected a list of numbers or {{range: [low, high, count]}}")
+    return tuple(number for number in numbers if number is not None)
+
+
+def _range(rule: str, value: Any) -> tuple[float, ...]:
+    numbers = [_number(item) for item in value] if isinstance(value, list | tuple) else []
+    match numbers:
+        case [float() as low, float() as high, float() as count] if low < high and count >= 2 and count.is_integer():
+            step = (high - low) / (count - 1)
+            made = [high if i == count - 1 else round(low + i * step, 9) for i in range(int(count))]
+            return tuple(float(round(number)) for number in made) if rule == "count" else tuple(made)
+    raise BadInput(
+        f"sweep.cuts has {rule}: {{range: {value!r}}}; expected [low, high, count] with low below high and count from 2"
+    )

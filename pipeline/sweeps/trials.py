@@ -1,0 +1,262 @@
+"""The trials of a sweep and how each of their stages is configured. No torch, no Ray.
+
+A sweep's folder holds, for the trial `trial-00-global_tokens-2`:
+
+    trial-00-global_tokens-2/                    the trial: its metrics, summary.json, the child run in MLflow
+    trial-00-global_tokens-2-train/              what `jobs/train.py` leaves
+    trial-00-global_tokens-2-relative-evaluate/  what `jobs/evaluate.py` leaves, for each cut rule
+"""
+
+import dataclasses
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.checkpoints import is_hub_id, read_architecture
+from pipeline.core.config import Config, config_from_dict
+from pipeline.core.errors import BadInput
+from pipeline.core.files import write_json
+from pipeline.evaluation.inputs import with_trained
+from pipeline.sweeps.space import corner_points, points, read_cuts, read_space
+
+CHECKPOINT = "tokenizer.checkpoint"
+LONGEST = 80  # characters of a trial's name
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model that is measured at every cut.
+
+    Attributes:
+        number: from 0, in the order in which trials were planned.
+        values: of the space, by `section.key`; of kind thresholds the checkpoint.
+    """
+
+    number: int
+    values: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its run folder and its child run."""
+        parts = [f"trial-{self.number:02d}"]
+        for key, value in self.values.items():
+            text = _checkpoint_name(str(value)) if key == CHECKPOINT else f"{key.partition('.')[2]}-{_short(value)}"
+            parts += [re.sub(r"[^\w.=-]+", "_", text)] if text else []
+        return "-".join(parts)[:LONGEST].rstrip("-_.")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _checkpoint_name(path: str) -> str:
+    """`cifar10-train` of `runs/cifar10-train/checkpoint`."""
+    folder = Path(path)
+    return folder.parent.name if folder.name == "checkpoint" else folder.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How trials are configured.
+
+    Attributes:
+        config: of the sweep, with `data.shards` once they exist.
+        folder: of the sweep.
+        cuts: rule to thresholds.
+    """
+
+    config: Config
+    folder: Path
+    cuts: dict[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, config: Config, folder: Path) -> "Plan":
+        """Raises BadInput as `read_cuts`."""
+        return cls(config, folder, read_cuts(config))
+
+    @property
+    def trains(self) -> bool:
+        """Whether a trial begins with a training."""
+        return self.config.sweep.kind == "architecture"
+
+    @property
+    def searches(self) -> bool:
+        """Whether trials learn from those before, so that they cannot be listed."""
+        return self.trains and self.config.sweep.search == "optuna"
+
+    @property
+    def total(self) -> int:
+        """How many trials there will be."""
+        return self.config.sweep.samples if self.searches else len(self.trials())
+
+    def trials(self) -> list[Trial]:
+        """All of them; empty where they cannot be listed."""
+        if self.searches:
+            return []
+        if not self.trains:
+            found = with_trained(self.config).tokenizer.checkpoint
+            return [Trial(i, {CHECKPOINT: path}) for i, path in enumerate(self.config.sweep.checkpoints or (found,))]
+        sweep = self.config.sweep
+        return [Trial(i, values) for i, values in enumerate(points(read_space(sweep.space), sweep.samples, sweep.seed))]
+
+    def samples(self) -> list[Trial]:
+        """Trials whose configurations show whether all can be configured: all, or those at the ends of the ranges."""
+        if not self.searches:
+            return self.trials()
+        return [Trial(i, values) for i, values in enumerate(corner_points(read_space(self.config.sweep.space)))]
+
+    def config_of(self, trial: Trial) -> Config:
+        """The configuration of a trial, as the child run shows it and best.yaml is made of.
+
+        Raises:
+            BadInput: an unknown key, or a value that cannot be.
+        """
+        values = self.config.to_dict()
+        for key, value in trial.values.items():
+            section, name = key.split(".")
+            if not isinstance(values.setdefault(section, {}), dict):
+                raise BadInput(f"sweep.space has {key!r}; expected section.key, e.g. tokenizer.global_tokens")
+            values[section] = {**values[section], name: value}
+        path = trial.values.get(CHECKPOINT, "")
+        if not self.trains and path and not is_hub_id(path):  # models may differ: each has its own architecture
+            values["tokenizer"] |= dataclasses.asdict(read_architecture(path))
+        values["evaluate"]["thresholds"] = []  # of the rule that filters; what is evaluated is set beside its rule
+        return config_from_dict(values)
+
+    def training_of(self, trial: Trial) -> Config:
+        """The configuration of the trial's training; stages name their folders after the preset: it is the trial's."""
+        return self._inside(self.config_of(trial), trial.name)
+
+    def evaluation_of(self, trial: Trial, rule: str, checkpoint: str) -> Config:
+        """The configuration of the trial's evaluation at every threshold of a rule.
+
+        Args:
+            trial: whose.
+            rule: of `cuts`.
+            checkpoint: what is evaluated; '' while there is none.
+
+        Raises:
+            BadInput: a threshold outside the rule's range.
+        """
+        values = self._inside(self.config_of(trial), f"{trial.name}-{rule}").to_dict()
+        values["tokenizer"]["checkpoint"] = checkpoint
+        values["evaluate"]["thresholds"] = list(self.cuts[rule])
+        if rule != self.config.filter.rule:
+            values["filter"] |= {"rule": rule, "threshold": self.cuts[rule][0]}
+        try:
+            return config_from_dict(values)
+        except BadInput as error:
+            raise BadInput(f"sweep.cuts of the rule {rule}: {error}") from None
+
+    def evaluation_folder(self, trial: Trial, rule: str) -> Path:
+        """Where the evaluation's run folder is."""
+        return self.folder / f"{trial.name}-{rule}-evaluate"
+
+    def training_folder(self, trial: Trial) -> Path:
+        """Where the training's run folder is."""
+        return self.folder / f"{trial.name}-train"
+
+    def _inside(self, config: Config, preset: str) -> Config:
+        """A stage of a trial: inside the sweep's folder, and not tracked, because the child run shows it."""
+        run = dataclasses.replace(config.run, output=str(self.folder), name="")
+        tracking = dataclasses.replace(config.tracking, uri="")
+        sweep = type(config.sweep)()
+        return dataclasses.replace(config, preset=preset, run=run, tracking=tracking, sweep=sweep)
+
+
+def cuts_in_words(plan: Plan) -> str:
+    """`relative 0.5, 1; residual 40` for instance."""
+    return "; ".join(f"{rule} {', '.join(f'{value:g}' for value in values)}" for rule, values in plan.cuts.items())
+
+
+# Which trials there are and how they stand: `trials.json` in the sweep's folder, written before others rely on it.
+
+FORMAT, VERSION = "tatok-trials", 1
+RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+SECTIONS = ("tokenizer", "losses", "kept_sets", "train", "filter")  # decide what a trial is worth
+DECIDES = (  # of other sections
+    "sweep.kind", "sweep.checkpoints", "sweep.space", "sweep.search", "sweep.samples", "sweep.seed", "sweep.objective",
+    "sweep.budget_tokens", "sweep.rate", "sweep.control", "data.source", "data.heldout_source", "data.shards",
+    "train.max_steps", "train.max_minutes", "evaluate.extractor", "evaluate.max_images",
+)  # fmt: skip
+
+
+@dataclass
+class Entry:
+    """One trial that was begun."""
+
+    trial: Trial
+    status: str = RUNNING
+    reason: str = ""  # why it failed or was stopped
+
+
+@dataclass
+class Ledger:
+    """All trials that were begun. Any thread may call it."""
+
+    path: Path
+    begun: dict[str, Any]  # what decides which trials there are and what they are worth
+    entries: list[Entry] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(cls, plan: Plan) -> "Ledger":
+        """The ledger in the plan's folder, or a new one.
+
+        Raises:
+            BadInput: the sweep was begun with other trials in mind, or the file is not a ledger.
+        """
+        from pipeline.core.manifest import check_unchanged
+
+        path, begun = plan.folder / "trials.json", _begun(plan)
+        if not path.exists():
+            return cls(path, begun)
+        try:
+            found = json.loads(path.read_text())
+            if (found["format"], found["version"]) != (FORMAT, VERSION):
+                raise ValueError(found["format"])
+            entries = [Entry(Trial(e["number"], e["values"]), e["status"], e["reason"]) for e in found["trials"]]
+            before = dict(found["begun"])
+        except (KeyError, TypeError, ValueError):
+            raise BadInput(f"{str(path)!r} is damaged; expected a file of format {FORMAT} version {VERSION}") from None
+        check_unchanged(before, begun)
+        return cls(path, begun, entries)
+
+    def begin(self, trial: Trial) -> None:
+        """Note that a trial begins or goes on."""
+        with self._lock:
+            if not any(entry.trial.number == trial.number for entry in self.entries):
+                self.entries.append(Entry(trial))
+            self._save()
+
+    def end(self, number: int, status: str, reason: str = "") -> None:
+        """Note how a trial ended."""
+        with self._lock:
+            entry = next(entry for entry in self.entries if entry.trial.number == number)
+            entry.status, entry.reason = status, reason
+            self._save()
+
+    def of(self, *statuses: str) -> list[Entry]:
+        """Trials that stand so, in the order of their numbers."""
+        with self._lock:
+            found = [entry for entry in self.entries if entry.status in statuses]
+        return sorted(found, key=lambda entry: entry.trial.number)
+
+    def _save(self) -> None:
+        trials = [
+            {"number": e.trial.number, "values": e.trial.values, "status": e.status, "reason": e.reason}
+            for e in self.entries
+        ]
+        write_json(self.path, {"format": FORMAT, "version": VERSION, "begun": self.begun, "trials": trials})
+
+
+def _begun(plan: Plan) -> dict[str, Any]:
+    from pipeline.training.resume import values_of
+
+    values = plan.config.to_dict()
+    named = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in DECIDES}
+    cuts = {rule: list(thresholds) for rule, thresholds in plan.cuts.items()}
+    return {**named, "sweep.cuts": cuts, **values_of(plan.config, *SECTIONS)}

@@ -1,0 +1,226 @@
+"""`tokens.json`: what a folder of ranked token streams holds. docs/architecture.md has the format.
+
+Imports neither torch nor ray, so that a stage's `check` answers at once.
+
+Symbols: N patch positions, M global tokens, K codebook entries.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.checkpoints import find, is_hub_id
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file
+from pipeline.core.manifest import check_format, read_described
+from pipeline.data.shards import SPLITS
+from tatok_model.filtering_rules import SCORES
+from tatok_model.quality import QualityLine, line_of
+
+FORMAT, VERSION, OLDEST = "tatok-tokens", 2, 1  # version 1 had scores in bits alone, in a column score_bits
+NAME, WRITER = "tokens.json", "jobs/tokenize_images.py"
+METADATA = b"tatok_tokens"  # the key in a file's schema metadata
+SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # of the tokenizer section and of a stream
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Without this, rows of tokens mean nothing: every file carries it in its metadata."""
+
+    score: str  # a key of `filtering_rules.SCORES`; "" without patch tokens: there is nothing to rank
+    rounds: int  # R of the ranking; 0 without patch tokens
+    tokenizer_sha256: str  # of model.safetensors
+    global_tokens: int  # M
+    patch_positions: int  # N
+    codebook_size: int  # K
+    image_size: int  # pixels, square
+    patch_size: int  # pixels, square
+    line: QualityLine | None = None  # from what a cut leaves unsaid to dB, for the rule `quality`
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the metadata of a file and at the beginning of `tokens.json`."""
+        unit = SCORES[self.score].unit if self.score else ""
+        return {"format": FORMAT, "version": VERSION, **asdict(self), "unit": unit}
+
+    def metadata(self) -> dict[bytes, bytes]:
+        """Of an Arrow schema."""
+        return {METADATA: json.dumps(self.to_dict(), sort_keys=True).encode()}
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One Parquet file of a split."""
+
+    file: str  # relative to the folder of `tokens.json`
+    rows: int
+    sha256: str
+    first_row: int  # its first row's number in the split
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The files of one split, in order."""
+
+    rows: int
+    files: tuple[TokenFile, ...]
+
+
+@dataclass(frozen=True)
+class TokenManifest:
+    """What was made, from what, and its checksums."""
+
+    stream: Stream
+    config: dict[str, Any]  # the keys of the tokens section that decide rows
+    data_fingerprint: str  # of the shards
+    classes: tuple[str, ...]  # name of each label
+    splits: dict[str, TokenSplit]  # train, heldout
+    fingerprint: str  # of the tokens: sha256 over the file checksums
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the file: what the stream is stands beside the rest."""
+        values = asdict(self)
+        del values["stream"]
+        return {**self.stream.to_dict(), **values}
+
+
+def stream_of(config: Config, tokenizer_sha256: str, lines: Iterable[QualityLine] = ()) -> Stream:
+    """The stream that a configuration asks for, of a tokenizer with these weights and quality lines."""
+    section, ranked = config.tokenizer, config.tokenizer.patch_tokens
+    return Stream(
+        score=config.filter.score if ranked else "",
+        rounds=config.filter.rounds if ranked else 0,
+        tokenizer_sha256=tokenizer_sha256,
+        patch_positions=section.patch_positions,
+        line=line_of(lines, config.filter.score, config.filter.rounds) if ranked else None,
+        **{name: getattr(section, name) for name in SHAPING},
+    )
+
+
+def fingerprint(splits: dict[str, TokenSplit]) -> str:
+    """sha256 over the file checksums of both splits, in order."""
+    text = json.dumps([[name, [file.sha256 for file in splits[name].files]] for name in SPLITS])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stream_from_dict(values: Any, what: str) -> Stream:
+    """The stream that `Stream.to_dict` made plain.
+
+    Args:
+        values: as read from JSON.
+        what: they are of, for messages.
+
+    Raises:
+        BadInput: another program's, of another version, or damaged.
+    """
+    check_format(values, what, (FORMAT, VERSION), WRITER, OLDEST)
+    try:
+        numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
+        line = QualityLine(**values["line"]) if values.get("line") else None
+        score, sha256 = str(values["score"]), str(values["tokenizer_sha256"])
+        stream = Stream(score=score, tokenizer_sha256=sha256, **numbers, line=line)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    if stream.score and stream.score not in SCORES:
+        raise BadInput(f"{what} has score {stream.score!r}; expected one of {', '.join(SCORES)}")
+    if stream.rounds < 0 or bool(stream.rounds) != bool(stream.score):
+        raise BadInput(
+            f"{what} has score {stream.score!r} and {stream.rounds} rounds; expected at least 1 round with a score, "
+            "none without"
+        )
+    return stream
+
+
+def read_token_manifest(folder: str | Path) -> TokenManifest:
+    """The manifest of the tokens in `folder`, a path or URL.
+
+    Raises:
+        BadInput: there is none, or it is another program's, of another version, or damaged.
+    """
+    what = f"{NAME} in {str(folder)!r}"
+    values = read_described(folder, NAME, WRITER)
+    stream = stream_from_dict(values, what)
+    try:
+        manifest = _from_dict(values, stream)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    if manifest.fingerprint != fingerprint(manifest.splits):
+        raise BadInput(f"{what} is damaged: its fingerprint does not match its files")
+    return manifest
+
+
+def _from_dict(values: dict[str, Any], stream: Stream) -> TokenManifest:
+    splits = {}
+    for name in SPLITS:
+        part = values["splits"][name]
+        files = tuple(TokenFile(f["file"], int(f["rows"]), f["sha256"], int(f["first_row"])) for f in part["files"])
+        splits[name] = TokenSplit(int(part["rows"]), files)
+    return TokenManifest(
+        stream=stream,
+        config=dict(values["config"]),
+        data_fingerprint=values["data_fingerprint"],
+        classes=tuple(values["classes"]),
+        splits=splits,
+        fingerprint=values["fingerprint"],
+    )
+
+
+def check_stream(config: Config, stream: Stream) -> None:
+    """Refuse a stream that this configuration cannot decode: of another tokenizer, score or R, or without dB.
+
+    A tokenizer of the hub is compared once it is here, see `check_tokenizer`.
+
+    Raises:
+        BadInput: naming the first thing that differs.
+    """
+    wanted = stream_of(config, stream.tokenizer_sha256)
+    path = config.tokens.path
+    for name in SHAPING:
+        if getattr(stream, name) != getattr(wanted, name):
+            raise BadInput(
+                f"tokens.path {path!r} has {name} {getattr(stream, name)}; "
+                f"expected tokenizer.{name}, {getattr(wanted, name)}"
+            )
+    if bool(stream.score) != bool(wanted.score):
+        found = "has patch tokens" if stream.score else "has only global tokens"
+        raise BadInput(
+            f"tokens.path {path!r} {found}; expected tokenizer.patch_tokens: {str(bool(wanted.score)).lower()}"
+        )
+    if stream.score != wanted.score:
+        raise BadInput(f"tokens.path {path!r} is ranked by {stream.score}; expected filter.score, {wanted.score}")
+    if stream.rounds != wanted.rounds:
+        raise BadInput(
+            f"tokens.path {path!r} is ranked in {stream.rounds} rounds; expected filter.rounds, {wanted.rounds}: "
+            "another R is another order"
+        )
+    if config.filter.rule == "quality" and stream.score:
+        if stream.line is None:
+            raise BadInput(
+                f"filter.rule is 'quality' and tokens.path {path!r} has no line from {stream.score} to dB; "
+                "expected a stream made after jobs/calibrate.py had fitted one"
+            )
+        try:
+            stream.line.check(config.filter.threshold)
+        except ValueError as error:
+            raise BadInput(f"filter.threshold: {error}") from None
+    checkpoint = config.tokenizer.checkpoint
+    if checkpoint and not is_hub_id(checkpoint):
+        check_tokenizer(config, stream, sha256_file(find(checkpoint) / "model.safetensors"))
+
+
+def check_tokenizer(config: Config, stream: Stream, sha256: str) -> None:
+    """Raises BadInput unless the weights with this checksum made the stream."""
+    if sha256 != stream.tokenizer_sha256:
+        raise BadInput(
+            f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
+            f"expected that of tokenizer.checkpoint {config.tokenizer.checkpoint!r}, {sha256[:12]}..."
+        )
+
+
+def with_path(config: Config, folder: Path) -> Config:
+    """The configuration with `tokens.path`."""
+    return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, path=str(folder)))

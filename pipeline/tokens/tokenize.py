@@ -1,0 +1,153 @@
+"""The stage behind `jobs/tokenize_images.py`: shards and a tokenizer in, the full ranked token stream out.
+
+First the plan (`plan.json`), then one token file per range of it, then `tokens.json`, which marks the stream complete.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.cluster import check_cpus
+from pipeline.core.config import Config, TokensConfig
+from pipeline.core.console import say
+from pipeline.core.files import write_json
+from pipeline.core.job import run_nested
+from pipeline.core.pretrained import check_quality, load_tokenizer
+from pipeline.core.run import Run
+from pipeline.data.checks import check_global_counts, check_score
+from pipeline.data.shards import SPLITS, Manifest, read_manifest
+from pipeline.evaluation.inputs import check_inputs, with_tokenizer, with_trained
+from pipeline.tokens.ranges import Range, keep_plan, ranges_of_files, ranges_of_pictures
+from pipeline.tokens.token_manifest import (
+    NAME,
+    Stream,
+    TokenFile,
+    TokenManifest,
+    TokenSplit,
+    fingerprint,
+    stream_of,
+    with_path,
+)
+from pipeline.tracking import Tracker, check_tracking
+from pipeline.training import train as training
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from pipeline.tokens.parts import Part
+
+DECIDING = ("split", "max_images", "batch_size", "flip", "crops")  # keys of the tokens section that decide rows
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made; reads no pictures.
+
+    Raises:
+        BadInput: as training's `check` where there is no tokenizer yet; a score that needs an entropy model without
+            one, a cut that tokens without patch tokens cannot have, shards of another image size, a checkpoint of
+            another architecture, more workers than CPUs, a tracking address of unknown form.
+    """
+    check_cpus("tokens.num_workers", config.tokens.num_workers)
+    check_tracking(config)
+    check_score(config)
+    check_global_counts(config)
+    check_inputs(config)
+
+
+def default_name(config: Config) -> str:
+    """The run folder's name when `run.name` is empty."""
+    return f"{config.preset}-tokens"
+
+
+def run(run: Run) -> None:
+    """Make the token files in the run folder, or what is missing of them.
+
+    Raises:
+        BadInput: the run was begun with another configuration, or there is no picture.
+        Stopped: the run was asked to stop; finished ranges are kept.
+    """
+    config = run.config = with_tokenizer(training.with_shards(run.config))
+    shards = read_manifest(config.data.shards)
+    run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
+    tokenizer, sha256 = load_tokenizer(config)
+    run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
+    check_quality(config, tokenizer)
+    stream = stream_of(config, sha256, tokenizer.quality_lines)
+    ranges = ranges_of_pictures({name: split.rows for name, split in shards.splits.items()}, config.tokens)
+    key = keep_plan(run.folder, _facts(config, stream, shards), ranges)
+
+    from pipeline.tokens.encoder import EncodingWork
+    from pipeline.tokens.parts import make_all, rates
+
+    work = EncodingWork(run.folder, key, config.data.shards, stream, config.tokens, config.train.seed)
+    tags = {"data_fingerprint": shards.fingerprint, "tokenizer_sha256": sha256, "score": stream.score}
+    with Tracker.start(run, {**tags, "rounds": str(stream.rounds)}) as tracker:
+        parts, seconds = make_all(run, "tokenize", tokenizer, work, ranges)
+        manifest = write_manifest(run, stream, shards, ranges, parts)
+        _report(run, manifest, rates(parts, seconds, ("encode", "rank")), tracker)
+
+
+def with_tokens(config: Config) -> Config:
+    """The configuration with `tokens.path` and `tokenizer.checkpoint`; makes the stream when none is named."""
+    if config.tokens.path:
+        return with_trained(config)
+    say("tokens.path is empty: tokenizing first")
+    made = run_nested("tokenize_images", "pipeline.tokens.tokenize", config)
+    return with_path(made.config, made.folder)
+
+
+def write_manifest(
+    run: Run, stream: Stream, shards: Manifest, ranges: list[Range], parts: "list[Part]"
+) -> TokenManifest:
+    """Write `tokens.json` over the files of all ranges."""
+    splits = {}
+    for name in SPLITS:
+        files: list[TokenFile] = []
+        for task, part in zip(ranges, parts, strict=True):
+            if task.split == name:
+                files.append(TokenFile(part.file.file, part.file.rows, part.file.sha256, task.start))
+        splits[name] = TokenSplit(sum(file.rows for file in files), tuple(files))
+    decides = {key.removeprefix("tokens."): value for key, value in _decides(run.config).items()}
+    manifest = TokenManifest(stream, decides, shards.fingerprint, shards.classes, splits, fingerprint(splits))
+    write_json(run.folder / NAME, manifest.to_dict())
+    return manifest
+
+
+def _facts(config: Config, stream: Stream, shards: Manifest) -> dict[str, Any]:
+    """Everything that decides bytes."""
+    return {
+        "data.shards": shards.fingerprint,
+        "tokenizer.checkpoint": stream.tokenizer_sha256,
+        "filter.score": stream.score,
+        "filter.rounds": stream.rounds,
+        **({"quality line": asdict(stream.line)} if stream.line else {}),
+        **_decides(config),
+    }
+
+
+def _decides(config: Config) -> dict[str, Any]:
+    """What decides rows, by key; the seed only where copies are shifted at random."""
+    decides: dict[str, Any] = {f"tokens.{key}": getattr(config.tokens, key) for key in DECIDING}
+    return decides | ({"train.seed": config.train.seed} if config.tokens.crops else {})
+
+
+def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker: Tracker) -> None:
+    """Lengths at the configured cut, as numbers and as a picture."""
+    from pipeline.tokens.decoder import measure_lengths
+    from pipeline.tokens.parts import draw_lengths
+
+    everything = ranges_of_files(manifest, TokensConfig())
+    lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
+    rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
+    run.results = {"images": sum(rows.values()), **rows, **lengths.results(), **speed}
+    run.rewind_metrics(-1)  # a resumed run measures anew
+    run.log(run.results, step=0)
+    run.outputs = {"tokens": str(run.folder), "manifest": str(run.folder / NAME)}
+    draw_lengths(run, lengths.counts, tracker)
+    tracker.artifact(Path(run.outputs["manifest"]))
+    rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
+    say(f"tokenize: {run.results['images']} images, {_told(run)}{rate} -> {run.folder}")
+
+
+def _told(run: Run) -> str:
+    section, found = run.config.filter, run.results
+    cut = f"{section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else "global tokens only"
+    return f"{found['tokens_per_image']:.1f} tokens and {found['bits_fixed']:.0f} bits an image ({cut})"

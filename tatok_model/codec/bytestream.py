@@ -1,0 +1,292 @@
+"""Tokens as bytes: one cut of one image, versioned, checked, as short as its information.
+
+    streams = to_bytes(tokens.cut("residual", 60.0), form)     # one bytes object an image
+    tokens = from_bytes(streams, form)                         # the same kept sets and codes; no ranking
+
+The header is `stream_header.py`'s, what the payload says `stream_payload.py`'s. Payload and checksum have at most
+`bits_fixed` + 64 bits an image; entropy-coded, 1.02 times the ideal code length of the patch codes, the rest as it is
+fixed, + 64.
+
+Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens.
+"""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tatok_model.codec.header import Format, Header, check_format, seal, unseal
+from tatok_model.codec.payload import CodeModel, Image, Models, Replay, check_bits, hash_of, pass_image
+from tatok_model.codec.range_coder import Decoder, Encoder
+from tatok_model.filtering import best_open, conditional_entropy, grid_order, to_units
+from tatok_model.threads import one_thread
+from tatok_model.tokenizer import TaTok
+from tatok_model.tokens import Side, Tokens
+
+__all__ = ["CodeModel", "Format", "Replay", "from_bytes", "to_bytes"]
+
+
+def to_bytes(
+    tokens: Tokens,
+    form: Format,
+    code_model: CodeModel | None = None,
+    replay: Replay | None = None,
+    ranked_by: tuple[str, int] | None = None,
+) -> list[bytes]:
+    """One stream for each image of a batch.
+
+    An image whose replay does not lead to its kept set has its positions sent instead.
+
+    Args:
+        tokens: one cut; `side` decides how length and positions travel.
+        form: sizes and identity of the tokenizer.
+        code_model: entropy-codes the patch codes; None: each costs log2 K bits.
+        replay: needed if positions are replayed.
+        ranked_by: score and rounds; None: those of `tokens.ranking`.
+
+    Raises:
+        ValueError: tokens of other sizes or with entries beyond the codebook, lengths that differ where the side says
+            they do not, positions that a reader could not derive, or a missing replay.
+    """
+    _check_tokens(tokens, form)
+    if ranked_by is None:
+        ranked_by = ("", 0) if tokens.ranking is None else (tokens.ranking.score, tokens.ranking.rounds)
+    counts = tokens.patch_counts.tolist()
+    if not tokens.side.length and len(set(counts)) > 1:
+        raise ValueError(f"images keep {min(counts)} to {max(counts)} patch tokens; expected a side with length=True")
+    header = Header(
+        form,
+        tokens.side,
+        count=counts[0] if counts and not tokens.side.length else 0,
+        coded=code_model is not None,
+        counted_globals=tokens.global_counts is not None,
+        score=ranked_by[0],
+        rounds=ranked_by[1],
+        coding_rounds=_coding_rounds(code_model, tokens.side),
+    )
+    models = Models(code_model, replay)
+    return [_write(image, header, models) for image in _images_of(tokens)]
+
+
+def from_bytes(
+    streams: list[bytes], form: Format, code_model: CodeModel | None = None, replay: Replay | None = None
+) -> Tokens:
+    """The tokens of streams that one call of `to_bytes`, or several like it, wrote.
+
+    Args:
+        streams: one an image.
+        form: sizes and identity of the tokenizer.
+        code_model: as at writing; needed if codes are entropy-coded.
+        replay: as at writing; needed if positions are replayed.
+
+    Returns:
+        One cut without a ranking; codes are 0 where dropped. If any image has its positions sent, `side` says sent.
+
+    Raises:
+        ValueError: a stream that is damaged, foreign, of another version, model or size, or of another cut than the
+            first; a missing model, or one that does not say what the writer's said.
+    """
+    opened = [unseal(data) for data in streams]
+    headers = [header for header, _ in opened]
+    for header in headers:
+        check_format(header, form)
+        _check_alike(header, headers[0])
+    models = Models(code_model, replay)
+    images = [_read(payload, header, models) for header, payload in opened]
+    side = Side() if not headers else headers[0].side
+    if any(header.side.positions == "sent" for header in headers):
+        side = replace(side, positions="sent")
+    counted = bool(headers) and headers[0].counted_globals
+    return Tokens(
+        _stack([image.global_indices for image in images], form.global_tokens),
+        _stack([image.patch_indices for image in images], form.patch_positions),
+        _stack([image.kept_mask for image in images], form.patch_positions).bool(),
+        side=side,
+        global_counts=torch.tensor([image.global_count for image in images]) if counted else None,
+    )
+
+
+def _write(image: Image, header: Header, models: Models) -> bytes:
+    if not header.side.length:
+        header = replace(header, count=int(image.kept_mask.sum()))
+    coder = Encoder()
+    written = pass_image(coder, image, header, models)
+    if np.array_equal(written.kept_mask, image.kept_mask):
+        return seal(header, coder.finish())
+    if header.side.positions != "replayed":
+        raise ValueError(
+            f"{int(image.kept_mask.sum())} positions are kept that the order {header.score!r} does not begin with; "
+            "expected a side with positions sent"
+        )
+    sent = replace(header.side, positions="sent")
+    header = replace(header, side=sent, coding_rounds=_coding_rounds(models.code, sent))
+    return _write(image, header, models)
+
+
+def _read(payload: bytes, header: Header, models: Models) -> Image:
+    form, coder = header.form, Decoder(payload)
+    blank = np.zeros(form.patch_positions, dtype=np.int64)
+    empty = Image(np.zeros(form.global_tokens, dtype=np.int64), 0, blank, blank.astype(bool), 0)
+    image = pass_image(coder, empty, header, models)
+    found = hash_of(image.patch_indices, image.kept_mask, check_bits(header))
+    if image.check != found:
+        raise ValueError(
+            f"tokens have the hash {found:x}; expected {image.check:x}: "
+            "the models here do not compute what the writer's did"
+        )
+    coder.finish()
+    return image
+
+
+def _coding_rounds(code_model: CodeModel | None, side: Side) -> int:
+    return 0 if code_model is None or side.positions == "replayed" else code_model.coding_rounds
+
+
+def _images_of(tokens: Tokens) -> list[Image]:
+    """What is not part of a sequence becomes 0: a reader sees nothing else there."""
+    b, m = tokens.global_indices.shape
+    counts = [m] * b if tokens.global_counts is None else tokens.global_counts.tolist()
+    kept = tokens.kept_mask.cpu().numpy()
+    patch_indices = np.where(kept, tokens.patch_indices.cpu().numpy(), 0)
+    global_indices = np.where(np.arange(m) < np.array(counts).reshape(b, 1), tokens.global_indices.cpu().numpy(), 0)
+    return [Image(global_indices[i], counts[i], patch_indices[i], kept[i], 0) for i in range(b)]
+
+
+def _check_tokens(tokens: Tokens, form: Format) -> None:
+    found = tokens.global_indices.shape[1], tokens.patch_indices.shape[1]
+    if found != (form.global_tokens, form.patch_positions):
+        raise ValueError(
+            f"tokens hold {found[0]} global tokens and {found[1]} patch positions; "
+            f"expected {form.global_tokens} and {form.patch_positions}"
+        )
+    counts = tokens.global_counts
+    if counts is not None and len(counts) and not 0 <= int(counts.min()) <= int(counts.max()) <= found[0]:
+        raise ValueError(f"global_counts go from {int(counts.min())} to {int(counts.max())}; expected 0 to {found[0]}")
+    for image in _images_of(tokens):
+        for indices in (image.global_indices, image.patch_indices):
+            if len(indices) and not 0 <= indices.min() <= indices.max() < form.codebook_size:
+                raise ValueError(
+                    f"tokens hold entries from {indices.min()} to {indices.max()}; "
+                    f"expected 0 to {form.codebook_size - 1}"
+                )
+
+
+def _check_alike(header: Header, first: Header) -> None:
+    """Streams of one batch come from one cut; only what a failed replay changes may differ."""
+    for name in ("count", "coded", "counted_globals", "score", "rounds"):
+        if getattr(header, name) != getattr(first, name):
+            raise ValueError(
+                f"a stream has {name} {getattr(header, name)!r}; "
+                f"expected {getattr(first, name)!r} as the first stream of the batch"
+            )
+    if header.side.length != first.side.length:
+        raise ValueError(f"a stream has length={header.side.length}; expected {first.side.length} as the first stream")
+    if (header.side.positions == "derived") != (first.side.positions == "derived"):
+        raise ValueError(
+            f"a stream has positions {header.side.positions}; expected {first.side.positions} as the first stream"
+        )
+
+
+def _stack(rows: list[np.ndarray], width: int) -> torch.Tensor:
+    """(B, width) int64, also of no rows."""
+    return torch.from_numpy(np.array(rows).reshape(len(rows), width).astype(np.int64))
+
+
+# Tokens as bytes and back with a tokenizer at hand: entropy-coded, with replayed positions, or neither.
+
+CODING_ROUNDS = 8
+
+
+class Codec:
+    """Writes and reads the streams of one tokenizer.
+
+    Args:
+        tokenizer: in evaluation mode; where it computes decides where streams can be read.
+        coding_rounds: in how many rounds entropy-coded codes are predicted from one another.
+    """
+
+    def __init__(self, tokenizer: TaTok, coding_rounds: int = CODING_ROUNDS) -> None:
+        config = tokenizer.config
+        self._tokenizer = tokenizer
+        self._model = _OneImage(tokenizer, coding_rounds)
+        self.format = Format(config.global_tokens, config.patch_positions, config.codebook_size, model_id(tokenizer))
+
+    def to_bytes(self, tokens: Tokens, entropy_coded: bool = False) -> list[bytes]:
+        """One stream for each image.
+
+        Args:
+            tokens: one cut; positions are sent, derived or replayed as its `side` says.
+            entropy_coded: spend what q says on each patch code, instead of log2 K.
+
+        Raises:
+            ValueError: as `stream.to_bytes`, or an entropy model is wanted that this tokenizer does not have.
+        """
+        self._check_model(entropy_coded or tokens.side.positions == "replayed")
+        tokens = tokens.to("cpu")
+        with one_thread():
+            return to_bytes(tokens, self.format, self._model if entropy_coded else None, self._model)
+
+    def from_bytes(self, streams: list[bytes]) -> Tokens:
+        """The tokens of streams: one cut, without a ranking, on the tokenizer's device.
+
+        Raises:
+            ValueError: as `stream.from_bytes`.
+        """
+        has_model = self._tokenizer.entropy_model is not None
+        with one_thread():
+            found = from_bytes(streams, self.format, *((self._model, self._model) if has_model else (None, None)))
+        return found.to(self._model.device)
+
+    def _check_model(self, needed: bool) -> None:
+        if needed and self._tokenizer.entropy_model is None:
+            raise ValueError("this tokenizer has no entropy model; expected one for entropy-coded or replayed streams")
+
+
+class _OneImage:
+    """The entropy model on one image, as `stream.CodeModel` and `stream.Replay` want it."""
+
+    def __init__(self, tokenizer: TaTok, coding_rounds: int) -> None:
+        self.coding_rounds = coding_rounds
+        self.device = tokenizer.mask_token.device
+        self._tokenizer = tokenizer
+        self._order = grid_order(tokenizer.config.patch_positions).numpy()
+
+    def rounds(self, kept_mask: np.ndarray) -> list[np.ndarray]:
+        """The kept positions, spread evenly over the grid in every round, each round larger by at most one."""
+        kept = self._order[kept_mask[self._order]]
+        numbers = np.arange(len(kept)) * self.coding_rounds // max(len(kept), 1)
+        return [np.sort(kept[numbers == number]) for number in np.unique(numbers)]
+
+    def logits(
+        self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """(M,) and (N,) int64 codes, (N,) bool where the latter are known, (n,) -> (n, K) float32."""
+        return self._ask(global_indices, patch_indices, known)[positions].cpu().numpy()
+
+    def next_positions(
+        self, global_indices: np.ndarray, patch_indices: np.ndarray, placed: np.ndarray, count: int
+    ) -> np.ndarray:
+        """The `count` open positions of highest entropy, (count,) int64."""
+        units = to_units(conditional_entropy(self._ask(global_indices, patch_indices, placed))).cpu()
+        return best_open(units[None], torch.from_numpy(placed)[None], count)[1][0].numpy()
+
+    def _ask(self, global_indices: np.ndarray, patch_indices: np.ndarray, given: np.ndarray) -> Tensor:
+        """(N, K) logits, asked at every position so that the shape is always the same."""
+        everywhere = torch.ones(1, len(given), dtype=torch.bool, device=self.device)
+        tokens = Tokens(self._one(global_indices), self._one(patch_indices), everywhere)
+        return self._tokenizer.patch_logits(tokens, self._one(given), everywhere)
+
+    def _one(self, values: np.ndarray) -> Tensor:
+        """A batch of one."""
+        return torch.from_numpy(values)[None].to(self.device)
+
+
+def model_id(tokenizer: TaTok) -> bytes:
+    """8 bytes that tell tokenizers with other weights apart: the beginning of a sha256 over them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()[:8]

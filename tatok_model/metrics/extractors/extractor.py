@@ -1,0 +1,156 @@
+"""What the feature networks that `jobs/train_extractor.py` trains have in common: their input, their file.
+
+A file is in safetensors format and says in its metadata which network it is for. Distances over such a network compare
+tokenizers within this project and with nothing published.
+
+Shapes: B images, F features, C classes.
+"""
+
+import hashlib
+from math import log2
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# What every feature network behind a Frechet distance looks like from outside.
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class FeatureExtractor(nn.Module):
+    """Base of the feature networks; a subclass names itself and implements `forward`.
+
+    `name` goes into the metric's name (`rfd_<name>`) and into the key of cached reference statistics.
+    """
+
+    name: str
+    feature_dim: ClassVar[int]
+    classes: int
+    class_names: tuple[str, ...] = ()  # of the logits, in order, lower case; empty: not known
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features for the Frechet distance and logits for the Inception score.
+
+        Args:
+            images: (B, 3, H, W) uint8 RGB, any H and W that the network accepts.
+
+        Returns:
+            features (B, F) float32 and logits (B, C) float32.
+
+        Raises:
+            ValueError: if `images` has another type or shape (see `check_images`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement forward(images)")
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse anything but (B, 3, H, W) uint8: a float batch would be scaled twice without a word.
+
+    Raises:
+        ValueError: naming the shape and type that came.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's pixels in [0, 1]; near those of others
+
+
+class TrainableExtractor(FeatureExtractor):
+    """Layers that a subclass brings, the mean over positions, and a linear layer to the classes.
+
+    Args:
+        layers: (B, 3, side, side) to (B, F, h, w).
+        classes: C.
+        image_size: side of the pictures that the layers see, pixels.
+    """
+
+    architecture: ClassVar[str]  # as in `extractor.architecture`
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, layers: nn.Module, classes: int, image_size: int) -> None:
+        super().__init__()
+        self.name = f"{self.architecture}_{image_size}px"
+        self.classes, self.image_size = classes, image_size
+        self.layers = layers
+        self.head = nn.Linear(self.feature_dim, classes)
+        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.weights_sha256 = ""  # of the file that the weights came from
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits; see `FeatureExtractor`.
+
+        Images of another size are resized (bilinear, antialiased, aspect ratio not kept) without rounding.
+        Training runs it under autocast; features that are to be compared are computed outside of it, in float32.
+        """
+        check_images(images)
+        side = self.image_size
+        pixels = images.float().contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
+        if pixels.shape[2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        maps = self.layers((pixels - self.mean) / self.std)  # (B, F, h, w)
+        features = maps.float().mean(dim=(2, 3))  # (B, F)
+        return features, self.head(features).float()
+
+    def load_file(self, path: str | Path) -> Self:
+        """Take the weights of a file that `save` wrote; the network is in evaluation mode and without gradients then.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not in safetensors format or holds another network's tensors.
+        """
+        data = Path(path).read_bytes()
+        try:
+            self.load_state_dict(load(data))
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{str(path)!r} does not hold the weights of a {type(self).__name__}: {reason}") from None
+        self.weights_sha256 = hashlib.sha256(data).hexdigest()
+        return self.eval().requires_grad_(False)
+
+    def save(self, path: str | Path, origin: dict[str, str]) -> None:
+        """Write the weights in safetensors format: kernels in float16, which halves the file, the rest as it is.
+
+        Args:
+            path: of the file.
+            origin: goes into the metadata, beside which network it is.
+        """
+        tensors = {
+            name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in self.state_dict().items()
+        }
+        sizes = {"classes": str(self.classes), "image_size": str(self.image_size)}
+        about = {**origin, "architecture": self.architecture, **sizes}
+        Path(path).write_bytes(save(tensors, about))
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself.
+
+    Raises:
+        SafetensorError: it is no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def stem(outputs: int, image_size: int, wanted: int) -> list[nn.Sequential]:
+    """First convolutions, from pictures to maps of about `wanted` pixels a side: each halves it, or one keeps it."""
+    halvings = max(0, round(log2(image_size / wanted)))
+    first = convolution(3, outputs, stride=2 if halvings else 1)
+    return [first, *(convolution(outputs, outputs, stride=2) for _ in range(halvings - 1))]
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch normalisation, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,149 @@
+"""Which generator samples: the named one, the one beside the run, or one that is trained first."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.core.config import Config
+from pipeline.core.errors import BadInput
+from pipeline.core.files import sha256_file
+from pipeline.core.run import Run
+from pipeline.generator import generator_inputs
+from tatok_model.config import GeneratorConfig
+from tatok_model.generation.generator import Generator
+
+Configure = Callable[..., Config]
+SHAPE = {"size": "nano", "classes": 3, "global_tokens": 2, "grid_size": 4, "codebook_size": 16, "max_patch_tokens": 9}
+
+
+@pytest.fixture(scope="module")
+def save_generator(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Callable[..., Path]:
+    """`save_generator(key=value)`: the checkpoint folder of an untrained one."""
+
+    def save(folder: Path | None = None, **changes: object) -> Path:
+        folder = folder or tmp_path_factory.mktemp("inputs") / "generator"
+        sha256 = sha256_file(tokenizer_folder / "model.safetensors")
+        torch.manual_seed(0)
+        config = GeneratorConfig(**{"tokenizer_sha256": sha256, **SHAPE, **changes})  # type: ignore[arg-type]
+        Generator(config).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def test_the_named_generator_is_loaded_ready_to_sample(configure: Configure, save_generator: Callable) -> None:
+    folder = save_generator()
+    config = generator_inputs.with_generator(configure(f"generator.checkpoint={folder}"))
+    generator, sha256 = generator_inputs.load_generator(config)
+    assert not generator.training
+    assert sha256 == sha256_file(folder / "model.safetensors")
+    assert generator.config.max_patch_tokens == 9
+    generator_inputs.check_generator(config)
+
+
+def test_a_run_folder_stands_for_its_checkpoint(configure: Configure, save_generator: Callable, tmp_path: Path) -> None:
+    save_generator(tmp_path / "run" / "checkpoint")
+    generator, _ = generator_inputs.load_generator(configure(f"generator.checkpoint={tmp_path}/run"))
+    assert generator.config.classes == 3
+
+
+def test_what_training_left_beside_the_run_is_taken(
+    configure: Configure, save_generator: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    config = configure()
+    folder = save_generator(Path(config.run.output) / "smoke-train-generator" / "checkpoint")
+    found = generator_inputs.with_generator(config)
+    assert found.generator.checkpoint == str(folder)
+    assert "generator.checkpoint is empty: taking" in capsys.readouterr().err
+    generator_inputs.check_generator(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("generator.size=tiny", "has size 'nano'; expected 'tiny', as configured"),
+        ("filter.threshold=0.5", "has cut 'distortion, 1 rounds, relative 0.6'; expected .* relative 0.5'"),
+    ],
+)
+def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
+    configure: Configure, save_generator: Callable, override: str, sentence: str
+) -> None:
+    config = configure(override)
+    folder = Path(config.run.output) / "smoke-train-generator" / "checkpoint"
+    save_generator(folder, cut="distortion, 1 rounds, relative 0.6")
+    with pytest.raises(BadInput, match=sentence):
+        generator_inputs.with_generator(config)
+    with pytest.raises(BadInput, match=sentence):
+        generator_inputs.check_generator(config)
+    named = configure(override, f"generator.checkpoint={folder}")
+    assert generator_inputs.with_generator(named).generator.checkpoint == str(folder)
+
+
+def test_damaged_weights_are_refused(configure: Configure, save_generator: Callable) -> None:
+    folder = save_generator()
+    weights = (folder / "model.safetensors").read_bytes()
+    config = configure(f"generator.checkpoint={folder}")
+    (folder / "model.safetensors").write_bytes(weights[:-4])
+    with pytest.raises(BadInput, match="has damaged weights .*; expected those saved"):
+        generator_inputs.load_generator(config)
+    (folder / "model.safetensors").write_bytes((save_generator(size="tiny") / "model.safetensors").read_bytes())
+    with pytest.raises(BadInput, match="has damaged weights .*size mismatch.*; expected those saved"):
+        generator_inputs.load_generator(config)
+
+
+def test_what_training_left_brings_its_tokens_as_if_it_had_just_been_made(
+    configure: Configure, save_generator: Callable, stream_folder: Path
+) -> None:
+    """Else classes would be called otherwise on resuming, which decides bytes."""
+    config = configure("tokens.path=")
+    folder = Path(config.run.output) / "smoke-train-generator"
+    save_generator(folder / "checkpoint")
+    for path, expected in ((stream_folder, str(stream_folder)), ("/gone", "")):
+        (folder / "summary.json").write_text(json.dumps({"inputs": {"tokens": {"path": str(path), "sha256": ""}}}))
+        assert generator_inputs.with_generator(config).tokens.path == expected
+        assert generator_inputs.check_generator(config).tokens.path == expected
+    assert generator_inputs.with_generator(configure("tokens.path=/other")).tokens.path == "/other"
+
+
+def test_where_there_is_none_it_is_trained_first(
+    configure: Configure, save_generator: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    def made(stage: str, module: str, config: Config) -> Run:
+        asked.append((stage, module))
+        folder = Path(config.run.output) / "made"
+        save_generator(folder / "checkpoint")
+        return Run(stage, config, folder)
+
+    monkeypatch.setattr(generator_inputs, "run_nested", made)
+    config = configure()
+    generator_inputs.check_generator(config)
+    found = generator_inputs.with_generator(config)
+    assert asked == [("train_generator", "pipeline.generator.train_generator")]
+    assert found.generator.checkpoint == str(Path(config.run.output) / "made/checkpoint")
+    assert "generator.checkpoint is empty: training first" in capsys.readouterr().err
+
+
+def test_what_is_no_generator_of_this_tokenizer_is_refused(
+    configure: Configure, save_generator: Callable, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    other = save_generator(tokenizer_sha256="0" * 64)
+    cases = {
+        "generator.checkpoint=/nowhere": "generator.checkpoint.*/nowhere",
+        f"generator.checkpoint={tmp_path}/empty": "generator.checkpoint .* holds no config.json; expected a folder",
+        f"generator.checkpoint={tokenizer_folder}": "generator.checkpoint: .* is not a generator's",
+        f"generator.checkpoint={other}": "writes tokens of a tokenizer with sha256 000000000000",
+    }
+    for override, sentence in cases.items():
+        with pytest.raises(BadInput, match=sentence):
+            generator_inputs.load_generator(configure(override))
+        if "empty" not in override:
+            with pytest.raises(BadInput, match=sentence):
+                generator_inputs.check_generator(configure(override))
+    with pytest.raises(BadInput, match="tokenizer.checkpoint is empty; expected the tokenizer whose tokens"):
+        generator_inputs.load_generator(configure(f"generator.checkpoint={save_generator()}", "tokenizer.checkpoint="))

@@ -1,0 +1,44 @@
+"""Faults in training a generator: which sequences a bad step saw is kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.core.config import Config
+from pipeline.core.run import Run
+from pipeline.generator.generator_training import GeneratorObjective
+from pipeline.generator.token_data import TokenBatch, TokenDataset
+from pipeline.training.loop import NotFinite
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_step_whose_loss_is_no_number_keeps_the_ids_of_its_batch(
+    configure: Callable[..., Config],
+    train_generator: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+    groups: int,
+) -> None:
+    seen: list[Tensor] = []
+    real = GeneratorObjective.step
+
+    def step(self: GeneratorObjective, batch: TokenBatch) -> dict[str, Tensor]:
+        terms = real(self, batch)
+        if batch.step != 2:
+            return terms
+        seen.extend(part.sequences.global_indices for part in batch.parts)
+        return terms | {"loss": terms["loss"] * float("nan")}
+
+    monkeypatch.setattr(GeneratorObjective, "step", step)
+    config = configure(f"generator.length_groups={groups}", "train_generator.log_every=6")
+    with pytest.raises(NotFinite, match=r"the loss is nan at step 3; .* in not_finite/step-00000003\.json"):
+        train_generator(config, "nan")
+    kept = json.loads((Path(config.run.output) / "nan" / "not_finite" / "step-00000003.json").read_text())
+    training = TokenDataset.load(config.tokens.path, "train", config.filter)
+    rows = [training.ids.index(name) for name in kept["ids"]]
+    assert kept["step"] == 3
+    assert len(rows) == config.train_generator.global_batch_size
+    assert torch.equal(torch.from_numpy(training.global_indices[rows]).long(), torch.cat(seen))
