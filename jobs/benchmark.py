@@ -10,4 +10,4 @@ that `jobs/train_generator.py` made for the same preset, and trains one first wh
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("benchmark", "pipeline.benchmarks.benchmark", __doc__)
+    main("benchmark", __doc__)

@@ -9,4 +9,4 @@ Global tokens are counted. Writes filter.yaml into the run folder and shows the 
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("calibrate", "pipeline.evaluation.calibrate", __doc__)
+    main("calibrate", __doc__)

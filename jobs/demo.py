@@ -10,4 +10,4 @@ UI on the runs.
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("demo", "pipeline.demo", __doc__)
+    main("demo", __doc__)

@@ -11,4 +11,4 @@ filter.rounds must be those of the stream. Without tokens.path it tokenizes firs
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("detokenize", "pipeline.tokens.detokenize", __doc__)
+    main("detokenize", __doc__)

@@ -7,7 +7,7 @@ Looks at pictures, weights, tracking, upload size, storage, Ray, resources and n
 with 1 when something is wrong. With --dry-run only what needs neither Ray nor writing, as bad input: with 2.
 """
 
-from pipeline.core.job import diagnose
+from pipeline.doctor import diagnose
 
 if __name__ == "__main__":
     diagnose(__doc__)

@@ -11,4 +11,4 @@ where there is none.
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("evaluate", "pipeline.evaluation.evaluate", __doc__)
+    main("evaluate", __doc__)

@@ -12,4 +12,4 @@ stopped run goes on with --resume.
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("generate", "pipeline.generator.generate", __doc__)
+    main("generate", __doc__)

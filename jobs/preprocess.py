@@ -11,4 +11,4 @@ rejected.parquet; give it to other jobs as data.shards. A killed run goes on wit
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("preprocess", "pipeline.data.preprocess", __doc__)
+    main("preprocess", __doc__)

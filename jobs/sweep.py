@@ -11,4 +11,4 @@ logs a parent run with a child for each trial to MLflow. A stopped or killed swe
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("sweep", "pipeline.sweeps.sweep", __doc__)
+    main("sweep", __doc__)

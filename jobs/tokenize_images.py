@@ -12,4 +12,4 @@ where there is none. A stopped run goes on with --resume.
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("tokenize_images", "pipeline.tokens.tokenize", __doc__)
+    main("tokenize_images", __doc__)

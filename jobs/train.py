@@ -10,4 +10,4 @@ and logs to MLflow. Without data.shards it preprocesses data.source first. A sto
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("train", "pipeline.training.train", __doc__)
+    main("train", __doc__)

@@ -10,4 +10,4 @@ Prints the resolved configuration first and RUN_FOLDER=... last; the weights are
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("train_extractor", "pipeline.training.train_extractor", __doc__)
+    main("train_extractor", __doc__)

@@ -12,4 +12,4 @@ goes on with --resume.
 from pipeline.core.job import main
 
 if __name__ == "__main__":
-    main("train_generator", "pipeline.generator.train_generator", __doc__)
+    main("train_generator", __doc__)

@@ -1,6 +1,5 @@
 """The stage behind `make demo`: every stage on photographs that ship inside scikit-image, in minutes on two cores."""
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -8,23 +7,16 @@ from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.job import run_nested
 from pipeline.core.run import Run
-from pipeline.evaluation import evaluate as evaluation
-from pipeline.generator import generate as generating
+from pipeline.core.stages import find_stage
 
-STAGES = (  # each takes what those before it left in the same folder
-    ("train", "pipeline.training.train"),
-    ("evaluate", "pipeline.evaluation.evaluate"),
-    ("tokenize_images", "pipeline.tokens.tokenize"),
-    ("train_generator", "pipeline.generator.train_generator"),
-    ("generate", "pipeline.generator.generate"),
-)
+STAGES = ("train", "evaluate", "tokenize_images", "train_generator", "generate")  # each takes what those before it left
 
 
 def check(config: Config) -> None:
     """Refuse what cannot work before anything is made; see the checks of evaluating and generating, the last stages."""
     inside = _inside(config, default_name(config))
-    evaluation.check(inside)
-    generating.check(inside)
+    for stage in ("evaluate", "generate"):
+        find_stage(stage).check(inside)
 
 
 def default_name(config: Config) -> str:
@@ -40,9 +32,9 @@ def run(run: Run) -> None:
     """A tokenizer, its numbers, its tokens, a generator of them; the stages' runs lie inside this run's folder."""
     started = time.monotonic()
     config = _inside(run.config, run.folder.name)
-    for stage, module in STAGES:
+    for stage in STAGES:
         say(f"\n== {stage} ==")
-        done = run_nested(stage, module, config)
+        done = run_nested(stage, config)
         run.results |= {f"{stage}_{name}": value for name, value in done.results.items()}
         run.outputs |= {f"{stage}_{name}": path for name, path in done.outputs.items()}
     run.results["seconds"] = time.monotonic() - started
@@ -57,5 +49,4 @@ def run(run: Run) -> None:
 
 def _inside(config: Config, name: str) -> Config:
     """The configuration of the stages: their run folders lie inside the demo's."""
-    output = str(Path(config.run.output) / name)
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, output=output, name=""))
+    return config.with_values("run", output=str(Path(config.run.output) / name), name="")

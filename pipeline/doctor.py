@@ -12,17 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from pipeline.core.checkpoints import check_architecture, find
-from pipeline.core.cluster import check_room, pick_device
-from pipeline.core.config import Config
+from pipeline.core.cluster import check_room, connect, most_resources, pick_device
+from pipeline.core.config import Config, load_config
 from pipeline.core.errors import BadInput
-from pipeline.core.files import INPUT_KEYS, in_temporary_copy
+from pipeline.core.files import INPUT_KEYS, in_temporary_copy, resolve_paths
+from pipeline.core.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, own_stdout, parse_arguments, refuse
 from pipeline.data.checks import check_files, check_pictures
-from pipeline.doctor_probe import PREFIX, look
 from pipeline.tracking import check_answers, check_tracking, masked
 
 WEIGHTS = (
@@ -36,6 +36,7 @@ WEIGHTS = (
 UPLOAD_BYTES = 100 * 2**20  # what Ray's dashboard takes of a working directory
 LEAST_BYTES = 2 * 2**30  # of free storage: some checkpoints and shards
 SECONDS = 90  # that a cluster may take to answer
+PREFIX = "PROBE "  # of the line that `probe` prints, among what Ray prints
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,24 @@ class Finding:
     name: str
     problem: str = ""  # a sentence that says how to mend it; '' where all is well
     note: str = ""  # what was seen
+
+
+def diagnose(description: str | None) -> NoReturn:
+    """Print a line for each thing that is looked at, with the arguments of this process; exits, makes no run folder."""
+    arguments = parse_arguments(description)
+    stdout = own_stdout()
+    problems = 0
+    try:
+        config = resolve_paths(load_config(arguments.preset, arguments.overrides))
+        for finding in examine(config, ray=not arguments.dry_run):
+            problems += bool(finding.problem)
+            line = f"{'wrong' if finding.problem else 'well '}  {finding.name:<10} {finding.problem or finding.note}"
+            print(line.rstrip(), file=stdout, flush=True)
+    except BadInput as error:
+        refuse(error)
+    if problems:
+        print(f"error: {problems} thing{'s' if problems > 1 else ''} would fail", file=sys.stderr)
+    sys.exit((EXIT_BAD_INPUT if arguments.dry_run else EXIT_FAILED) if problems else EXIT_DONE)
 
 
 def examine(config: Config, ray: bool = True) -> Iterator[Finding]:
@@ -165,10 +184,10 @@ def _ask(config: Config, address: str, usable: bool) -> dict[str, Any]:
         if not address:
             return {"resources": _own_resources(), "nodes": [look(seen, written, "")]}
         if not usable:
-            return _probe(address, seen, [], "")
+            return _ask_cluster(address, seen, [], "")
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output, prefix=".doctor-") as marker:
-            return _probe(address, seen, written, marker.name)
+            return _ask_cluster(address, seen, written, marker.name)
     finally:
         if made and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
@@ -200,9 +219,10 @@ def _own_resources() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
-def _probe(address: str, seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
+def _ask_cluster(address: str, seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
+    """What `probe` says in a process of its own: a client that Ray does not let in may hang or be ended by Ray."""
     arguments = json.dumps({"seen": seen, "written": written, "marker": marker})
-    command = [sys.executable, "-m", "pipeline.doctor_probe", arguments]
+    command = [sys.executable, "-m", "pipeline.doctor", arguments]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     try:
@@ -245,7 +265,7 @@ def check_nodes(nodes: list[dict[str, Any]]) -> str:
     """Whether all nodes see the same storage and have the same versions.
 
     Args:
-        nodes: what `doctor_probe.look` says on each.
+        nodes: what `look` says on each.
 
     Raises:
         BadInput: naming the first node that differs, and in what.
@@ -270,3 +290,58 @@ def check_nodes(nodes: list[dict[str, Any]]) -> str:
                     f"expected {version}, as node {nodes[0]['node']!r}"
                 )
     return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+
+
+def look(seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
+    """What this machine sees. Runs on every node of a cluster, as plain Python: the project need not be there.
+
+    Args:
+        seen: paths; those that do not exist here are named.
+        written: folders that a file is made in and removed again; the reasons why not are named.
+        marker: a file that the doctor has made just now, on storage that all nodes should share; '' for none.
+    """
+    import os
+    import platform
+    import tempfile
+    from importlib import metadata
+
+    unwritable = {}
+    for folder in written:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x" * 4096)
+                file.flush()
+        except OSError as error:
+            unwritable[folder] = error.strerror or str(error)
+    versions = {"python": platform.python_version()}
+    for name in ("ray", "torch"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return {
+        "node": platform.node(),
+        "missing": [path for path in seen if not os.path.exists(path)],
+        "unwritable": unwritable,
+        "shared": not marker or os.path.exists(marker),
+        "versions": versions,
+    }
+
+
+def probe(seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
+    """`resources` that the cluster has or can grow to, and `nodes`: what each living one sees."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray = connect()
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    here = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    found = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(seen, written, marker)
+        for node in here
+    ]
+    return {"resources": most_resources(ray), "nodes": ray.get(found, timeout=60)}
+
+
+if __name__ == "__main__":
+    print(PREFIX + json.dumps(probe(**json.loads(sys.argv[1]))), flush=True)

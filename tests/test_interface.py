@@ -21,9 +21,11 @@ JOB = '''
 """Do a made thing."""
 
 from pipeline.core.job import main
+from pipeline.core.stages import STAGES
 
+STAGES |= {"made": "made_stage", "inner": "inner_stage"}
 if __name__ == "__main__":
-    main("made", "made_stage", __doc__)
+    main("made", __doc__)
 '''
 
 STAGE = """
@@ -49,7 +51,7 @@ def run(run):
     if act == "refuse":
         raise BadInput("data.source is '/x'; expected images")
     if act == "nest":
-        run_nested("inner", "inner_stage", run.config)
+        run_nested("inner", run.config)
     if act == "wait":
         wait(run)
 

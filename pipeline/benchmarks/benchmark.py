@@ -1,15 +1,9 @@
 """The stage behind `jobs/benchmark.py`: speed, as ratios that were taken side by side in one run."""
 
-from importlib import import_module
-from typing import Any
-
-from pipeline.core.config import BENCHMARKS, Config
+from pipeline.core.config import Config
 from pipeline.core.run import Run
+from pipeline.core.stages import find_benchmark
 from pipeline.tracking import check_tracking
-
-KINDS = {  # imported when asked for
-    name: f"pipeline.benchmarks.{name}" + ("" if name in ("scaling", "train_step") else "_speed") for name in BENCHMARKS
-}
 
 
 def check(config: Config) -> None:
@@ -19,7 +13,7 @@ def check(config: Config) -> None:
         BadInput: as that; a tracking address of unknown form.
     """
     check_tracking(config)
-    _kind(config).check(config)
+    find_benchmark(config.benchmark.kind).check(config)
 
 
 def default_name(config: Config) -> str:
@@ -29,8 +23,4 @@ def default_name(config: Config) -> str:
 
 def run(run: Run) -> None:
     """Measure, and leave a report in the run folder."""
-    _kind(run.config).run(run)
-
-
-def _kind(config: Config) -> Any:
-    return import_module(KINDS[config.benchmark.kind])
+    find_benchmark(run.config.benchmark.kind).run(run)

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.core.config import Config, DataConfig
+from pipeline.core.inputs import with_shards
 from pipeline.core.run import Run
 from pipeline.data import preprocess
 from pipeline.data.checks import check_pictures
 from pipeline.data.samples import PHOTOGRAPHS, photograph_files
 from pipeline.data.shards import read_manifest
-from pipeline.training import train as training
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from tatok_model.tokenizer import TaTok
@@ -99,7 +99,7 @@ def take_pictures(run: Run, folder: Path, heldout_fraction: float) -> None:
         heldout_fraction: of what is made.
     """
     if names_pictures(run.config):
-        run.config = training.with_shards(run.config)
+        run.config = with_shards(run.config)
     else:
         make_photographs(folder / "photographs", run.config.benchmark.pictures)
         changes: dict[str, Any] = {"source": str(folder / "photographs"), "heldout_source": ""}

@@ -26,11 +26,14 @@ from pipeline.benchmarks.harness import (
     spread_results,
     take_turns,
 )
+from pipeline.core.checkpoints import read_generator
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
 from pipeline.core.console import progress
 from pipeline.core.errors import BadInput
+from pipeline.core.inputs import with_generator
 from pipeline.core.run import Run
+from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator
 from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
@@ -48,9 +51,6 @@ def check(config: Config) -> None:
         BadInput: a tokenizer without patch tokens, which has no such control, or as the check of training a generator
             where there is none yet.
     """
-    from pipeline.generator.fit import asked_labels, check_guidance, read_generator
-    from pipeline.generator.generator_inputs import check_generator
-
     if not config.tokenizer.patch_tokens:
         raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
     if config.generate.device == "cuda":  # else torch need not be imported
@@ -100,7 +100,6 @@ def run(run: Run) -> None:
         Stopped: the run was asked to stop.
     """
     from pipeline.core.pretrained import load_tokenizer
-    from pipeline.generator.generator_inputs import load_generator, with_generator
 
     run.config = config = with_generator(run.config)
     generator, sha256 = load_generator(config)

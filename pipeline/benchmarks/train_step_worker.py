@@ -17,7 +17,6 @@ Shapes: B images, H = W image side.
 import copy
 import dataclasses
 import io
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -32,7 +31,7 @@ from pipeline.benchmarks.harness import device_facts, now, take_turns
 from pipeline.benchmarks.train_step import BARE, GLOBAL_ONLY, LOOP, TITOK, steps_of
 from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config
-from pipeline.core.run import Run
+from pipeline.core.run import Run, read_metrics
 from pipeline.data.shards import ShardDataset
 from pipeline.training import tokenizer_training
 from pipeline.training.batches import Batch, Batches
@@ -144,10 +143,10 @@ def loop_rate(
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it would tell of every round
             tokenizer_training.work(part, device, wrap, report)
         part.close()
-        lines = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rates = [line.metrics[RATE] for line in read_metrics(folder, RATE)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return float([line[RATE] for line in lines if RATE in line][-1])
+    return rates[-1]
 
 
 def load_batches(config: Config) -> list[Batch]:

@@ -21,7 +21,7 @@ from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file, write_json
-from tatok_model.config import TokenizerConfig, read_config
+from tatok_model.config import GeneratorConfig, TokenizerConfig, read_config, read_generator_config
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from torch import Tensor
@@ -186,6 +186,19 @@ def read_architecture(path: str, key: str = "tokenizer.checkpoint") -> Tokenizer
         return read_config(find(path, key))
     except (FileNotFoundError, ValueError) as error:
         raise BadInput(str(error)) from None
+
+
+def read_generator(path: str) -> GeneratorConfig:
+    """The architecture of `generator.checkpoint`, a checkpoint or the run folder of a training; reads no weights.
+
+    Raises:
+        BadInput: neither.
+    """
+    folder = Path(path) / "checkpoint"
+    try:
+        return read_generator_config(folder if (folder / "config.json").is_file() else Path(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(f"generator.checkpoint: {error}") from None
 
 
 def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -> None:

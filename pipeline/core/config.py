@@ -16,10 +16,9 @@ from typing import Any
 import yaml
 
 from pipeline.core.errors import BadInput
+from pipeline.core.stages import BENCHMARKS
 from tatok_model.config import GENERATOR_SIZES, KeptSetConfig, LossConfig, SamplingConfig, TokenizerConfig
 from tatok_model.filtering_rules import SCORES, check_cut
-
-BENCHMARKS = ("preprocess", "ingest", "train_step", "encode", "generation", "evaluate", "scaling")
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,11 @@ class FilterConfig:
     coding_rounds: int = 8  # rounds in which kept codes are entropy-coded, for bits_coded
     mean_tokens: float = 0.0  # calibrate: wanted mean of tokens per image, global ones counted
     mean_psnr: float = 0.0  # calibrate: wanted mean PSNR in dB instead
+
+    def cut(self, patch_tokens: bool) -> str:
+        """What decides which tokens a sequence keeps, in words that are equal where the cut is."""
+        ranked = f"{self.score}, {self.rounds} rounds, " if patch_tokens else ""
+        return f"{ranked}{self.rule} {self.threshold!r}"
 
     def __post_init__(self) -> None:
         check_cut(self.score, self.rule, self.threshold, positions=2**31)
@@ -461,6 +465,10 @@ class Config:
                 raise ValueError(f"evaluate.thresholds: {error}") from None
         if section.rounds > positions:
             raise ValueError(f"filter.rounds is {section.rounds}; expected 1 to {positions}, the patch positions")
+
+    def with_values(self, section: str, **values: Any) -> "Config":
+        """The same configuration with other values in one section."""
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in a YAML file."""

@@ -1,4 +1,4 @@
-"""A run folder: what a stage leaves behind for people and programs to read.
+"""A run folder: what a stage leaves behind for people and programs to read, and its two files read again.
 
 `summary.json` tells how the run stands and ended, `metrics.jsonl` holds every logged metric with its time and
 `config.yaml` what was asked for. docs/interface.md is the contract.
@@ -18,13 +18,14 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import finite, write_atomically, write_json
 
 SCHEMA_VERSION = 1
+SUMMARY, METRICS = "summary.json", "metrics.jsonl"
 PACKAGES = ("tatok", "torch", "ray", "mlflow", "pyarrow", "numpy", "pillow", "vector-quantize-pytorch", "scikit-image")
 
 
@@ -82,10 +83,10 @@ class Run:
             raise BadInput(f"run folder {str(self.folder)!r} cannot be made: {error.strerror}") from None
 
     def _read_earlier(self) -> None:
-        path = self.folder / "summary.json"
-        if not path.exists():
+        try:
+            earlier = read_summary(self.folder)
+        except FileNotFoundError:
             return
-        earlier = json.loads(path.read_text())
         if earlier["stage"] != self.stage:
             raise BadInput(
                 f"run folder {str(self.folder)!r} holds a run of {earlier['stage']!r}; expected one of {self.stage!r}"
@@ -105,18 +106,18 @@ class Run:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Append one line to `metrics.jsonl`."""
         if self._metrics is None:
-            self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed at the end
+            self._metrics = open(self.folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed at the end
         line = {"time": time.time(), "step": step, "metrics": finite(metrics)}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` after `step`, which a resumed run logs again, and a line torn by a kill."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         if not path.exists():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if any(logged.step <= step for logged in parse_metrics(line))]
         if len(kept) < len(lines):
             if self._metrics is not None:
                 self._metrics.close()
@@ -144,7 +145,7 @@ class Run:
             "mlflow_run_id": self.mlflow_run_id,
             "results": self.results,
         }
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / SUMMARY, summary)
 
     def close(self) -> None:
         """Close the files and let others use the folder."""
@@ -155,12 +156,50 @@ class Run:
         self._metrics = self._lock = None
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinity for one that a kill has torn."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except ValueError:
-        return math.inf
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """What `summary.json` in a run folder says.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is torn or foreign.
+    """
+    summary = json.loads((Path(folder) / SUMMARY).read_text())
+    if not isinstance(summary, dict):
+        raise ValueError(f"it holds a {type(summary).__name__}")
+    return summary
+
+
+class LoggedLine(NamedTuple):
+    """One line of `metrics.jsonl`."""
+
+    time: float  # seconds since 1970
+    step: int
+    metrics: dict[str, float]  # NaN where the file has null
+
+
+def read_metrics(folder: str | Path, holding: str = "") -> list[LoggedLine]:
+    """What a run has logged so far, oldest first; nothing where there is no file yet.
+
+    Args:
+        folder: of the run.
+        holding: only lines that hold this metric, which spares parsing the others.
+    """
+    path = Path(folder) / METRICS
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return parse_metrics(b"".join(line for line in lines if holding.encode() in line))
+
+
+def parse_metrics(data: bytes) -> list[LoggedLine]:
+    """Whole lines of `metrics.jsonl`; one that is torn or not understood is left out."""
+    found = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        try:
+            entry = json.loads(line)
+            values = {name: math.nan if value is None else float(value) for name, value in entry["metrics"].items()}
+            found.append(LoggedLine(float(entry["time"]), int(entry["step"]), values))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return found
 
 
 def check_folder(folder: Path, resume: bool) -> None:

@@ -20,13 +20,12 @@ from pipeline.core.config import Config
 from pipeline.core.console import progress, say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import write_atomically
+from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
 from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
-from pipeline.data.checks import check_score
+from pipeline.data.checks import check_pictures, check_score
 from pipeline.data.shards import read_manifest
-from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.tracking import Tracker, check_tracking
-from pipeline.training import train as training
 from tatok_model.filtering_rules import SCORES
 from tatok_model.quality import FILE as LINES_FILE
 from tatok_model.quality import QualityLine, lines_json, with_line
@@ -68,7 +67,8 @@ def check(config: Config) -> None:
             f"filter.score is {section.score!r}; expected one whose steps have scores, or a count you choose"
         )
     check_score(config)
-    check_inputs(config)
+    check_tokenizer(config)
+    check_pictures(config)
 
 
 def default_name(config: Config) -> str:
@@ -85,9 +85,10 @@ def run(run: Run) -> None:
         BadInput: there is no validation image, or more dB are wanted than all tokens give.
         Stopped: the run was asked to stop.
     """
-    run.config = config = with_tokenizer(training.with_shards(run.config))
+    config = with_shards(run.config)
     manifest = read_manifest(config.data.shards)
     run.inputs["shards"] = {"path": config.data.shards, "sha256": manifest.fingerprint}
+    run.config = config = with_tokenizer(config, manifest.fingerprint)
     tokenizer, sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}):

@@ -6,7 +6,6 @@ Both need a rate-distortion curve (evaluate.thresholds) measured on the same pic
 spends less.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import BadInput
+from pipeline.core.run import read_summary
 from tatok_model.metrics.rate_distortion import bd_rate
 
 RATES = ("tokens_per_image", "bits_fixed", "bits_coded")
@@ -72,7 +72,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{str(folder)!r} holds no summary.json; expected the run folder of jobs/evaluate.py")
     try:
-        summary = json.loads(path.read_text())
+        summary = read_summary(folder)
         stage, status = str(summary["stage"]), str(summary["status"])
         dict(summary["results"]), dict(summary["inputs"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,15 +8,14 @@ from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_atomically
+from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
 from pipeline.core.pretrained import check_quality, load_tokenizer
 from pipeline.core.run import Run
-from pipeline.data.checks import check_files, check_global_counts, check_score
+from pipeline.data.checks import check_files, check_global_counts, check_pictures, check_score
 from pipeline.data.shards import read_manifest
 from pipeline.evaluation import evaluate_generated
 from pipeline.evaluation.evaluation_checks import check_baselines, check_information, load_blind
-from pipeline.evaluation.inputs import check_inputs, with_tokenizer
 from pipeline.tracking import Tracker, check_tracking
-from pipeline.training import train as training
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.evaluation.actors import Bench
@@ -45,7 +44,8 @@ def check(config: Config) -> None:
     if config.evaluate.thresholds or (config.filter.rule, config.filter.threshold) != ("relative", 1):
         check_score(config)
     check_information(config)
-    check_inputs(config)
+    check_tokenizer(config)
+    check_pictures(config)
     if config.data.shards:
         check_baselines(config, read_manifest(config.data.shards).splits["train"].rows)
 
@@ -75,9 +75,10 @@ def run(run: Run) -> None:
     if run.config.evaluate.generated:
         evaluate_generated.run(run)
         return
-    run.config = with_tokenizer(training.with_shards(run.config))
+    run.config = with_shards(run.config)
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
+    run.config = with_tokenizer(run.config, manifest.fingerprint)
     tokenizer, sha256 = load_tokenizer(run.config)
     check_quality(run.config, tokenizer)
     run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}

@@ -9,14 +9,13 @@ from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_atomically
+from pipeline.core.inputs import with_shards
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts, check_pictures
 from pipeline.data.shards import read_manifest
-from pipeline.generator.fit import cut_of
 from pipeline.generator.generated_files import Generated, read_generated
 from pipeline.tokens.token_manifest import check_stream, read_token_manifest
 from pipeline.tracking import Tracker
-from pipeline.training import train as training
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.evaluation.generated import Comparison
@@ -55,7 +54,7 @@ def run(run: Run) -> None:
         BadInput: as `check`, and too few pictures.
         Stopped: the run was asked to stop; features that were computed are kept.
     """
-    config = run.config = training.with_shards(run.config)
+    config = run.config = with_shards(run.config)
     generated = read_generated(config.evaluate.generated)
     _check_classes(config, generated)
     shards = read_manifest(config.data.shards)
@@ -102,7 +101,7 @@ def _check_tokens(config: Config, generated: Generated) -> None:
             f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
             f"expected that of evaluate.generated {config.evaluate.generated!r}, {generated.tokenizer_sha256[:12]}..."
         )
-    cut = cut_of(config.filter, bool(stream.score))
+    cut = config.filter.cut(bool(stream.score))
     if generated.cut not in ("", cut):
         raise BadInput(
             f"filter cuts tokens.path by {cut}; expected {generated.cut}, whose lengths the generator of "

@@ -3,15 +3,20 @@
 Symbols: M global tokens, N patch positions, K codebook entries.
 """
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.core.checkpoints import find, is_hub_id
+from pipeline.core.checkpoints import check_architecture, find, is_hub_id, read_generator
 from pipeline.core.config import Config, FilterConfig, GenerateConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
+from pipeline.core.inputs import with_trained_generator
+from pipeline.core.pretrained import tokenizer_sha256
+from pipeline.core.stages import find_stage
 from pipeline.tokens.token_manifest import TokenManifest
-from tatok_model.config import GeneratorConfig, read_generator_config
+from tatok_model.config import GeneratorConfig
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from tatok_model.generation.generator import Generator
 
 
 def global_tokens_of(manifest: TokenManifest, filter: FilterConfig) -> int:  # noqa: A002 - the section's name
@@ -32,12 +37,6 @@ def check_global_cut(manifest: TokenManifest, filter: FilterConfig) -> None:  # 
             f"filter.threshold is {filter.threshold:g}; expected 1 to {most}, the global tokens of an image: "
             "the stream has no others"
         )
-
-
-def cut_of(filter: FilterConfig, patch_tokens: bool) -> str:  # noqa: A002
-    """What decides which tokens a sequence keeps, in words that are equal where the cut is."""
-    ranked = f"{filter.score}, {filter.rounds} rounds, " if patch_tokens else ""
-    return f"{ranked}{filter.rule} {filter.threshold!r}"
 
 
 def generator_config(config: Config, manifest: TokenManifest, shortest: int, longest: int) -> GeneratorConfig:
@@ -73,7 +72,7 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
         class_dropout=section.class_dropout,
         positions=positions,
         max_patch_tokens=longest,
-        cut=cut_of(config.filter, patches),
+        cut=config.filter.cut(patches),
         **_given(config, manifest),
     )
 
@@ -128,26 +127,13 @@ def _given(config: Config, manifest: TokenManifest) -> dict[str, Any]:
 # Whether a generator, a tokenizer and what is asked of them fit together. Imports no torch.
 
 
-def read_generator(path: str) -> GeneratorConfig:
-    """The architecture of `generator.checkpoint`, a checkpoint or the run folder of a training; reads no weights.
-
-    Raises:
-        BadInput: neither.
-    """
-    folder = Path(path) / "checkpoint"
-    try:
-        return read_generator_config(folder if (folder / "config.json").is_file() else Path(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise BadInput(f"generator.checkpoint: {error}") from None
-
-
-def check_fit(config: Config, generator: GeneratorConfig, tokenizer_sha256: str = "") -> None:
+def check_fit(config: Config, generator: GeneratorConfig, sha256: str = "") -> None:
     """Refuse a generator that writes other tokens than the tokenizer reads.
 
     Args:
         config: with both checkpoints, the tokenizer's of the architecture that is configured.
         generator: of `generator.checkpoint`.
-        tokenizer_sha256: of the tokenizer's weights; empty: looked up, except for one of the hub.
+        sha256: of the tokenizer's weights; empty: looked up, except for one of the hub.
 
     Raises:
         BadInput: naming the first thing that differs.
@@ -167,13 +153,63 @@ def check_fit(config: Config, generator: GeneratorConfig, tokenizer_sha256: str 
             f"generator.checkpoint {path!r} has {generator.global_tokens} global tokens; "
             f"expected at most the tokenizer's, {section.global_tokens}"
         )
-    if not tokenizer_sha256 and not is_hub_id(section.checkpoint):
-        tokenizer_sha256 = sha256_file(find(section.checkpoint) / "model.safetensors")
-    if tokenizer_sha256 and generator.tokenizer_sha256 not in ("", tokenizer_sha256):
+    if not sha256 and not is_hub_id(section.checkpoint):
+        sha256 = sha256_file(find(section.checkpoint) / "model.safetensors")
+    if sha256 and generator.tokenizer_sha256 not in ("", sha256):
         raise BadInput(
             f"generator.checkpoint {path!r} writes tokens of a tokenizer with sha256 "
             f"{generator.tokenizer_sha256[:12]}...; expected that of tokenizer.checkpoint {section.checkpoint!r}, "
-            f"{tokenizer_sha256[:12]}..."
+            f"{sha256[:12]}..."
+        )
+
+
+def check_generator(config: Config) -> Config:
+    """Refuse a generator that cannot be used; one that would be trained first is checked as training does.
+
+    Returns:
+        The configuration with what is there already; `generator.checkpoint` is empty where it would be trained.
+
+    Raises:
+        BadInput: a checkpoint that is none or of another tokenizer, no tokenizer, or one of another architecture.
+    """
+    found = with_trained_generator(config)
+    if not found.generator.checkpoint:
+        find_stage("train_generator").check(config)
+        return found
+    _check_tokenizer(found)
+    check_architecture(found)
+    check_fit(found, read_generator(found.generator.checkpoint))
+    return found
+
+
+def load_generator(config: Config) -> "tuple[Generator, str]":
+    """The generator of `generator.checkpoint`, in evaluation mode, and the sha256 of its weights.
+
+    Raises:
+        BadInput: no such folder, one that holds no generator or damaged weights, or a generator of another tokenizer
+            than the one of `tokenizer.checkpoint`.
+    """
+    from safetensors import SafetensorError
+
+    from tatok_model.generation.generator import Generator
+
+    path = config.generator.checkpoint
+    folder = find(path, "generator.checkpoint")
+    found = read_generator(path)
+    _check_tokenizer(config)
+    check_fit(config, found, tokenizer_sha256(config))
+    try:
+        generator = Generator.from_pretrained(folder)
+    except (SafetensorError, RuntimeError) as error:  # no such file, or weights of another shape
+        reason = " ".join(str(error).split())
+        raise BadInput(f"generator.checkpoint {path!r} has damaged weights ({reason}); expected those saved") from None
+    return generator.eval(), sha256_file(folder / "model.safetensors")
+
+
+def _check_tokenizer(config: Config) -> None:
+    if not config.tokenizer.checkpoint:
+        raise BadInput(
+            f"tokenizer.checkpoint is empty; expected the tokenizer whose tokens {config.generator.checkpoint!r} writes"
         )
 
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.core.checkpoints import read_generator
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, GenerateConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
+from pipeline.core.inputs import with_generator
 from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, read_manifest
-from pipeline.generator.fit import asked_labels, check_guidance, read_generator
+from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator
 from pipeline.generator.generated_files import Generated, token_lengths
-from pipeline.generator.generator_inputs import check_generator, load_generator, with_generator
 from pipeline.tokens.detokenize import write_shards_manifest
 from pipeline.tokens.ranges import Range, keep_plan
 from pipeline.tokens.token_manifest import read_token_manifest

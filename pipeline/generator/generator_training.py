@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checkpoints import find
+from pipeline.core.checkpoints import find, read_generator
 from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config, GenerateConfig, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.evaluation.measurements import Totals
-from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config, read_generator
+from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config
 from pipeline.generator.generate import class_rows
 from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset
 from pipeline.tokens.decoder import decoded_pictures

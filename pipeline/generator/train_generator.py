@@ -3,17 +3,17 @@
 A stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`.
 """
 
-from pipeline.core.checkpoints import check_architecture, find
+from pipeline.core.checkpoints import check_architecture, find, read_generator
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
+from pipeline.core.inputs import with_tokens, with_trained
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts
 from pipeline.data.shards import read_manifest
-from pipeline.evaluation.inputs import with_trained
-from pipeline.generator.fit import asked_labels, check_global_cut, check_guidance, check_start, read_generator
+from pipeline.generator.fit import asked_labels, check_global_cut, check_guidance, check_start
 from pipeline.tokens import tokenize as tokenizing
 from pipeline.tokens.token_manifest import TokenManifest, check_stream, read_token_manifest
 from pipeline.tracking import Tracker, check_tracking
@@ -52,7 +52,7 @@ def default_name(config: Config) -> str:
 
 def run(run: Run) -> None:
     """Train, and leave the averaged generator in `checkpoint/`."""
-    config = run.config = tokenizing.with_tokens(run.config)
+    config = run.config = with_tokens(run.config)
     manifest = read_token_manifest(config.tokens.path)
     _check_tokens(config, manifest)
     run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}

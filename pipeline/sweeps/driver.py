@@ -1,7 +1,6 @@
 """The driver's side of a sweep: hands out trials, keeps their child runs, hears of their ends, passes on a stop."""
 
 import dataclasses
-import json
 import queue
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.job import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from pipeline.core.run import Run
+from pipeline.core.run import METRICS, LoggedLine, Run, parse_metrics, read_metrics, read_summary
 from pipeline.sweeps.report import LESS_IS_BETTER, Point, distance_in, objective, points_of
 from pipeline.sweeps.search import Queue
 from pipeline.sweeps.trial_work import outcome_of, task_of, work
@@ -43,8 +42,8 @@ class Child:
         self.run = Run.open("trial", dataclasses.replace(config, run=inside), trial.name, resume=True)
         self.run.rewind_metrics(2**62)  # a kill may have torn the last line
         self.run.inputs = dict(sweep.inputs)
-        self._last = _last_steps(self.run.folder / "metrics.jsonl")
-        self._source = _Lines(plan.training_folder(trial) / "metrics.jsonl")
+        self._last = _last_steps(self.run.folder)
+        self._source = _Lines(plan.training_folder(trial) / METRICS)
         everything = {**tags, "trial": str(trial.number), "sweep": sweep.folder.name}
         if parent:
             everything["mlflow.parentRunId"] = parent
@@ -53,7 +52,7 @@ class Child:
     def look(self) -> None:
         """Copy what the training has logged since the last look."""
         for entry in self._source.new():
-            self._log(entry["metrics"], entry["step"])
+            self._log(entry.metrics, entry.step)
         self._tracker.commit()
 
     def measured(self) -> list[Point]:
@@ -61,10 +60,10 @@ class Child:
         points = points_of(self.plan, self.trial)
         name = distance_in(self.plan, self.trial)
         for rule in self.plan.cuts:
-            results = json.loads((self.plan.evaluation_folder(self.trial, rule) / "summary.json").read_text())
+            results = read_summary(self.plan.evaluation_folder(self.trial, rule))["results"]
             prefix = "" if len(self.plan.cuts) == 1 else f"{rule}/"
             of_cuts = ("curve", "all_")
-            plain = {k: v for k, v in results["results"].items() if v is not None and not k.startswith(of_cuts)}
+            plain = {k: v for k, v in results.items() if v is not None and not k.startswith(of_cuts)}
             self._log({f"{prefix}{key}": value for key, value in plain.items()}, 0)
             for point in sorted((p for p in points if p.rule == rule), key=lambda p: p.tokens):
                 curve = "curve" if len(self.plan.cuts) == 1 else f"curve_{rule}"
@@ -123,24 +122,19 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, b""
 
-    def new(self) -> list[dict]:
+    def new(self) -> list[LoggedLine]:
         """Lines since the last call; all of them where the file does not begin as it did."""
         data = self._path.read_bytes() if self._path.exists() else b""
         data = data[: data.rfind(b"\n") + 1]
         fresh = data[len(self._read) :] if data.startswith(self._read) else data
         self._read = data
-        return [_numbers(json.loads(line)) for line in fresh.splitlines()]
+        return parse_metrics(fresh)
 
 
-def _numbers(entry: dict) -> dict:
-    nan = float("nan")
-    return {**entry, "metrics": {name: nan if value is None else value for name, value in entry["metrics"].items()}}
-
-
-def _last_steps(path: Path) -> dict[str, int]:
+def _last_steps(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
-    for entry in _Lines(path).new():
-        found |= {name: max(entry["step"], found.get(name, -1)) for name in entry["metrics"]}
+    for entry in read_metrics(folder):
+        found |= {name: max(entry.step, found.get(name, -1)) for name in entry.metrics}
     return found
 
 

@@ -5,7 +5,6 @@ Shapes: P points of a curve.
 
 import csv
 import io
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pipeline.core.config import Config, SweepConfig
 from pipeline.core.console import columns
 from pipeline.core.files import write_atomically
 from pipeline.core.plots import COLOURS, DPI, INK, MARKERS, PALE
+from pipeline.core.run import read_summary
 from pipeline.evaluation.compare import curve_of
 from pipeline.sweeps.trials import CHECKPOINT, Entry, Plan, Trial
 from tatok_model.metrics.rate_distortion import bd_rate
@@ -63,7 +63,7 @@ def points_of(plan: Plan, trial: Trial) -> list[Point]:
     for rule, thresholds in plan.cuts.items():
         folder = plan.evaluation_folder(trial, rule)
         curve = curve_of(folder)
-        rate = json.loads((folder / "summary.json").read_text())["results"]["images_per_second"]
+        rate = read_summary(folder)["results"]["images_per_second"]
         distance = curve[distance_name(list(curve))]
         found += [
             Point(

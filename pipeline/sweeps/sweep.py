@@ -1,7 +1,6 @@
 """The stage behind `jobs/sweep.py`: many trials in, a table, a plot and the best one out."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -9,7 +8,8 @@ from pipeline.core.cluster import connect, most_resources
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.run import Run
+from pipeline.core.inputs import with_shards
+from pipeline.core.run import Run, read_summary
 from pipeline.data.shards import Manifest, read_manifest
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.compare import curve_of
@@ -106,7 +106,7 @@ def check_control(config: Config, manifest: Manifest) -> None:
         BadInput: other shards, or another number of pictures.
     """
     path = config.sweep.control
-    summary = json.loads((Path(path) / "summary.json").read_text())
+    summary = read_summary(path)
     rows = manifest.splits["heldout"].rows
     wanted = {"shards": manifest.fingerprint, "images": min(config.evaluate.max_images or rows, rows)}
     found = {
@@ -121,7 +121,7 @@ def check_control(config: Config, manifest: Manifest) -> None:
 def _with_shards(plan: Plan) -> Config:
     """With shards that all trials share, made inside the sweep's folder where there are none."""
     inside = dataclasses.replace(plan.config.run, output=str(plan.folder))
-    made = training.with_shards(dataclasses.replace(plan.config, run=inside))
+    made = with_shards(dataclasses.replace(plan.config, run=inside))
     return dataclasses.replace(plan.config, data=made.data)
 
 

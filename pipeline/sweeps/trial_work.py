@@ -4,7 +4,7 @@ Nothing here talks to MLflow. What the stages leave in their run folders is all 
 """
 
 import fcntl
-import json
+import math
 import os
 import threading
 import time
@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.core.config import Config, config_from_dict
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.job import run_nested
+from pipeline.core.run import read_metrics, read_summary
 
 METRIC, STEP = "psnr", "step"  # what Tune is told while a trial trains
 VALIDATED = "validation/psnr"  # as training logs it
@@ -49,11 +50,11 @@ def work(task: dict[str, Any]) -> None:
     checkpoint = ""
     if task["training"]:
         config = config_from_dict(task["training"])
-        _once("train", "pipeline.training.train", config)
+        _once("train", config)
         checkpoint = str(_folder("train", config) / "checkpoint")
     for values in task["evaluations"]:
         tokenizer = {**values["tokenizer"], "checkpoint": checkpoint or values["tokenizer"]["checkpoint"]}
-        _once("evaluate", "pipeline.evaluation.evaluate", config_from_dict({**values, "tokenizer": tokenizer}))
+        _once("evaluate", config_from_dict({**values, "tokenizer": tokenizer}))
 
 
 def in_tune(task: dict[str, Any]) -> None:
@@ -73,10 +74,10 @@ def in_tune(task: dict[str, Any]) -> None:
     thread = threading.Thread(target=do, daemon=True, name="trial")
     thread.start()
     last = {STEP: 0, METRIC: float("-inf")}
-    metrics = Path(_folder("train", config_from_dict(task["training"])) / "metrics.jsonl") if task["training"] else None
+    training = _folder("train", config_from_dict(task["training"])) if task["training"] else None
     while thread.is_alive():
         thread.join(LOOK_SECONDS)
-        for step, value in _validated(metrics, last[STEP]):
+        for step, value in _validated(training, last[STEP]):
             last = {STEP: step, METRIC: value}
             tune.report(last)
     tune.report({**last, **outcome})
@@ -110,17 +111,17 @@ def outcome_of(problem: BaseException) -> dict[str, str]:
 def is_finished(folder: Path) -> bool:
     """Whether the run in a folder has come to its end."""
     try:
-        return bool(json.loads((folder / "summary.json").read_text())["status"] == "finished")
+        return bool(read_summary(folder)["status"] == "finished")
     except (OSError, ValueError):
         return False
 
 
-def _once(stage: str, module: str, config: Config) -> None:
+def _once(stage: str, config: Config) -> None:
     """Run a stage, or go on with it, unless it is finished."""
     folder = _folder(stage, config)
     if not is_finished(folder):
         _wait_for(folder)
-        run_nested(stage, module, config)
+        run_nested(stage, config)
 
 
 def _folder(stage: str, config: Config) -> Path:
@@ -145,14 +146,8 @@ def _is_free(folder: Path) -> bool:
     return True
 
 
-def _validated(metrics: Path | None, after: float) -> list[tuple[int, float]]:
-    """Steps beyond `after` that were validated, with their value."""
-    if metrics is None or not metrics.exists():
-        return []
-    found = []
-    for line in metrics.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n") and VALIDATED.encode() in line:
-            entry = json.loads(line)
-            if entry["step"] > after and entry["metrics"].get(VALIDATED) is not None:
-                found.append((int(entry["step"]), float(entry["metrics"][VALIDATED])))
-    return found
+def _validated(folder: Path | None, after: float) -> list[tuple[int, float]]:
+    """Steps beyond `after` that a training validated, with their value."""
+    lines = read_metrics(folder, VALIDATED) if folder else []
+    values = [(line.step, line.metrics[VALIDATED]) for line in lines if line.step > after]
+    return [(step, value) for step, value in values if not math.isnan(value)]

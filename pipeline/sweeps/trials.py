@@ -19,7 +19,7 @@ from pipeline.core.checkpoints import is_hub_id, read_architecture
 from pipeline.core.config import Config, config_from_dict
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_json
-from pipeline.evaluation.inputs import with_trained
+from pipeline.core.inputs import with_trained
 from pipeline.sweeps.space import corner_points, points, read_cuts, read_space
 
 CHECKPOINT = "tokenizer.checkpoint"

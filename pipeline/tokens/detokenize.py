@@ -16,12 +16,12 @@ from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_atomically, write_json
+from pipeline.core.inputs import with_tokens, with_trained
 from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts
 from pipeline.data.preprocess import REJECTED
 from pipeline.data.shards import SPLITS, Manifest, Shard, Split, fingerprint
-from pipeline.evaluation.inputs import with_trained
 from pipeline.tokens import tokenize as tokenizing
 from pipeline.tokens.ranges import Range, keep_plan, ranges_of_files
 from pipeline.tokens.token_manifest import TokenManifest, check_stream, check_tokenizer, read_token_manifest
@@ -102,7 +102,7 @@ def run(run: Run) -> None:
         BadInput: a stream that cannot be decoded as configured, or the run was begun with another one.
         Stopped: the run was asked to stop; finished files are kept.
     """
-    config = run.config = tokenizing.with_tokens(run.config)
+    config = run.config = with_tokens(run.config)
     manifest = read_token_manifest(config.tokens.path)
     check_stream(config, manifest.stream)
     run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}

@@ -5,7 +5,6 @@ Imports neither torch nor ray, so that a stage's `check` answers at once.
 Symbols: N patch positions, M global tokens, K codebook entries.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -219,8 +218,3 @@ def check_tokenizer(config: Config, stream: Stream, sha256: str) -> None:
             f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
             f"expected that of tokenizer.checkpoint {config.tokenizer.checkpoint!r}, {sha256[:12]}..."
         )
-
-
-def with_path(config: Config, folder: Path) -> Config:
-    """The configuration with `tokens.path`."""
-    return dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, path=str(folder)))

@@ -11,12 +11,11 @@ from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, TokensConfig
 from pipeline.core.console import say
 from pipeline.core.files import write_json
-from pipeline.core.job import run_nested
+from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
 from pipeline.core.pretrained import check_quality, load_tokenizer
 from pipeline.core.run import Run
-from pipeline.data.checks import check_global_counts, check_score
+from pipeline.data.checks import check_global_counts, check_pictures, check_score
 from pipeline.data.shards import SPLITS, Manifest, read_manifest
-from pipeline.evaluation.inputs import check_inputs, with_tokenizer, with_trained
 from pipeline.tokens.ranges import Range, keep_plan, ranges_of_files, ranges_of_pictures
 from pipeline.tokens.token_manifest import (
     NAME,
@@ -26,10 +25,8 @@ from pipeline.tokens.token_manifest import (
     TokenSplit,
     fingerprint,
     stream_of,
-    with_path,
 )
 from pipeline.tracking import Tracker, check_tracking
-from pipeline.training import train as training
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.tokens.parts import Part
@@ -49,7 +46,8 @@ def check(config: Config) -> None:
     check_tracking(config)
     check_score(config)
     check_global_counts(config)
-    check_inputs(config)
+    check_tokenizer(config)
+    check_pictures(config)
 
 
 def default_name(config: Config) -> str:
@@ -64,9 +62,10 @@ def run(run: Run) -> None:
         BadInput: the run was begun with another configuration, or there is no picture.
         Stopped: the run was asked to stop; finished ranges are kept.
     """
-    config = run.config = with_tokenizer(training.with_shards(run.config))
+    config = with_shards(run.config)
     shards = read_manifest(config.data.shards)
     run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
+    config = run.config = with_tokenizer(config, shards.fingerprint)
     tokenizer, sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
     check_quality(config, tokenizer)
@@ -83,15 +82,6 @@ def run(run: Run) -> None:
         parts, seconds = make_all(run, "tokenize", tokenizer, work, ranges)
         manifest = write_manifest(run, stream, shards, ranges, parts)
         _report(run, manifest, rates(parts, seconds, ("encode", "rank")), tracker)
-
-
-def with_tokens(config: Config) -> Config:
-    """The configuration with `tokens.path` and `tokenizer.checkpoint`; makes the stream when none is named."""
-    if config.tokens.path:
-        return with_trained(config)
-    say("tokens.path is empty: tokenizing first")
-    made = run_nested("tokenize_images", "pipeline.tokens.tokenize", config)
-    return with_path(made.config, made.folder)
 
 
 def write_manifest(

@@ -5,11 +5,12 @@ once for each step, in rising order of steps, so that a file that was rewound to
 another, never puts a point into MLflow twice.
 """
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import NamedTuple
+
+from pipeline.core.run import parse_metrics
 
 BATCH = 1000  # metrics MLflow takes in one call
 
@@ -62,22 +63,12 @@ class Feed:
                 if not line.endswith(b"\n"):
                     break
                 position += len(line)
-                for point in _points(line):
-                    if point.step > sent.get(point.name, -math.inf):
-                        sent[point.name] = point.step
-                        points.append(point)
+                for logged in parse_metrics(line):
+                    fresh = {n: v for n, v in logged.metrics.items() if logged.step > sent.get(n, -math.inf)}
+                    points += [Point(n, v, int(logged.time * 1000), logged.step) for n, v in fresh.items()]
+                    sent |= dict.fromkeys(fresh, logged.step)
         return Batch(points, inode, position, sent)
 
     def accept(self, batch: Batch) -> None:
         """MLflow has `batch`: the next one starts behind it."""
         self._file, self._position, self.sent = batch.file, batch.position, batch.sent
-
-
-def _points(line: bytes) -> list[Point]:
-    try:
-        entry = json.loads(line)
-        moment, step = int(entry["time"] * 1000), int(entry["step"])
-        values = {name: math.nan if value is None else float(value) for name, value in entry["metrics"].items()}
-        return [Point(name, value, moment, step) for name, value in values.items()]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return []

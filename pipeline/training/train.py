@@ -1,6 +1,5 @@
 """The stage behind `jobs/train.py`: shards in, a tokenizer checkpoint out."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -13,7 +12,7 @@ from pipeline.core.config import Config, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import OutOfRoom, memory_sentence, sha256_file
-from pipeline.core.job import run_nested
+from pipeline.core.inputs import with_shards
 from pipeline.core.run import Run
 from pipeline.data.checks import check_files, check_pictures
 from pipeline.data.shards import read_manifest
@@ -127,15 +126,6 @@ def hides_nothing(config: Config) -> bool:
     tokenizer, kept_sets = config.tokenizer, config.kept_sets
     sees = tokenizer.has_entropy_model and tokenizer.global_tokens and tokenizer.entropy_globals
     return bool(sees and kept_sets.hide_globals and not kept_sets.all)
-
-
-def with_shards(config: Config) -> Config:
-    """The configuration with `data.shards`; makes them from `data.source` when it names none, and says so."""
-    if config.data.shards:
-        return config
-    say("data.shards is empty: preprocessing data.source first")
-    made = run_nested("preprocess", "pipeline.data.preprocess", config)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=str(made.folder)))
 
 
 def _sha256(config: Config) -> str:

@@ -13,7 +13,7 @@ from pipeline import doctor
 from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import resolve_paths
-from pipeline.doctor_probe import look
+from pipeline.doctor import look
 
 KEYS = ("data.num_workers=1", "tracking.uri=")
 HEALTHY = {

@@ -11,10 +11,10 @@ import torch
 
 from pipeline.core.config import Config, load_config
 from pipeline.core.errors import BadInput
+from pipeline.core.inputs import with_tokenizer
 from pipeline.core.pretrained import load_lpips, load_tokenizer
 from pipeline.data.shards import ShardDataset
-from pipeline.evaluation import evaluate, inputs
-from pipeline.evaluation.inputs import with_tokenizer
+from pipeline.evaluation import evaluate
 from tatok_model.losses import BACKBONES
 from tatok_model.tokenizer import TaTok
 
@@ -49,13 +49,13 @@ def save_trained(config: Config, tokenizer: TaTok, fingerprint: str) -> Path:
 
 def test_a_tokenizer_that_was_named_is_taken(config: Config) -> None:
     named = given(config, "tokenizer", checkpoint="/elsewhere")
-    assert with_tokenizer(named) is named
+    assert with_tokenizer(named, "") is named
 
 
 def test_the_tokenizer_that_training_left_is_taken(config: Config, tokenizer: TaTok, heldout: ShardDataset) -> None:
     folder = save_trained(config, tokenizer, heldout.manifest.fingerprint)
     evaluate.check(config)
-    found = with_tokenizer(config)
+    found = with_tokenizer(config, heldout.manifest.fingerprint)
     assert found.tokenizer.checkpoint == str(folder)
     loaded, sha256 = load_tokenizer(found)
     assert len(sha256) == 64
@@ -66,7 +66,7 @@ def test_the_tokenizer_that_training_left_is_taken(config: Config, tokenizer: Ta
 def test_a_tokenizer_trained_on_other_shards_is_not_taken_silently(config: Config, tokenizer: TaTok) -> None:
     save_trained(config, tokenizer, "another")
     with pytest.raises(BadInput, match="was trained on other shards than .* expected tokenizer.checkpoint"):
-        with_tokenizer(config)
+        with_tokenizer(config, "these")
 
 
 def test_without_a_tokenizer_one_is_trained_first(
@@ -74,13 +74,13 @@ def test_without_a_tokenizer_one_is_trained_first(
 ) -> None:
     asked = []
 
-    def run_nested(name: str, module: str, nested: Config) -> SimpleNamespace:
-        asked.append((name, module, nested))
+    def run_nested(name: str, nested: Config) -> SimpleNamespace:
+        asked.append((name, nested))
         return SimpleNamespace(folder=Path("/made"))
 
-    monkeypatch.setattr(inputs, "run_nested", run_nested)
-    assert with_tokenizer(config).tokenizer.checkpoint == "/made/checkpoint"
-    assert asked == [("train", "pipeline.training.train", config)]
+    monkeypatch.setattr("pipeline.core.inputs.run_nested", run_nested)
+    assert with_tokenizer(config, "").tokenizer.checkpoint == "/made/checkpoint"
+    assert asked == [("train", config)]
     assert "training first" in capsys.readouterr().err
 
 
@@ -171,9 +171,9 @@ def test_checking_loads_neither_torch_nor_ray(run_python: Any, shards: Path) -> 
     code = f"""
 import sys
 from pipeline.core.config import load_config
-from pipeline.evaluation import stage
-stage.check(load_config("smoke", ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}"]))
-assert stage.default_name(load_config("smoke")) == "smoke-evaluate"
+from pipeline.evaluation import evaluate
+evaluate.check(load_config("smoke", ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}"]))
+assert evaluate.default_name(load_config("smoke")) == "smoke-evaluate"
 assert not {{"torch", "ray", "mlflow", "sklearn"}} & set(sys.modules), sorted(sys.modules)
 """
     finished = run_python(code)

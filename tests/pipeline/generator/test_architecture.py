@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
-from pipeline.generator.fit import cut_of, generator_config
+from pipeline.generator.fit import generator_config
 from pipeline.tokens.token_manifest import Stream, TokenManifest, TokenSplit
 
 STREAM = Stream("distortion", 1, "a" * 64, 0, 16, 16, 16, 4)  # no global tokens, 16 patch positions
@@ -17,7 +17,7 @@ MANIFEST = TokenManifest(STREAM, {}, "made", ("ant", "bee"), {"train": EMPTY, "h
 def test_the_cut_and_the_class_dropout_travel_with_the_generator():
     config = load_config("smoke", ["filter.rule=residual", "filter.threshold=2.5", "generator.class_dropout=0.3"])
     found = generator_config(config, MANIFEST, shortest=1, longest=9)
-    assert found.cut == cut_of(config.filter, patch_tokens=True) == "distortion, 1 rounds, residual 2.5"
+    assert found.cut == config.filter.cut(patch_tokens=True) == "distortion, 1 rounds, residual 2.5"
     assert (found.class_dropout, found.classes, found.max_patch_tokens) == (0.3, 2, 9)
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.checkpoints import read_generator
 from pipeline.core.config import Config, GenerateConfig
 from pipeline.core.errors import BadInput
-from pipeline.generator.fit import asked_labels, check_fit, check_guidance, read_generator
+from pipeline.generator.fit import asked_labels, check_fit, check_guidance
 from tatok_model.config import GeneratorConfig
 
 SIZES = {"size": "nano", "classes": 3, "global_tokens": 2, "grid_size": 4, "codebook_size": 16, "max_patch_tokens": 16}

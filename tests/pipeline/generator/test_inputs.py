@@ -10,8 +10,9 @@ import torch
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
+from pipeline.core.inputs import with_generator
 from pipeline.core.run import Run
-from pipeline.generator import generator_inputs
+from pipeline.generator.fit import check_generator, load_generator
 from tatok_model.config import GeneratorConfig
 from tatok_model.generation.generator import Generator
 
@@ -36,17 +37,17 @@ def save_generator(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: P
 
 def test_the_named_generator_is_loaded_ready_to_sample(configure: Configure, save_generator: Callable) -> None:
     folder = save_generator()
-    config = generator_inputs.with_generator(configure(f"generator.checkpoint={folder}"))
-    generator, sha256 = generator_inputs.load_generator(config)
+    config = with_generator(configure(f"generator.checkpoint={folder}"))
+    generator, sha256 = load_generator(config)
     assert not generator.training
     assert sha256 == sha256_file(folder / "model.safetensors")
     assert generator.config.max_patch_tokens == 9
-    generator_inputs.check_generator(config)
+    check_generator(config)
 
 
 def test_a_run_folder_stands_for_its_checkpoint(configure: Configure, save_generator: Callable, tmp_path: Path) -> None:
     save_generator(tmp_path / "run" / "checkpoint")
-    generator, _ = generator_inputs.load_generator(configure(f"generator.checkpoint={tmp_path}/run"))
+    generator, _ = load_generator(configure(f"generator.checkpoint={tmp_path}/run"))
     assert generator.config.classes == 3
 
 
@@ -55,10 +56,10 @@ def test_what_training_left_beside_the_run_is_taken(
 ) -> None:
     config = configure()
     folder = save_generator(Path(config.run.output) / "smoke-train-generator" / "checkpoint")
-    found = generator_inputs.with_generator(config)
+    found = with_generator(config)
     assert found.generator.checkpoint == str(folder)
     assert "generator.checkpoint is empty: taking" in capsys.readouterr().err
-    generator_inputs.check_generator(config)
+    check_generator(config)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +76,11 @@ def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
     folder = Path(config.run.output) / "smoke-train-generator" / "checkpoint"
     save_generator(folder, cut="distortion, 1 rounds, relative 0.6")
     with pytest.raises(BadInput, match=sentence):
-        generator_inputs.with_generator(config)
+        with_generator(config)
     with pytest.raises(BadInput, match=sentence):
-        generator_inputs.check_generator(config)
+        check_generator(config)
     named = configure(override, f"generator.checkpoint={folder}")
-    assert generator_inputs.with_generator(named).generator.checkpoint == str(folder)
+    assert with_generator(named).generator.checkpoint == str(folder)
 
 
 def test_damaged_weights_are_refused(configure: Configure, save_generator: Callable) -> None:
@@ -88,10 +89,10 @@ def test_damaged_weights_are_refused(configure: Configure, save_generator: Calla
     config = configure(f"generator.checkpoint={folder}")
     (folder / "model.safetensors").write_bytes(weights[:-4])
     with pytest.raises(BadInput, match="has damaged weights .*; expected those saved"):
-        generator_inputs.load_generator(config)
+        load_generator(config)
     (folder / "model.safetensors").write_bytes((save_generator(size="tiny") / "model.safetensors").read_bytes())
     with pytest.raises(BadInput, match="has damaged weights .*size mismatch.*; expected those saved"):
-        generator_inputs.load_generator(config)
+        load_generator(config)
 
 
 def test_what_training_left_brings_its_tokens_as_if_it_had_just_been_made(
@@ -103,9 +104,9 @@ def test_what_training_left_brings_its_tokens_as_if_it_had_just_been_made(
     save_generator(folder / "checkpoint")
     for path, expected in ((stream_folder, str(stream_folder)), ("/gone", "")):
         (folder / "summary.json").write_text(json.dumps({"inputs": {"tokens": {"path": str(path), "sha256": ""}}}))
-        assert generator_inputs.with_generator(config).tokens.path == expected
-        assert generator_inputs.check_generator(config).tokens.path == expected
-    assert generator_inputs.with_generator(configure("tokens.path=/other")).tokens.path == "/other"
+        assert with_generator(config).tokens.path == expected
+        assert check_generator(config).tokens.path == expected
+    assert with_generator(configure("tokens.path=/other")).tokens.path == "/other"
 
 
 def test_where_there_is_none_it_is_trained_first(
@@ -113,17 +114,17 @@ def test_where_there_is_none_it_is_trained_first(
 ) -> None:
     asked = []
 
-    def made(stage: str, module: str, config: Config) -> Run:
-        asked.append((stage, module))
+    def made(stage: str, config: Config) -> Run:
+        asked.append(stage)
         folder = Path(config.run.output) / "made"
         save_generator(folder / "checkpoint")
         return Run(stage, config, folder)
 
-    monkeypatch.setattr(generator_inputs, "run_nested", made)
+    monkeypatch.setattr("pipeline.core.inputs.run_nested", made)
     config = configure()
-    generator_inputs.check_generator(config)
-    found = generator_inputs.with_generator(config)
-    assert asked == [("train_generator", "pipeline.generator.train_generator")]
+    check_generator(config)
+    found = with_generator(config)
+    assert asked == ["train_generator"]
     assert found.generator.checkpoint == str(Path(config.run.output) / "made/checkpoint")
     assert "generator.checkpoint is empty: training first" in capsys.readouterr().err
 
@@ -141,9 +142,9 @@ def test_what_is_no_generator_of_this_tokenizer_is_refused(
     }
     for override, sentence in cases.items():
         with pytest.raises(BadInput, match=sentence):
-            generator_inputs.load_generator(configure(override))
+            load_generator(configure(override))
         if "empty" not in override:
             with pytest.raises(BadInput, match=sentence):
-                generator_inputs.check_generator(configure(override))
+                check_generator(configure(override))
     with pytest.raises(BadInput, match="tokenizer.checkpoint is empty; expected the tokenizer whose tokens"):
-        generator_inputs.load_generator(configure(f"generator.checkpoint={save_generator()}", "tokenizer.checkpoint="))
+        load_generator(configure(f"generator.checkpoint={save_generator()}", "tokenizer.checkpoint="))

@@ -75,8 +75,8 @@ def test_only_whole_lines_are_read_and_each_of_them_once(tmp_path):
     lines = _Lines(path)
     assert lines.new() == []
     path.write_text(line(1, 1.0) + line(2, 2.0)[:9])
-    assert [entry["step"] for entry in lines.new()] == [1]
+    assert [entry.step for entry in lines.new()] == [1]
     path.write_text(line(1, 1.0) + line(2, 2.0))
-    assert [entry["step"] for entry in lines.new()] == [2]
+    assert [entry.step for entry in lines.new()] == [2]
     path.write_text(line(2, 5.0))  # written anew
-    assert [entry["metrics"]["validation/psnr"] for entry in lines.new()] == [5.0]
+    assert [entry.metrics["validation/psnr"] for entry in lines.new()] == [5.0]

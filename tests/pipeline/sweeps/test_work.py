@@ -18,7 +18,7 @@ def stages(monkeypatch):
     """Stages that note their call and leave a summary; `fail` holds what one of them raises."""
     calls, fail = [], {}
 
-    def run_nested(stage, module, config):
+    def run_nested(stage, config):
         calls.append((stage, config.tokenizer.checkpoint))
         folder = Path(config.run.output) / f"{config.preset}-{stage}"
         folder.mkdir(parents=True, exist_ok=True)
