@@ -53,10 +53,13 @@ def check_format(values: Any, what: str, format_and_version: tuple[str, int], wr
         raise BadInput(f"{what} has version {values.get('version')!r}; expected {expected}")
 
 
-def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any], folder: Path | None = None) -> None:
     """Refuse to go on with other values than a run was begun with.
 
-    A key that there was not yet when the run was begun had the value that it has by default.
+    Args:
+        begun: what the run was begun with, by `section.key`; a key that there was not yet had its default.
+        wanted: what it is to go on with.
+        folder: of the run, to be named in the message.
 
     Raises:
         BadInput: naming the first key that differs.
@@ -64,6 +67,11 @@ def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any]) -> None:
     defaults = Config().to_dict()
     for key, value in wanted.items():
         section, _, name = key.partition(".")
-        before = begun.get(key, defaults[section].get(name))
+        before = begun.get(key, defaults.get(section, {}).get(name))
+        if before != value and folder:
+            raise BadInput(
+                f"{key} is {value!r}, but the run in {str(folder)!r} was begun with {before!r}; "
+                "expected the same, or a new run.name"
+            )
         if before != value:
             raise BadInput(f"{key} is {value!r}; expected {before!r}, as this run was begun, or a new run.name")

@@ -26,6 +26,7 @@ from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import progress, say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file, write_atomically, write_json
+from pipeline.core.manifest import check_unchanged
 from pipeline.core.run import Run
 from pipeline.data.listing import Picture, RawLabel, Scan, Unit
 from pipeline.data.pictures import BadPicture, prepare, without_global_limits
@@ -98,12 +99,8 @@ def make_or_load_plan(folder: Path, sources: list[Source], data: DataConfig) -> 
         return plan
     values = json.loads(path.read_bytes())
     plan = Plan(**{**values, "ranges": [Range(**part) for part in values["ranges"]]})
-    for key, value in byte_config(data).items():
-        if plan.config.get(key) != value:
-            raise BadInput(
-                f"data.{key} is {value!r}, but the run in {str(folder)!r} was begun with {plan.config.get(key)!r}; "
-                "expected the same value, or a new run.name"
-            )
+    begun, wanted = ({f"data.{key}": value for key, value in c.items()} for c in (plan.config, byte_config(data)))
+    check_unchanged(begun, wanted, folder)
     if plan.source_fingerprint != _fingerprint(sources):
         raise BadInput(
             f"data.source {sources[0].place!r} (or data.heldout_source) has changed since the run in {str(folder)!r} "

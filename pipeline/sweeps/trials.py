@@ -20,6 +20,7 @@ from pipeline.core.config import Config, config_from_dict
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_json
 from pipeline.core.inputs import with_trained
+from pipeline.core.manifest import check_unchanged
 from pipeline.sweeps.space import corner_points, points, read_cuts, read_space
 
 CHECKPOINT = "tokenizer.checkpoint"
@@ -209,8 +210,6 @@ class Ledger:
         Raises:
             BadInput: the sweep was begun with other trials in mind, or the file is not a ledger.
         """
-        from pipeline.core.manifest import check_unchanged
-
         path, begun = plan.folder / "trials.json", _begun(plan)
         if not path.exists():
             return cls(path, begun)

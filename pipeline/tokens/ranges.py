@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.core.config import TokensConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_json
+from pipeline.core.manifest import check_unchanged
 from pipeline.data.shards import SPLITS
 from pipeline.tokens.token_manifest import TokenManifest
 from pipeline.training.order import keyed_uniforms
@@ -152,13 +153,7 @@ def keep_plan(folder: Path, facts: dict[str, Any], ranges: list[Range]) -> str:
     """
     path = folder / "plan.json"
     if path.exists():
-        begun = json.loads(path.read_bytes())["facts"]
-        for key, value in facts.items():
-            if begun.get(key) != value:
-                raise BadInput(
-                    f"{key} is {value!r}, but the run in {str(folder)!r} was begun with {begun.get(key)!r}; "
-                    "expected the same, or a new run.name"
-                )
+        check_unchanged(json.loads(path.read_bytes())["facts"], facts, folder)
     else:
         write_json(path, {"facts": facts, "ranges": [asdict(part) for part in ranges]})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
