@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from pipeline.core.config import load_config, preset_names
+from pipeline.core.presets import load_config, preset_names
 
 REPOSITORY = Path(__file__).parents[1]
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))

@@ -151,7 +151,7 @@ def tokenizer_of(run: Run) -> "TaTok":
     """
     import torch
 
-    from pipeline.core.pretrained import load_tokenizer
+    from pipeline.core.checkpoints import load_tokenizer
     from tatok_model.tokenizer import TaTok
 
     section = run.config.tokenizer

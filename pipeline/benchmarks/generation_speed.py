@@ -26,7 +26,7 @@ from pipeline.benchmarks.harness import (
     spread_results,
     take_turns,
 )
-from pipeline.core.checkpoints import read_generator
+from pipeline.core.checkpoints import load_tokenizer, read_generator
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
 from pipeline.core.console import progress
@@ -99,8 +99,6 @@ def run(run: Run) -> None:
         BadInput: the generator or its tokenizer cannot be used.
         Stopped: the run was asked to stop.
     """
-    from pipeline.core.pretrained import load_tokenizer
-
     run.config = config = with_generator(run.config)
     generator, sha256 = load_generator(config)
     tokenizer, tokenizer_sha256 = load_tokenizer(config)

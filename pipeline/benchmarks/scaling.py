@@ -137,7 +137,7 @@ class Tokenize:
     """
 
     def __init__(self, config: Config, folder: Path, pictures: int, rows: int) -> None:
-        from pipeline.core.pretrained import load_tokenizer
+        from pipeline.core.checkpoints import load_tokenizer
         from pipeline.tokens.encoder import EncodingWork
         from pipeline.tokens.token_manifest import stream_of
 

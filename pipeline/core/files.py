@@ -4,7 +4,6 @@ Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside 
 directory may be a temporary copy: a relative output would vanish with it, so it is refused.
 """
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -36,13 +35,10 @@ def resolve_paths(config: Config) -> Config:
     Raises:
         BadInput: a relative output or tracking path in a temporary copy of the working directory.
     """
-    sections: dict[str, dict[str, Any]] = {}
     for key in INPUT_KEYS + OUTPUT_KEYS:
         section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        sections.setdefault(section, {})[name] = _resolve(key, value)
-    parts = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
-    return dataclasses.replace(config, **parts)
+        config = config.with_values(section, **{name: _resolve(key, config.value(key))})
+    return config
 
 
 def _resolve(key: str, value: Any) -> Any:

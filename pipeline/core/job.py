@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import OutOfRoom, resolve_paths, storage_sentence
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run, check_folder
 from pipeline.core.stages import Stage, find_stage
 

@@ -5,12 +5,11 @@ Symbols: M global tokens, N patch positions, K codebook entries.
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.checkpoints import check_architecture, find, is_hub_id, read_generator
+from pipeline.core.checkpoints import check_architecture, find, is_hub_id, read_generator, tokenizer_sha256
 from pipeline.core.config import Config, FilterConfig, GenerateConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
 from pipeline.core.inputs import with_trained_generator
-from pipeline.core.pretrained import tokenizer_sha256
 from pipeline.core.stages import find_stage
 from pipeline.tokens.token_manifest import TokenManifest
 from tatok_model.config import GeneratorConfig

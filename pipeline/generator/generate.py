@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core.checkpoints import read_generator
+from pipeline.core.checkpoints import load_tokenizer, read_generator
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, GenerateConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.inputs import with_generator
-from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, read_manifest
 from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from pipeline.core.checkpoints import check_architecture
+from pipeline.core.checkpoints import check_architecture, load_tokenizer
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_atomically, write_json
 from pipeline.core.inputs import with_tokens, with_trained
-from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts
 from pipeline.data.preprocess import REJECTED

@@ -17,9 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from pipeline.core.cluster import check_room, connect, most_resources
-from pipeline.core.config import Config, TrainConfig, config_from_dict
+from pipeline.core.config import Config, TrainConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import OutOfRoom, memory_sentence, storage_sentence, write_json
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
 from pipeline.data.shards import Damaged
 from pipeline.training import distributed

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.core.config import Config, DataConfig, EvaluateConfig, load_config
+from pipeline.core.config import Config, DataConfig, EvaluateConfig
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
-from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint, read_manifest
+from pipeline.data.shards import read_manifest
 from pipeline.evaluation.reference import load_extractor, load_more
 from pipeline.training import train_extractor
 from pipeline.training.extractor_training import measure, one_cycle, read_labelled
@@ -50,21 +51,12 @@ def two_colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shards(two_colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(two_colours: Path, write_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the two colours, both splits."""
-    folder = tmp_path_factory.mktemp("shards")
-    (folder / "shards").mkdir()
     rows = pq.read_table(two_colours).to_pylist()
-    splits = {}
-    for split, kept in (("train", rows[:96]), ("heldout", rows[96:])):
-        with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
-            for number, row in enumerate(kept):
-                writer.add({"id": str(number), "height": 32, "width": 32, "label_name": "", **row})
-        assert writer.shard is not None
-        splits[split] = Split(len(kept), (writer.shard,))
-    manifest = Manifest(32, {}, "made", ("red", "blue"), splits, 0, fingerprint(splits))
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
-    return folder
+    return write_shards(
+        tmp_path_factory.mktemp("two") / "data", {"train": rows[:96], "heldout": rows[96:]}, 32, ("red", "blue")
+    )
 
 
 @pytest.fixture
@@ -250,7 +242,7 @@ def test_an_address_that_tracking_cannot_use_is_refused(config: Callable[..., Co
 
 def test_checking_does_not_load_torch(two_colours: Path) -> None:
     code = (
-        "import sys; from pipeline.training import train_extractor; from pipeline.core.config import load_config; "
+        "import sys; from pipeline.training import train_extractor; from pipeline.core.presets import load_config; "
         "train_extractor.check(load_config('extractor_cifar10', sys.argv[1:])); sys.exit('torch' in sys.modules)"
     )
     sources = [f"data.source={two_colours}", f"data.heldout_source={two_colours}"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.core import run as run_module
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run, check_folder, commit, hardware, versions
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.benchmarks import benchmark
 from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread, publish, rate_table, ratio, spread_results
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.tracking import Tracker
 
 

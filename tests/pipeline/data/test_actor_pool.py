@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.data import preprocess
 from pipeline.data.preprocess import Work
 

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data import preprocess
 from pipeline.data.listing import Scan
@@ -304,7 +305,7 @@ def test_checking_names_the_key_that_cannot_work(
 
 def test_checking_loads_neither_torch_nor_ray(repository: Path) -> None:
     code = (
-        "import sys; from pipeline.core.config import load_config; from pipeline.data import preprocess;"
+        "import sys; from pipeline.core.presets import load_config; from pipeline.data import preprocess;"
         "preprocess.check(load_config('smoke')); print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)

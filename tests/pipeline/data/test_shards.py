@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
 from pipeline.data.shards import (
     CACHED_GROUPS,
     ROW_GROUP_ROWS,

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
 from pipeline.evaluation import evaluate, generated_features

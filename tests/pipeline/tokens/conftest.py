@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
 from pipeline.tokens import detokenize, ranges, tokenize

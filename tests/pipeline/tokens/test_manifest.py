@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from pipeline.tokens.token_manifest import (
     Stream,
     TokenFile,

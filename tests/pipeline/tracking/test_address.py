@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from pipeline.core.config import TrackingConfig, load_config
+from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import resolve_paths
+from pipeline.core.presets import load_config
 from pipeline.tracking import check_tracking, masked
 from pipeline.tracking.address import artifact_folder
 

@@ -114,7 +114,7 @@ import json, os, sys, threading, time, traceback  # reads FOLDER, AT, ADDED_BACK
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from pipeline.core.cluster import connect
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
 from pipeline.training import stage
 

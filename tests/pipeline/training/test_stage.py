@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.core import checkpoints
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.training import loop, train
 from pipeline.training.tokenizer_training import TokenizerState
@@ -315,7 +315,7 @@ def test_the_loop_runs_without_ray_and_mlflow(run_python, configure, tmp_path):
 import sys
 for name in ("ray", "mlflow"): sys.modules[name] = None
 from pathlib import Path
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
 from pipeline.training import loop, stage
 config = config_from_dict({config.to_dict()!r})
