@@ -1,4 +1,6 @@
-"""Checkpoints of a training run: written aside and renamed, verified when read, kept by count, never unpickled.
+"""Checkpoints of a training run, and models from them, from files and from the hub.
+
+Checkpoints are written aside and renamed, verified when read, kept by count, never unpickled:
 
     checkpoints/step-00000500/config.json, model.safetensors     averaged weights: `from_pretrained` loads them
                               training_state.safetensors          raw weights, optimisers
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.config import Config
 from pipeline.core.console import say
@@ -39,14 +41,6 @@ SHAPING = (  # the keys that decide the weights' shapes
 OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
 
 
-class Exportable(Protocol):
-    """A model that writes config.json and model.safetensors; `TaTok` is one."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write them into `folder`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was verified."""
@@ -62,14 +56,14 @@ class Checkpoint:
         return load_file(self.folder / TENSORS)
 
 
-def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
+def save(folder: Path, step: int, model: Any, tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
     """Write `folder/step-NNNNNNNN` and delete the oldest beyond `keep`.
 
     Args:
         folder: the run's `checkpoints` folder.
         step: optimiser steps done.
-        model: the averaged model.
-        tensors: what resuming needs besides.
+        model: the averaged one; its `save_pretrained` writes config.json and model.safetensors.
+        tensors: what else resuming needs.
         keep: how many checkpoints stay.
         record: plain values to keep beside the step.
     """
@@ -82,7 +76,8 @@ def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]
         checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
         write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
         for path in aside.iterdir():
-            _flush(path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -126,11 +121,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def find(path: str, key: str = "tokenizer.checkpoint") -> Path:
-    """The folder that a checkpoint's key means: a checkpoint, or the run folder of a training that ended.
-
-    Args:
-        path: the value.
-        key: of the configuration, for messages.
+    """The folder that the value of a key means: a checkpoint, or the run folder of a training that ended.
 
     Raises:
         BadInput: neither.
@@ -164,11 +155,7 @@ def check_architecture(config: Config) -> None:
 
 
 def read_architecture(path: str, key: str = "tokenizer.checkpoint") -> TokenizerConfig:
-    """The architecture of a checkpoint; its weights are not read.
-
-    Args:
-        path: the value of a key.
-        key: of the configuration, for messages.
+    """The architecture of the checkpoint that the value of a key means; its weights are not read.
 
     Raises:
         BadInput: no such checkpoint, or not one of ours.
@@ -243,11 +230,10 @@ def check_quality(config: Config, tokenizer: "TaTok") -> None:
             f"filter.rule is 'quality' and tokenizer.checkpoint {config.tokenizer.checkpoint!r} has no line from "
             f"{section.score} in {section.rounds} rounds to dB; expected one that jobs/calibrate.py has fitted"
         )
-    for key, number in [("filter.threshold", section.threshold)] + [
-        ("evaluate.thresholds", found) for found in config.evaluate.thresholds
-    ]:
+    for key, cuts in (("filter.threshold", (section.threshold,)), ("evaluate.thresholds", config.evaluate.thresholds)):
         try:
-            line.check(number)
+            for decibels in cuts:
+                line.check(decibels)
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from None
 
@@ -318,8 +304,3 @@ def _verified(path: Path) -> Checkpoint:
         if Path(name).name != name or sha256_file(path / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
     return Checkpoint(path, step, record)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

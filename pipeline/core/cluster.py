@@ -1,4 +1,4 @@
-"""Connecting to Ray, and whether what is asked for fits.
+"""Connecting to Ray, whether what is asked for fits, and where networks compute.
 
 A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on this machine.
 """

@@ -92,12 +92,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Indented, sorted, atomic; not-a-number is written as null, as JSON has no other word for it."""
+    """Indented, sorted, atomic; NaN is written as null, which JSON has no other word for."""
     write_atomically(path, (json.dumps(finite(values), indent=2, sort_keys=True) + "\n").encode())
 
 
 def finite(values: Any) -> Any:
-    """The same nested values with null in place of infinite and not-a-number."""
+    """The same nested values with null in place of infinite numbers and NaN."""
     if isinstance(values, dict):
         return {key: finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):

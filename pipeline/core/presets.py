@@ -114,7 +114,7 @@ def _parse_value(raw: str) -> Any:
         return raw
 
 
-EXPECTED = {  # how the conditions of `config.py` are told, by pydantic's names for them
+EXPECTED = {  # the conditions of `config.py` in words, by pydantic's names for them
     "greater_than_equal": "at least {ge:g}",
     "greater_than": "more than {gt:g}",
     "less_than_equal": "at most {le:g}",

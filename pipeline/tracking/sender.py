@@ -87,7 +87,7 @@ class Sender:
         folder: the run folder; its name becomes the MLflow run's.
         store: where to send; any method may raise or take long. `tracking.json` may know its earlier `run_id`.
         address: of the server, for messages; without credentials.
-        parameters, tags: what is said about the run when it is opened.
+        parameters, tags: what the server learns about the run when it is opened.
         pause: seconds between rounds, and between attempts while the server is away.
     """
 
