@@ -5,12 +5,14 @@ Where `RAY_ADDRESS` names a cluster (inside a submitted job it does), all its no
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.error import HTTPError
@@ -296,11 +298,6 @@ def look(seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
         written: folders that a file is made in and removed again; the reasons why not are named.
         marker: a file that the doctor has made just now, on storage that all nodes should share; '' for none.
     """
-    import os
-    import platform
-    import tempfile
-    from importlib import metadata
-
     unwritable = {}
     for folder in written:
         try:

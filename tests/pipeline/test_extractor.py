@@ -25,13 +25,9 @@ from pipeline.training import train_extractor
 from pipeline.training.extractor_training import measure, one_cycle, read_labelled
 from tatok_model.metrics.extractors.small_networks import SHIPPED, CompactExtractor, load_trained
 
-TINY = [
-    "extractor.epochs=3",
-    "extractor.batch_size=16",
-    "extractor.learning_rate=0.05",
-    "train.precision=float32",
-    "train.device=cpu",
-]
+TINY = ["extractor.epochs=3", "extractor.batch_size=16", "extractor.learning_rate=0.05",
+        "train.precision=float32", "train.device=cpu"]  # fmt: skip
+BOTH = ["extractor.train_source=TWO", "extractor.test_source=TWO"]
 
 
 @pytest.fixture(scope="module")
@@ -188,32 +184,34 @@ def test_the_learning_rate_rises_falls_and_ends_at_zero() -> None:
     assert rates[20:] == sorted(rates[20:], reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (["data.source=TWO"], r"extractor\.test_source, data\.shards and data\.heldout_source are empty"),
+        ([], r"extractor\.train_source, data\.shards and data\.source are empty"),
+        ([*BOTH, "extractor.test_source=absent"], r"extractor\.test_source is 'absent', which does not exist"),
+        (
+            [*BOTH, "data.image_size=15", "tokenizer.patch_size=5"],
+            r"data\.image_size is 15; expected at least 16 pixels",
+        ),
+        (
+            [*BOTH, "data.image_size=64", "extractor.test_source=SHARDS"],
+            r"data\.image_size is 64; expected 32, as shards",
+        ),
+        ([*BOTH, "tracking.uri=mlflow.db"], r"tracking\.uri is 'mlflow\.db'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_key(
+    two_colours: Path, shards: Path, keys: list[str], sentence: str
+) -> None:
+    keys = [key.replace("TWO", str(two_colours)).replace("SHARDS", str(shards)) for key in keys]
+    with pytest.raises(BadInput, match=sentence):
+        train_extractor.check(load_config("extractor_cifar10", keys))
+
+
 def test_sources_fall_back_to_those_of_the_data(two_colours: Path) -> None:
-    with pytest.raises(BadInput, match=r"extractor\.test_source, data\.shards and data\.heldout_source are empty"):
-        train_extractor.check(load_config("extractor_cifar10", [f"data.source={two_colours}"]))
-    train_extractor.check(
-        load_config("extractor_cifar10", [f"data.source={two_colours}", f"data.heldout_source={two_colours}"])
-    )
-
-
-def test_without_sources_the_keys_are_named() -> None:
-    with pytest.raises(BadInput, match=r"extractor\.train_source, data\.shards and data\.source are empty"):
-        train_extractor.check(load_config("extractor_cifar10"))
-
-
-def test_a_source_that_does_not_exist_is_named(config: Callable[..., Config]) -> None:
-    with pytest.raises(BadInput, match=r"extractor\.test_source is 'absent\.parquet', which does not exist"):
-        train_extractor.check(config("extractor.test_source=absent.parquet"))
-
-
-def test_pictures_that_are_too_small_are_refused(config: Callable[..., Config]) -> None:
-    with pytest.raises(BadInput, match=r"data\.image_size is 15; expected at least 16 pixels"):
-        train_extractor.check(config("data.image_size=15", "tokenizer.patch_size=5"))
-
-
-def test_shards_of_another_picture_size_are_refused(shards: Path, config: Callable[..., Config]) -> None:
-    with pytest.raises(BadInput, match=r"data\.image_size is 64; expected 32, as shards"):
-        train_extractor.check(config("data.image_size=64", f"extractor.test_source={shards}"))
+    sources = [f"data.source={two_colours}", f"data.heldout_source={two_colours}"]
+    train_extractor.check(load_config("extractor_cifar10", sources))
 
 
 @pytest.mark.parametrize("architecture", ["compact", "resnet"])
@@ -233,11 +231,6 @@ def test_shards_serve_both_architectures_and_decide_size_and_classes(
     assert loaded.weights_sha256 == hashlib.sha256(Path(run.outputs["extractor"]).read_bytes()).hexdigest()
     more_extractors = load_more(EvaluateConfig(more_extractors=(run.outputs["extractor"],)))
     assert [one.name for one in more_extractors] == [loaded.name]
-
-
-def test_an_address_that_tracking_cannot_use_is_refused(config: Callable[..., Config]) -> None:
-    with pytest.raises(BadInput, match=r"tracking\.uri is 'mlflow\.db'"):
-        train_extractor.check(config("tracking.uri=mlflow.db"))
 
 
 def test_checking_does_not_load_torch(two_colours: Path) -> None:

@@ -54,38 +54,35 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
         read(str(tmp_path / "a.parquet"))
 
 
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no column 'image'; expected data\.image_column to be one of photo, label"):
-        read(write(tmp_path / "a.parquet", photo=[png()], label=[1]))
+CLASSES = r"expected data\.label_column to hold classes from 0"
 
 
-def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="has no rows"):
-        read(write(tmp_path / "a.parquet", image=pa.array([], pa.binary()), label=pa.array([], pa.int32())))
-
-
-def test_a_missing_label_column_is_no_label(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"row 0 of .* has the label None; expected data\.label_column to hold classes"):
-        read(write(tmp_path / "a.parquet", image=[png()]))
-
-
-@pytest.mark.parametrize("label", [10, -1, None])
-def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path: Path, label: int | None) -> None:
-    with pytest.raises(BadInput, match=rf"row 1 of .* has the label {label}; expected .* classes from 0 to 9"):
-        read(write(tmp_path / "a.parquet", image=[png(), png()], label=[3, label]))
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        ({"photo": [png()], "label": [1]}, r"no column 'image'; expected data\.image_column to be one of photo, label"),
+        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int32())}, "has no rows"),
+        ({"image": [png()]}, r"row 0 of .* has the label None; expected data\.label_column to hold classes"),
+        *(
+            ({"image": [png(), png()], "label": [3, no]}, f"row 1 of .* label {no}; {CLASSES} to 9")
+            for no in (10, -1, None)
+        ),
+        *(
+            ({"image": [png(), no], "label": [3, 3]}, "row 1 of .* is not a usable picture")
+            for no in (b"not a picture", None, png()[:60])
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, columns: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        read(write(tmp_path / "a.parquet", **columns))
 
 
 def test_without_a_number_of_classes_labels_tell_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", image=[png(), png()], label=[199, 3])
     assert read_labelled(path, DataConfig()).classes == 200
-    with pytest.raises(BadInput, match=r"has the label -1; expected data\.label_column to hold classes from 0$"):
+    with pytest.raises(BadInput, match=rf"has the label -1; {CLASSES}$"):
         read_labelled(write(tmp_path / "b.parquet", image=[png()], label=[-1]), DataConfig())
-
-
-@pytest.mark.parametrize("image", [b"not a picture", None, png()[:60]], ids=["text", "empty", "truncated"])
-def test_a_row_that_is_no_picture_is_named(tmp_path: Path, image: bytes | None) -> None:
-    with pytest.raises(BadInput, match=r"row 1 of .* is not a usable picture"):
-        read(write(tmp_path / "a.parquet", image=[png(), image], label=[3, 3]))
 
 
 def test_augmentation_only_shifts_and_mirrors_with_reflected_borders() -> None:
