@@ -317,10 +317,10 @@ for name in ("ray", "mlflow"): sys.modules[name] = None
 from pathlib import Path
 from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
-from pipeline.training import loop, stage
+from pipeline.training import train
 config = config_from_dict({config.to_dict()!r})
 run = Run.open("train", config, "bare", resume=False)
-stage.run(run)
+train.run(run)
 print(int(run.results["steps"]))
 """
     found = run_python(code)
