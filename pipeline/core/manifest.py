@@ -5,11 +5,15 @@ Each names its `format` and `version`; what else it holds is its own module's bu
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import locate
+
+T = TypeVar("T")  # a dataclass
 
 
 def read_described(folder: str | Path, name: str, writer: str) -> Any:
@@ -51,6 +55,20 @@ def check_format(values: Any, what: str, format_and_version: tuple[str, int], wr
     if values.get("version") not in range(oldest or version, version + 1):
         expected = f"{oldest} to {version}" if oldest else version
         raise BadInput(f"{what} has version {values.get('version')!r}; expected {expected}")
+
+
+def parse_values(kind: type[T], values: Any, what: str) -> T:
+    """The dataclass that values from JSON make; keys that it does not have are left out.
+
+    Raises:
+        BadInput: naming `what` they are of and the first key that is missing or of another type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadInput(f"{what} is damaged ({f'{where}: ' * bool(where)}{first['msg']})") from None
 
 
 def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any], folder: Path | None = None) -> None:

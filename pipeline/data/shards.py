@@ -25,7 +25,7 @@ from pyarrow import fs
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import locate, sha256_file
-from pipeline.core.manifest import check_format, read_described
+from pipeline.core.manifest import check_format, parse_values, read_described
 from pipeline.data.pictures import decode
 
 # `manifest.json`: what a folder of shards holds. docs/architecture.md has the format.
@@ -84,30 +84,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     what = f"{NAME} in {str(folder)!r}"
     values = read_described(folder, NAME, WRITER)
     check_format(values, what, (FORMAT, VERSION), WRITER)
-    try:
-        manifest = _from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
-    if manifest.fingerprint != fingerprint(manifest.splits):
+    manifest = parse_values(Manifest, values, what)
+    if set(manifest.splits) != set(SPLITS) or manifest.fingerprint != fingerprint(manifest.splits):
         raise BadInput(f"{what} is damaged: its fingerprint does not match its shards")
     return manifest
-
-
-def _from_dict(values: dict[str, Any]) -> Manifest:
-    splits = {}
-    for name in SPLITS:
-        part = values["splits"][name]
-        shards = tuple(Shard(s["file"], int(s["rows"]), s["sha256"]) for s in part["shards"])
-        splits[name] = Split(int(part["rows"]), shards)
-    return Manifest(
-        image_size=int(values["image_size"]),
-        config=dict(values["config"]),
-        source_fingerprint=values["source_fingerprint"],
-        classes=tuple(values["classes"]),
-        splits=splits,
-        rejected=int(values["rejected"]),
-        fingerprint=values["fingerprint"],
-    )
 
 
 def check_shards(config: Config) -> None:
@@ -220,7 +200,7 @@ class ShardDataset:
     def __init__(self, folder: str | Path, split: str, memory_bytes: int = MEMORY_BYTES) -> None:
         self.manifest: Manifest = read_manifest(folder)
         if split not in self.manifest.splits:
-            raise BadInput(f"split {split!r} is not in {str(folder)!r}; expected {' or '.join(self.manifest.splits)}")
+            raise BadInput(f"split {split!r} is not in {str(folder)!r}; expected {' or '.join(SPLITS)}")
         self.split = split
         self._folder = locate(str(folder))
         self._shards = self.manifest.splits[split].shards

@@ -16,7 +16,7 @@ from pipeline.core.checkpoints import find, is_hub_id
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.core.manifest import check_format, read_described
+from pipeline.core.manifest import check_format, parse_values, read_described
 from pipeline.data.shards import SPLITS
 from tatok_model.filtering_rules import SCORES
 from tatok_model.quality import QualityLine, line_of
@@ -117,13 +117,7 @@ def stream_from_dict(values: Any, what: str) -> Stream:
         BadInput: another program's, of another version, or damaged.
     """
     check_format(values, what, (FORMAT, VERSION), WRITER, OLDEST)
-    try:
-        numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
-        line = QualityLine(**values["line"]) if values.get("line") else None
-        score, sha256 = str(values["score"]), str(values["tokenizer_sha256"])
-        stream = Stream(score=score, tokenizer_sha256=sha256, **numbers, line=line)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    stream = parse_values(Stream, values, what)
     if stream.score and stream.score not in SCORES:
         raise BadInput(f"{what} has score {stream.score!r}; expected one of {', '.join(SCORES)}")
     if stream.rounds < 0 or bool(stream.rounds) != bool(stream.score):
@@ -143,29 +137,10 @@ def read_token_manifest(folder: str | Path) -> TokenManifest:
     what = f"{NAME} in {str(folder)!r}"
     values = read_described(folder, NAME, WRITER)
     stream = stream_from_dict(values, what)
-    try:
-        manifest = _from_dict(values, stream)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
-    if manifest.fingerprint != fingerprint(manifest.splits):
+    manifest = parse_values(TokenManifest, {**values, "stream": stream}, what)
+    if set(manifest.splits) != set(SPLITS) or manifest.fingerprint != fingerprint(manifest.splits):
         raise BadInput(f"{what} is damaged: its fingerprint does not match its files")
     return manifest
-
-
-def _from_dict(values: dict[str, Any], stream: Stream) -> TokenManifest:
-    splits = {}
-    for name in SPLITS:
-        part = values["splits"][name]
-        files = tuple(TokenFile(f["file"], int(f["rows"]), f["sha256"], int(f["first_row"])) for f in part["files"])
-        splits[name] = TokenSplit(int(part["rows"]), files)
-    return TokenManifest(
-        stream=stream,
-        config=dict(values["config"]),
-        data_fingerprint=values["data_fingerprint"],
-        classes=tuple(values["classes"]),
-        splits=splits,
-        fingerprint=values["fingerprint"],
-    )
 
 
 def check_stream(config: Config, stream: Stream) -> None:

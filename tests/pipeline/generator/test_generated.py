@@ -59,7 +59,7 @@ def test_a_folder_without_it_is_refused(tmp_path: Path) -> None:
         ("{", "generated.json in .* cannot be read"),
         ({"format": "other"}, "is not of format 'tatok-generated'; expected one by jobs/generate.py"),
         ({"version": 2}, "has version 2; expected 1"),
-        ({"seed": None}, "is damaged .TypeError"),
+        ({"seed": None}, "is damaged .seed: Input should be a valid integer"),
         ({"pictures": "0"}, "is of other pictures than manifest.json; expected a folder that one run wrote"),
     ],
 )
