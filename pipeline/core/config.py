@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import field
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -25,9 +26,9 @@ Device = Literal["auto", "cpu", "cuda"]
 Encoding = Literal["png", "jpeg", "webp"]
 
 
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+def _require(section: Any, key: str, good: Any, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{key} is {attrgetter(key)(section)!r}; expected {expected}")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -38,9 +39,9 @@ class RunConfig:
     name: str = ""  # the run folder's name; empty: named after the preset and the stage
 
     def __post_init__(self) -> None:
-        _require(bool(self.output), "output", self.output, "a folder")
+        _require(self, "output", self.output, "a folder")
         inside = not self.name.startswith("/") and not {".", ".."} & set(self.name.split("/"))
-        _require(inside, "name", self.name, "the name of a folder inside run.output")
+        _require(self, "name", inside, "the name of a folder inside run.output")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -113,13 +114,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         workers, parts = self.num_workers, max(self.num_workers, 1) * self.accumulation
-        _require(self.min_workers <= workers, "min_workers", self.min_workers, f"0 to num_workers, {workers}")
+        _require(self, "min_workers", self.min_workers <= workers, f"0 to num_workers, {workers}")
         if self.parallel == "fsdp2":
-            _require(workers >= 2, "num_workers", workers, "at least 2 with parallel: fsdp2")
-            _require(not self.compile, "compile", self.compile, "false with parallel: fsdp2")
+            _require(self, "num_workers", workers >= 2, "at least 2 with parallel: fsdp2")
+            _require(self, "compile", not self.compile, "false with parallel: fsdp2")
         whole = self.global_batch_size % parts == 0
-        expected = f"a multiple of num_workers x accumulation, {parts}"
-        _require(whole, "global_batch_size", self.global_batch_size, expected)
+        _require(self, "global_batch_size", whole, f"a multiple of num_workers x accumulation, {parts}")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -142,9 +142,9 @@ class FilterConfig:
 
     def __post_init__(self) -> None:
         check_cut(self.score, self.rule, self.threshold, positions=2**31)
-        in_rounds = SCORES[self.score].in_rounds
-        _require(in_rounds or self.rounds == 1, "rounds", self.rounds, f"1 for the score {self.score!r}")
-        _require(not self.replay or self.score == "entropy", "replay", self.replay, "false unless score is entropy")
+        in_rounds = self.rounds == 1 or SCORES[self.score].in_rounds
+        _require(self, "rounds", in_rounds, f"1 for the score {self.score!r}")
+        _require(self, "replay", not self.replay or self.score == "entropy", "false unless score is entropy")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -174,13 +174,13 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         names = ("auto", "compact_cifar10", "inception2015")
         known = self.extractor in names or self.extractor.endswith(".safetensors")
-        _require(known, "extractor", self.extractor, f"one of {', '.join(names)}, or a .safetensors file")
-        _require(len(set(self.thresholds)) == len(self.thresholds), "thresholds", self.thresholds, "different numbers")
-        blind, together = self.blind_checkpoint, bool(self.lpips_backbone) == bool(self.lpips_heads)
-        _require(self.information or not blind, "blind_checkpoint", blind, "information: true")
-        if self.extractor == "inception2015":
-            _require(bool(self.inception_weights), "inception_weights", "", "the path of the FID Inception weights")
-        _require(together, "lpips_heads", self.lpips_heads, "lpips_backbone and lpips_heads to be given together")
+        _require(self, "extractor", known, f"one of {', '.join(names)}, or a .safetensors file")
+        _require(self, "thresholds", len(set(self.thresholds)) == len(self.thresholds), "different numbers")
+        _require(self, "blind_checkpoint", self.information or not self.blind_checkpoint, "information: true")
+        weights = self.inception_weights or self.extractor != "inception2015"
+        _require(self, "inception_weights", weights, "the path of the FID Inception weights")
+        together = bool(self.lpips_backbone) == bool(self.lpips_heads)
+        _require(self, "lpips_heads", together, "lpips_backbone and lpips_heads to be given together")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -211,7 +211,7 @@ class GeneratorSection:
     length_groups: AtLeast1 = 8  # a worker's batch is cut into that many parts of similar length, to pad less
 
     def __post_init__(self) -> None:
-        _require(self.size in GENERATOR_SIZES, "size", self.size, f"one of {', '.join(GENERATOR_SIZES)}")
+        _require(self, "size", self.size in GENERATOR_SIZES, f"one of {', '.join(GENERATOR_SIZES)}")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -231,7 +231,7 @@ class GenerateConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(not (self.labels and self.unconditional), "labels", self.labels, "none with unconditional: true")
+        _require(self, "labels", not (self.labels and self.unconditional), "none with unconditional: true")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -249,9 +249,9 @@ class BenchmarkConfig:
     titok: str = ""  # train_step: folder with TiTok's public code (1d-tokenizer); empty: it is left out
 
     def __post_init__(self) -> None:
-        _require(self.kind in BENCHMARKS, "kind", self.kind, f"one of {', '.join(BENCHMARKS)}")
+        _require(self, "kind", self.kind in BENCHMARKS, f"one of {', '.join(BENCHMARKS)}")
         largest = max(self.batch_size, *self.batch_sizes)
-        _require(self.images >= largest, "images", self.images, f"at least the largest batch, {largest}")
+        _require(self, "images", self.images >= largest, f"at least the largest batch, {largest}")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -278,13 +278,13 @@ class SweepConfig:
     register: str = "tatok"  # name of the registered model whose alias champion the best trial gets; empty: none
 
     def __post_init__(self) -> None:
-        if self.objective == "bd_rate":
-            _require(bool(self.control), "control", "", "the run folder of jobs/evaluate.py that bd_rate compares with")
+        control = self.control or self.objective != "bd_rate"
+        _require(self, "control", control, "the run folder of jobs/evaluate.py that bd_rate compares with")
         if self.kind == "architecture":
-            _require(bool(self.space), "space", self.space, "at least one key to vary")
-            _require(not self.checkpoints, "checkpoints", self.checkpoints, "none with the kind architecture")
+            _require(self, "space", self.space, "at least one key to vary")
+            _require(self, "checkpoints", not self.checkpoints, "none with the kind architecture")
         else:
-            _require(not self.space, "space", self.space, "none with the kind thresholds")
+            _require(self, "space", not self.space, "none with the kind thresholds")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -333,23 +333,22 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        tokenizer, parts = self.tokenizer, self.train.parts
-        expected = f"data.image_size, {self.data.image_size}"
-        _require(tokenizer.image_size == self.data.image_size, "tokenizer.image_size", tokenizer.image_size, expected)
+        tokenizer, alone = self.tokenizer, self.train.parts == "entropy"
+        sizes = f"data.image_size, {self.data.image_size}"
+        _require(self, "tokenizer.image_size", tokenizer.image_size == self.data.image_size, sizes)
         expected = (
             "tokenizer.checkpoint to name the tokenizer that stays as it is, with patch tokens and "
             "tokenizer.entropy_layers above 0"
         )
-        ready = tokenizer.checkpoint and tokenizer.has_entropy_model
-        _require(parts == "all" or bool(ready), "train.parts", parts, expected)
-        if parts == "entropy" and self.losses.gan:
+        _require(self, "train.parts", not alone or (tokenizer.checkpoint and tokenizer.has_entropy_model), expected)
+        if alone and self.losses.gan:
             raise ValueError(
                 f"losses.gan is {self.losses.gan} with train.parts 'entropy'; expected 0: the tokenizer stays as it is"
             )
-        parallel, tail = self.train_generator.parallel, self.kept_sets.global_tail
-        _require(parallel == "ddp", "train_generator.parallel", parallel, "'ddp': only tokenizers are sharded")
-        expected = "0, or tokenizer.patch_tokens: false"
-        _require(not (tail and tokenizer.patch_tokens), "kept_sets.global_tail", tail, expected)
+        ddp = self.train_generator.parallel == "ddp"
+        _require(self, "train_generator.parallel", ddp, "'ddp': only tokenizers are sharded")
+        no_tail = not (self.kept_sets.global_tail and tokenizer.patch_tokens)
+        _require(self, "kept_sets.global_tail", no_tail, "0, or tokenizer.patch_tokens: false")
         if tokenizer.patch_tokens:
             self._check_filter(tokenizer.patch_positions)
 
@@ -364,13 +363,11 @@ class Config:
                 check_cut(section.score, section.rule, number, positions)
             except ValueError as error:
                 raise ValueError(f"evaluate.thresholds: {error}") from None
-        expected = f"1 to {positions}, the patch positions"
-        _require(section.rounds <= positions, "filter.rounds", section.rounds, expected)
+        _require(self, "filter.rounds", section.rounds <= positions, f"1 to {positions}, the patch positions")
 
     def value(self, key: str) -> Any:
         """The value of a `section.key`."""
-        section, name = key.split(".")
-        return getattr(getattr(self, section), name)
+        return attrgetter(key)(self)
 
     def with_values(self, section: str, **values: Any) -> "Config":
         """The same configuration with other values in one section."""
