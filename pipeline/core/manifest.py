@@ -17,12 +17,7 @@ T = TypeVar("T")  # a dataclass
 
 
 def read_described(folder: str | Path, name: str, writer: str) -> Any:
-    """The values in file `name` of a folder, a path or URL.
-
-    Args:
-        folder: which.
-        name: of the file.
-        writer: the job that writes such folders, for messages.
+    """The values in file `name` of a folder, a path or URL, which the job `writer` makes.
 
     Raises:
         BadInput: there is none, or it is no JSON.
@@ -37,17 +32,17 @@ def read_described(folder: str | Path, name: str, writer: str) -> Any:
 
 
 def check_format(values: Any, what: str, format_and_version: tuple[str, int], writer: str, oldest: int = 0) -> None:
-    """Refuse values of another program or of another version.
+    """Refuse values from JSON that another program than the job `writer` made, or another version of it.
 
     Args:
-        values: as read from JSON.
-        what: they are of, for messages.
+        values: of the file or metadata that `what` names in messages.
+        what: see `values`.
         format_and_version: that are wanted.
-        writer: the job that writes them, for messages.
+        writer: the job that writes them.
         oldest: the first version that can still be read; 0: only the one that is wanted.
 
     Raises:
-        BadInput: naming what was found.
+        BadInput: naming the format or version found.
     """
     wanted, version = format_and_version
     if not isinstance(values, dict) or values.get("format") != wanted:

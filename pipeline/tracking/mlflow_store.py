@@ -83,7 +83,7 @@ class MlflowStore:
 
     Args:
         uri: tracking address.
-        experiment: its name.
+        experiment: name.
         run_id: the MLflow run to go on with, None for a new one.
         system_metrics: whether `sample` measures anything.
 
