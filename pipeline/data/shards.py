@@ -6,10 +6,11 @@ much faster than access all over the place. One `ShardDataset` serves one thread
 """
 
 import hashlib
+import io
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,8 +25,9 @@ from pyarrow import fs
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.files import locate, sha256_file
+from pipeline.core.files import locate, sha256_file, write_atomically, write_json
 from pipeline.core.manifest import check_format, read_described
+from pipeline.core.ranges import Shard
 from pipeline.data.pictures import decode
 
 # `manifest.json`: what a folder of shards holds. docs/architecture.md has the format.
@@ -33,15 +35,7 @@ from pipeline.data.pictures import decode
 FORMAT, VERSION = "tatok-shards", 1
 NAME, WRITER = "manifest.json", "jobs/preprocess.py"
 SPLITS = ("train", "heldout")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file of a split."""
-
-    file: str  # relative to the folder of the manifest
-    rows: int
-    sha256: str
+REJECTED = pa.schema({"path": pa.string(), "reason": pa.string()})
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,21 @@ class Manifest:
     rejected: int  # rows of rejected.parquet
     fingerprint: str  # of the pictures: sha256 over the shard checksums
 
+    @classmethod
+    def of(
+        cls,
+        image_size: int,
+        config: dict[str, Any],
+        source_fingerprint: str,
+        classes: tuple[str, ...],
+        shards: Sequence[tuple[str, Shard]],
+        rejected: int = 0,
+    ) -> "Manifest":
+        """With what follows from the shards, which come in order, each with its split."""
+        files = {name: tuple(shard for split, shard in shards if split == name) for name in SPLITS}
+        splits = {name: Split(sum(shard.rows for shard in files[name]), files[name]) for name in SPLITS}
+        return cls(image_size, config, source_fingerprint, classes, splits, rejected, fingerprint(splits))
+
     def to_dict(self) -> dict[str, Any]:
         """As in the file."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -73,6 +82,20 @@ def fingerprint(splits: dict[str, Split]) -> str:
     """sha256 over the shard checksums of all splits, in order."""
     text = json.dumps([[name, [shard.sha256 for shard in splits[name].shards]] for name in SPLITS])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest, rejected: Sequence[tuple[str, str]] = ()) -> None:
+    """Write `rejected.parquet`, then `manifest.json`, which marks the shards in `folder` as complete."""
+    write_rejected(folder, rejected)
+    write_json(folder / NAME, manifest.to_dict())
+
+
+def write_rejected(folder: Path, rejected: Sequence[tuple[str, str]]) -> None:
+    """The pictures that could not be used: (path, reason) of each."""
+    rows = [{"path": path, "reason": reason} for path, reason in rejected]
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, REJECTED), file, compression="ZSTD")
+    write_atomically(folder / "rejected.parquet", file.getvalue())
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -147,6 +170,16 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
         self._written = 0
         self._writer: pq.ParquetWriter | None = None
+
+    @classmethod
+    def write(cls, folder: Path, file: str, rows: Iterable[dict[str, Any]]) -> Shard:
+        """A shard of all `rows`, at least one."""
+        with cls(folder, file) as writer:
+            for row in rows:
+                writer.add(row)
+        if writer.shard is None:
+            raise RuntimeError(f"{file} has no rows; expected some")
+        return writer.shard
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row."""

@@ -23,9 +23,9 @@ from pipeline.core.config import Config, load_config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
 from pipeline.data import preprocess
-from pipeline.data.listing import Scan
-from pipeline.data.preprocess import Plan, class_names, make_or_load_plan, split_of
+from pipeline.data.preprocess import PicturePlan, PreprocessWork, class_names, make_or_load_plan, split_of
 from pipeline.data.shards import Manifest, ShardDataset, read_manifest
+from pipeline.data.sources import Scan
 
 Bytes = Callable[..., bytes]
 
@@ -125,7 +125,7 @@ def test_every_good_picture_is_kept_and_every_bad_one_named(
 def test_a_file_that_vanishes_after_the_plan_is_rejected(
     configured: Callable[..., Config], class_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan_and_lose(*arguments: Any, plan: Callable[..., Plan] = make_or_load_plan) -> Plan:
+    def plan_and_lose(*arguments: Any, plan: Callable[..., PicturePlan] = make_or_load_plan) -> PicturePlan:
         made_plan = plan(*arguments)
         (class_folders / "cat/1.png").unlink()
         return made_plan
@@ -235,8 +235,8 @@ def test_resuming_makes_what_is_missing_or_damaged(
     before = checksums(run)
     harm(run.folder)
     remade = []
-    make = preprocess._make
-    monkeypatch.setattr(preprocess, "_make", lambda task, *how: remade.append(task.number) or make(task, *how))
+    make = PreprocessWork.make
+    monkeypatch.setattr(PreprocessWork, "make", lambda work, task: remade.append(task.number) or make(work, task))
     assert checksums(made(config, "a", resume=True)) == before
     assert 0 < len(remade) < 20  # of 20 ranges
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
+from pipeline.core.ranges import Shard
 from pipeline.data.shards import (
     CACHED_GROUPS,
     ROW_GROUP_ROWS,
     Manifest,
-    Shard,
     ShardDataset,
     ShardWriter,
     Split,

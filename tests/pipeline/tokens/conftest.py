@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.core.config import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
-from pipeline.tokens import detokenize, ranges, tokenize
+from pipeline.tokens import detokenize, token_manifest, tokenize
 from pipeline.tokens.token_manifest import Stream
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokenizer import TaTok
@@ -117,7 +117,7 @@ Started = Callable[..., Run]
 @pytest.fixture
 def begin(opened_runs: Any, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
     """`begin("tokenize_images", "name", "section.key=value")` makes a run, checked, that has not begun."""
-    monkeypatch.setattr(ranges, "RANGE_ROWS", 8)  # three ranges of the 21 pictures, two of the 10
+    monkeypatch.setattr(token_manifest, "RANGE_ROWS", 8)  # three ranges of the 21 pictures, two of the 10
     with opened_runs() as open_run:
 
         def begin(kind: str, name: str, *more: str, resume: bool = False) -> Run:

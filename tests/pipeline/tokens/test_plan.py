@@ -1,7 +1,5 @@
 """Ranges hold every picture once, and a resumed run goes on with the same ones."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,17 +7,24 @@ from hypothesis import strategies as st
 
 from pipeline.core.config import TokensConfig
 from pipeline.core.errors import BadInput
-from pipeline.tokens.ranges import Range, keep_plan, ranges_of_files, ranges_of_pictures
-from pipeline.tokens.token_manifest import Stream, TokenFile, TokenManifest, TokenSplit
+from pipeline.tokens.token_manifest import (
+    RowRange,
+    Stream,
+    TokenFile,
+    TokenManifest,
+    TokenSplit,
+    ranges_of_files,
+    ranges_of_pictures,
+)
 
 STREAM = Stream("surprisal", 1, "0" * 64, 2, 16, 16, 16, 4)
 
 
-def places(ranges: list[Range], split: str) -> list[int]:
-    return [row for task in ranges if task.split == split for row in task.rows().tolist()]
+def places(ranges: list[RowRange], split: str) -> list[int]:
+    return [row for task in ranges if task.split == split for row in task.places().tolist()]
 
 
-def stored(ranges: list[Range]) -> TokenManifest:
+def stored(ranges: list[RowRange]) -> TokenManifest:
     """The manifest of the files that ranges of pictures become."""
     splits = {}
     for name in ("train", "heldout"):
@@ -49,7 +54,7 @@ def test_ranges_of_files_hold_the_rows_that_were_chosen(total: int, most: int) -
     assert places(ranges, "train") == (np.arange(count) * total // count).tolist()
     for task in ranges:
         file = manifest.splits["train"].files[task.index]
-        local = task.rows() - file.first_row
+        local = task.places() - file.first_row
         assert 0 <= local.min() <= local.max() < file.rows
 
 
@@ -62,10 +67,3 @@ def test_one_split_can_be_asked_for() -> None:
 def test_a_split_without_pictures_is_refused() -> None:
     with pytest.raises(BadInput, match="tokens.split is 'heldout', which holds no picture; expected one of train"):
         ranges_of_pictures({"train": 5, "heldout": 0}, TokensConfig(split="heldout"))
-
-
-def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
-    key = keep_plan(tmp_path, {"filter.rounds": 1}, [])
-    assert keep_plan(tmp_path, {"filter.rounds": 1}, []) == key
-    with pytest.raises(BadInput, match=r"filter.rounds is 8, but the run in '.*' was begun with 1; expected the same"):
-        keep_plan(tmp_path, {"filter.rounds": 8}, [])

@@ -15,9 +15,9 @@ from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.tokens import tokenize
-from pipeline.tokens.ranges import View, look, ranges_of_pictures, views_of
+from pipeline.tokens.encoder import look
 from pipeline.tokens.stream import from_table, read_token_file
-from pipeline.tokens.token_manifest import read_token_manifest
+from pipeline.tokens.token_manifest import View, ranges_of_pictures, read_token_manifest, views_of
 from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
 
@@ -88,7 +88,7 @@ def test_ranges_hold_every_view_of_a_picture_together(
     views = 1 + flip + crops
     assert (
         np.concatenate([task.pictures() for task in ranges]).tolist()
-        == np.concatenate([task.rows() for task in plain]).tolist()
+        == np.concatenate([task.places() for task in plain]).tolist()
     )
     assert all(len(task.pictures()) * views == task.stop - task.start for task in ranges)
     assert [task.start for task in ranges] == [0, *(task.stop for task in ranges[:-1])]
