@@ -266,7 +266,7 @@ def _scan_parquet(folder: Location, names: Sequence[str], data: DataConfig) -> S
 def read_parquet(folder: Location, units: list[Unit], data: DataConfig) -> Iterator[Picture]:
     """Read rows by row groups, a few at a time. The id is `file.parquet#row`."""
     for name, start, stop in units:
-        with _open_parquet(folder / name) as file, _whole_parquet(folder / name):
+        with _open_parquet(folder / name) as file:
             for row, values in _rows_of(file, start, stop, data):
                 picture = values[data.image_column]
                 if isinstance(picture, dict):
@@ -291,7 +291,7 @@ def _rows_of(file: pq.ParquetFile, start: int, stop: int, data: DataConfig) -> I
 
 
 def _scan_labels(place: Location, data: DataConfig, looked: Scan) -> None:
-    with _open_parquet(place) as file, _whole_parquet(place):
+    with _open_parquet(place) as file:
         columns = _label_columns(file, data)
         for group in range(file.num_row_groups if columns else 0):
             table = file.read_row_group(group, columns=columns)
@@ -322,16 +322,12 @@ def _column_label(values: dict[str, Any], data: DataConfig) -> RawLabel:
     return values.get(column)
 
 
-def _open_parquet(place: Location) -> pq.ParquetFile:
-    with _whole_parquet(place):
-        return pq.ParquetFile(place.open())
-
-
 @contextmanager
-def _whole_parquet(place: Location) -> Iterator[None]:
+def _open_parquet(place: Location) -> Iterator[pq.ParquetFile]:
     """Damage shows where it is met: in the footer, in a page, in a text that is not UTF-8."""
     try:
-        yield
+        with pq.ParquetFile(place.open()) as file:
+            yield file
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(
             f"{place.path!r} cannot be read as Parquet ({' '.join(str(error).split())}); expected a whole Parquet file"

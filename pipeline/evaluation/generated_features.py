@@ -29,19 +29,12 @@ RANGE_ROWS = 1024  # pictures per file, in whole batches
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What one network says of B pictures.
+    """What one network says of B pictures."""
 
-    Attributes:
-        places: (B,) where they stand in their split.
-        labels: (B,) classes, -1 for none.
-        features: (B, F) float32.
-        logits: (B, C) float32.
-    """
-
-    places: np.ndarray
-    labels: np.ndarray
-    features: torch.Tensor
-    logits: torch.Tensor
+    places: np.ndarray  # (B,), where they stand in their split
+    labels: np.ndarray  # (B,) classes, -1 for none
+    features: torch.Tensor  # (B, F) float32
+    logits: torch.Tensor  # (B, C) float32
 
     def __len__(self) -> int:
         return len(self.places)
@@ -64,13 +57,7 @@ class FeatureWork:
 
 
 class FeatureWorker:
-    """Makes files of features.
-
-    Args:
-        network: `FeatureExtractor`; it is moved to `device`.
-        work: of the set.
-        device: where everything computes.
-    """
+    """Makes files of features with a `FeatureExtractor`."""
 
     def __init__(self, network: Any, work: FeatureWork, device: str) -> None:
         self._work, self._device = work, device

@@ -186,7 +186,7 @@ def _report(run: Run, generated: Generated, counts: np.ndarray, tracker: Tracker
     run.log(run.results, step=0)
     run.outputs = {"shards": str(run.folder), "manifest": str(run.folder / "manifest.json")}
     run.outputs["generated"] = str(run.folder / "generated.json")
-    draw_lengths(run, counts, f"Tokens of {len(counts)} generated pictures", tracker)
+    draw_lengths(run, counts, tracker, f"Tokens of {len(counts)} generated pictures")
     if section.grid_images:
         made, path = ShardDataset(run.folder, "heldout"), run.folder / "pictures" / "samples.png"
         first = range(min(section.grid_images, len(made)))

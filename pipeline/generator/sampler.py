@@ -48,15 +48,9 @@ class SamplingWork:
 
 
 class Sampler:
-    """Makes shards of generated pictures.
+    """Makes shards of pictures with a `Generator` and the `TaTok` whose tokens it writes.
 
     Warmed up by a batch of which nothing is kept: a whole one where the device has set-up to do for it, else a picture.
-
-    Args:
-        generator: `Generator`; it is moved to `device` and put into evaluation mode.
-        tokenizer: `TaTok`, whose tokens the generator writes; the same happens to it.
-        work: of the run.
-        device: where everything computes.
     """
 
     def __init__(self, generator: Any, tokenizer: Any, work: SamplingWork, device: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.config import Config, FilterConfig
+from pipeline.core.config import FilterConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.ranges import Part, Stopwatch
 from pipeline.core.run import Run
@@ -44,12 +44,9 @@ class DecodingWork:
 
 
 class Decoder:
-    """Makes shards of pictures; warmed up by one whole batch of which nothing is kept, the most decoding has to do.
+    """Makes shards of pictures with a `TaTok`.
 
-    Args:
-        tokenizer: `TaTok`; it is moved to `device` and put into evaluation mode.
-        work: of the run.
-        device: where everything computes.
+    Warmed up by one whole batch of which nothing is kept: the most that decoding has to do.
     """
 
     def __init__(self, tokenizer: Any, work: DecodingWork, device: str) -> None:
@@ -142,21 +139,6 @@ def _read_cut(
     return cut(tokens, config), ids, labels
 
 
-# How long the token sequences of a stored stream are at the configured cut; reads no picture and asks no model.
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of B images."""
-
-    counts: np.ndarray  # (B,) int64, tokens of each image: M + T
-    bits_fixed: np.ndarray  # (B,) float64
-
-    def results(self) -> dict[str, float]:
-        """By their names in summary.json."""
-        return {**length_results(length_statistics(self.counts)), "bits_fixed": float(self.bits_fixed.mean())}
-
-
 def length_statistics(counts: np.ndarray) -> dict[str, float]:
     """Of (B,) tokens of each image."""
     low, middle, high = np.percentile(counts, (5, 50, 95)).tolist()
@@ -170,33 +152,32 @@ def length_results(statistics: dict[str, float]) -> dict[str, float]:
 
 def measure_lengths(
     folder: str | Path, manifest: TokenManifest, ranges: list[RowRange], config: FilterConfig
-) -> Lengths:
-    """Lengths of the rows of some ranges, at least one, of the stream in a folder, a path or URL.
+) -> tuple[np.ndarray, dict[str, float]]:
+    """How long the rows of some ranges of a stored stream are at the configured cut; asks no model.
+
+    Returns:
+        (B,) int64 tokens of each image, M + T, and what they say by their names in summary.json.
 
     Raises:
         BadInput: a file that is missing, changed or foreign; see `read_token_file` and `from_table`.
     """
     bits_per_token = math.log2(manifest.stream.codebook_size)
-    counts, bits = [], []
+    counts_of_ranges, bits_of_ranges = [], []
     for task in ranges:
         tokens, _, _ = _read_cut(folder, manifest, task, config)
-        counts.append(tokens.counts().numpy())
-        bits.append(tokens.bits(bits_per_token).numpy())
-    return Lengths(np.concatenate(counts), np.concatenate(bits))
+        counts_of_ranges.append(tokens.counts().numpy())
+        bits_of_ranges.append(tokens.bits(bits_per_token).numpy())
+    counts, bits = np.concatenate(counts_of_ranges), np.concatenate(bits_of_ranges)
+    return counts, {**length_results(length_statistics(counts)), "bits_fixed": float(bits.mean())}
 
 
-def draw_lengths(run: Run, counts: np.ndarray, title: str, tracker: Tracker) -> None:
-    """The histogram of (B,) tokens of each image, as an output of the run."""
+def draw_lengths(run: Run, counts: np.ndarray, tracker: Tracker, title: str = "") -> None:
+    """The histogram of (B,) tokens of each image, as an output of the run; titled by the configured cut."""
     from pipeline.core.plots import token_histogram
 
+    section = run.config.filter
+    cut = f": {section.score}, {section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else ""
     path = run.folder / "pictures" / "token_histogram.png"
-    token_histogram(path, counts, title)
+    token_histogram(path, counts, title or f"Tokens per image{cut}")
     run.outputs["token_histogram"] = str(path)
     tracker.picture(path, "token_histogram", 0)
-
-
-def title_of_lengths(config: Config) -> str:
-    """Of the histogram at the configured cut."""
-    section = config.filter
-    cut = f": {section.score}, {section.rule} {section.threshold:g}" if config.tokenizer.patch_tokens else ""
-    return f"Tokens per image{cut}"

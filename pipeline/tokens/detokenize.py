@@ -80,13 +80,13 @@ def run(run: Run) -> None:
     from pipeline.tokens.decoder import DecodingWork, measure_lengths
 
     # Reads every file before any is decoded, so that a bad one is reported here and not by a worker.
-    lengths = measure_lengths(config.tokens.path, manifest, ranges, config.filter)
+    counts, lengths = measure_lengths(config.tokens.path, manifest, ranges, config.filter)
     sizes = config.tokens.batch_size, config.tokens.encoding, config.data.quality
     work = DecodingWork(run.folder, key, config.tokens.path, manifest, config.filter, *sizes)
     with Tracker.start(run, {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}) as tracker:
         parts, seconds = run_ranges(run, "detokenize", work, tokenizer, ranges, "tokens")
         shards = _write_results(run, manifest, facts, ranges, parts)
-        _report(run, shards, lengths, rates(parts, seconds, ("decode",)), tracker)
+        _report(run, shards, counts, {**lengths, **rates(parts, seconds, ("decode",))}, tracker)
 
 
 def _facts(config: Config, manifest: TokenManifest) -> dict[str, Any]:
@@ -113,13 +113,13 @@ def _write_results(
     return shards
 
 
-def _report(run: Run, shards: Manifest, lengths: Any, speed: dict[str, float], tracker: Tracker) -> None:
+def _report(run: Run, shards: Manifest, counts: Any, results: dict[str, float], tracker: Tracker) -> None:
     """Lengths at this cut, and what the first pictures look like."""
     from pipeline.core.plots import save_rows
-    from pipeline.tokens.decoder import draw_lengths, title_of_lengths
+    from pipeline.tokens.decoder import draw_lengths
 
     rows = {f"rows_{name}": shards.splits[name].rows for name in SPLITS}
-    run.results = {"images": sum(rows.values()), **rows, **lengths.results(), **speed}
+    run.results = {"images": sum(rows.values()), **rows, **results}
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     run.outputs = {"shards": str(run.folder), "manifest": str(run.folder / "manifest.json")}
@@ -129,5 +129,5 @@ def _report(run: Run, shards: Manifest, lengths: Any, speed: dict[str, float], t
     save_rows(path, [dataset.images(range(min(SHOWN, len(dataset))))])
     run.outputs["decoded"] = str(path)
     tracker.picture(path, "decoded", 0)
-    draw_lengths(run, lengths.counts, title_of_lengths(run.config), tracker)
+    draw_lengths(run, counts, tracker)
     say(f"detokenize: {run.results['images']} images at {run.results['tokens_per_image']:.1f} tokens -> {run.folder}")

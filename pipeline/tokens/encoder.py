@@ -40,12 +40,9 @@ class EncodingWork:
 
 
 class Encoder:
-    """Makes token files; warmed up by one whole batch of noise, so that the first timed batch pays for no set-up.
+    """Makes token files with a `TaTok`.
 
-    Args:
-        tokenizer: `TaTok`; it is moved to `device` and put into evaluation mode.
-        work: of the run.
-        device: where everything computes.
+    Warmed up by one whole batch of noise, so that the first timed batch pays for no set-up.
     """
 
     def __init__(self, tokenizer: Any, work: EncodingWork, device: str) -> None:

@@ -118,16 +118,16 @@ def _decides(config: Config) -> dict[str, Any]:
 
 def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker: Tracker) -> None:
     """Lengths at the configured cut, as numbers and as a picture."""
-    from pipeline.tokens.decoder import draw_lengths, measure_lengths, title_of_lengths
+    from pipeline.tokens.decoder import draw_lengths, measure_lengths
 
     everything = ranges_of_files(manifest, TokensConfig())
-    lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
+    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
     rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
-    run.results = {"images": sum(rows.values()), **rows, **lengths.results(), **speed}
+    run.results = {"images": sum(rows.values()), **rows, **lengths, **speed}
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     run.outputs = {"tokens": str(run.folder), "manifest": str(run.folder / NAME)}
-    draw_lengths(run, lengths.counts, title_of_lengths(run.config), tracker)
+    draw_lengths(run, counts, tracker)
     tracker.artifact(Path(run.outputs["manifest"]))
     rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
     say(f"tokenize: {run.results['images']} images, {_told(run)}{rate} -> {run.folder}")
