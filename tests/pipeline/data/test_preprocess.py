@@ -10,6 +10,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,15 +43,13 @@ def configured(tmp_path: Path) -> Callable[..., Config]:
     return configure
 
 
-def made(config: Config, name: str, resume: bool = False, prepare: Callable[[Run], None] = lambda run: None) -> Run:
+def made(config: Config, name: str, resume: bool = False, stop: bool = False) -> Run:
     """The finished run of the stage."""
     preprocess.check(config)
-    run = Run.open("preprocess", config, name, resume)
-    try:
-        prepare(run)
+    with closing(Run.open("preprocess", config, name, resume)) as run:
+        if stop:
+            run.request_stop()
         preprocess.run(run)
-    finally:
-        run.close()
     return run
 
 
@@ -248,7 +247,7 @@ def test_a_stop_keeps_what_is_done_and_resuming_ends_the_same(
 ) -> None:
     config = configured(broken_folder[0])
     with pytest.raises(Stopped, match="1 of 20 shards are made; --resume makes the others"):
-        made(config, "a", prepare=lambda run: run.request_stop())
+        made(config, "a", stop=True)
     assert not (Path(config.run.output) / "a/manifest.json").exists()
     assert checksums(made(config, "a", resume=True)) == checksums(made(config, "b"))
 
@@ -349,7 +348,7 @@ def test_two_ray_workers_give_the_same_bytes_as_one(
     together = made(configured(broken_folder[0], "data.num_workers=2"), "together")
     assert checksums(together) == checksums(alone)
     with pytest.raises(Stopped, match=r"\d+ of 20 shards are made"):
-        made(configured(broken_folder[0], "data.num_workers=2"), "stopped", prepare=lambda run: run.request_stop())
+        made(configured(broken_folder[0], "data.num_workers=2"), "stopped", stop=True)
 
 
 @pytest.mark.ray

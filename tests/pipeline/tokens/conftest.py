@@ -1,7 +1,7 @@
 """A tiny tokenizer with an entropy model and made shards of three classes: no training, no download."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,29 +106,12 @@ def overrides(tmp_path: Path, shards: Path, checkpoint: Path) -> list[str]:
     return [*shape, *places, "tracking.uri=", "tokens.batch_size=4"]
 
 
-Started = Callable[..., Run]
-
-
 @pytest.fixture
-def begin(opened_runs: Any, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
-    """`begin("tokenize_images", "name", "section.key=value")` makes a run, checked, that has not begun."""
+def finished(carry_out: Any, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """`finished("tokenize_images", "name", "section.key=value")` checks and runs a stage; returns the closed run."""
     monkeypatch.setattr(token_manifest, "RANGE_ROWS", 8)  # three ranges of the 21 pictures, two of the 10
-    with opened_runs() as open_run:
 
-        def begin(kind: str, name: str, *more: str, resume: bool = False) -> Run:
-            return open_run(kind, STAGES[kind], load_config("smoke", [*overrides, *more]), name, resume)
-
-        yield begin
-
-
-@pytest.fixture
-def finished(begin: Started) -> Started:
-    """As `begin`; the run has ended."""
-
-    def finish(kind: str, *arguments: str, **options: bool) -> Run:
-        run = begin(kind, *arguments, **options)
-        STAGES[kind].run(run)
-        run.close()
-        return run
+    def finish(kind: str, name: str, *more: str, **options: bool) -> Run:
+        return carry_out(kind, STAGES[kind], load_config("smoke", [*overrides, *more]), name, **options)
 
     return finish

@@ -16,7 +16,6 @@ from pipeline.core.config import TokensConfig
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
-from pipeline.tokens import tokenize
 from pipeline.tokens.encoder import look
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import View, ranges_of_pictures, read_token_manifest, views_of
@@ -165,19 +164,16 @@ def test_a_resumed_run_makes_what_is_missing_to_the_same_bytes(finished: Started
         ("train.seed=5", "train.seed is 5, but the run in .* was begun with 0"),
     ],
 )
-def test_a_run_is_not_resumed_as_another_one(begin: Started, override: str, sentence: str) -> None:
-    run = begin("tokenize_images", "one", *VIEWS)
-    run.request_stop()
+def test_a_run_is_not_resumed_as_another_one(finished: Started, override: str, sentence: str) -> None:
     with pytest.raises(Stopped):
-        tokenize.run(run)
-    run.close()
+        finished("tokenize_images", "one", *VIEWS, stop=True)
     with pytest.raises(BadInput, match=sentence):
-        tokenize.run(begin("tokenize_images", "one", *VIEWS, override, resume=True))
+        finished("tokenize_images", "one", *VIEWS, override, resume=True)
 
 
-def test_a_score_needs_its_model(begin: Started) -> None:
+def test_a_score_needs_its_model(finished: Started) -> None:
     with pytest.raises(BadInput, match="filter.score is 'distortion' with tokenizer.entropy_layers 0; expected a tok"):
-        begin("tokenize_images", "one", "tokenizer.entropy_layers=0")
+        finished("tokenize_images", "one", "tokenizer.entropy_layers=0")
 
 
 def test_one_worker_computes_as_an_actor_does(finished: Started, tokenizer: TaTok, shards: Path) -> None:
