@@ -16,9 +16,9 @@ import torch
 from pipeline.core.cluster import uses_bf16
 from pipeline.core.ranges import Part, Stopwatch, write_shard
 from pipeline.data.shards import ShardWriter
-from pipeline.generator.generated_files import INTEGERS, SCHEMA
+from pipeline.generator.generated_files import SCHEMA
 from pipeline.tokens.decoder import decoded_pictures, shard_rows
-from pipeline.tokens.stream import to_parquet
+from pipeline.tokens.stream import lists, to_parquet
 from pipeline.tokens.token_manifest import RowRange
 from tatok_model.config import SamplingConfig
 from tatok_model.generation.sampling import sample
@@ -44,10 +44,10 @@ class SamplingWork:
     def worker(self, models: Any, device: str) -> Callable[[RowRange], Part]:
         """Models are the generator and the tokenizer."""
         generator, tokenizer = models
-        return Sampler(generator, tokenizer, self, device).make
+        return SamplingWorker(generator, tokenizer, self, device).make
 
 
-class Sampler:
+class SamplingWorker:
     """Makes shards of pictures with a `Generator` and the `TaTok` whose tokens it writes.
 
     Warmed up by a batch of which nothing is kept: a whole one where the device has set-up to do for it, else a picture.
@@ -117,14 +117,8 @@ def token_table(sequences: Sequences, numbers: np.ndarray, labels: np.ndarray) -
     columns = {
         "number": pa.array(numbers, pa.int64()),
         "label": pa.array(labels, pa.int32()),
-        "global_indices": _lists(sequences.global_indices.numpy().ravel(), np.full(batch, width)),
-        "codes": _lists(sequences.codes[real].numpy(), counts),
-        "places": _lists(sequences.places[real].numpy(), counts),
+        "global_indices": lists(sequences.global_indices.numpy().ravel(), np.full(batch, width)),
+        "codes": lists(sequences.codes[real].numpy(), counts),
+        "places": lists(sequences.places[real].numpy(), counts),
     }
     return pa.table(columns, SCHEMA)
-
-
-def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
-    """Numbers, one row after the other, as lists of those lengths."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32)), type=INTEGERS)

@@ -40,10 +40,10 @@ class DecodingWork:
 
     def worker(self, tokenizer: Any, device: str) -> Callable[[RowRange], Part]:
         """The model is the tokenizer."""
-        return Decoder(tokenizer, self, device).make
+        return DecodingWorker(tokenizer, self, device).make
 
 
-class Decoder:
+class DecodingWorker:
     """Makes shards of pictures with a `TaTok`.
 
     Warmed up by one whole batch of which nothing is kept: the most that decoding has to do.

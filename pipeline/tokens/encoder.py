@@ -36,10 +36,10 @@ class EncodingWork:
 
     def worker(self, tokenizer: Any, device: str) -> Callable[[RowRange], Part]:
         """The model is the tokenizer."""
-        return Encoder(tokenizer, self, device).make
+        return EncodingWorker(tokenizer, self, device).make
 
 
-class Encoder:
+class EncodingWorker:
     """Makes token files with a `TaTok`.
 
     Warmed up by one whole batch of noise, so that the first timed batch pays for no set-up.

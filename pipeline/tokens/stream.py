@@ -162,11 +162,15 @@ def _tokens(
     return Tokens(globals_, patches.scatter(1, order, codes), torch.ones(shape, dtype=torch.bool), ranking)
 
 
+def lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType = INTEGERS) -> pa.Array:
+    """Numbers, one row after the other, as lists of those lengths."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values).cast(kind.value_type), type=kind)
+
+
 def _lists(values: torch.Tensor, kind: pa.DataType) -> pa.Array:
     """(B, L) numbers as B lists."""
-    rows, length = values.shape
-    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * length)
-    return pa.ListArray.from_arrays(offsets, pa.array(values.cpu().numpy().ravel()).cast(kind.value_type), type=kind)
+    return lists(values.cpu().numpy().ravel(), np.full(len(values), values.shape[1]), kind)
 
 
 def _matrix(table: pa.Table, name: str, length: int) -> np.ndarray:
