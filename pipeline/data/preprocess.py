@@ -44,9 +44,8 @@ def check(config: Config) -> None:
             address of unknown form.
     """
     data = config.data
-    check_source("data.source", data.source, data)
-    if data.heldout_source:
-        check_source("data.heldout_source", data.heldout_source, data)
+    for key, place in _places(data).items():
+        check_source(key, place, data)
     if data.heldout_source == data.source:
         raise BadInput(
             f"data.heldout_source is data.source, {data.source!r}; expected other pictures, or '' to split by hash"
@@ -70,8 +69,8 @@ def run(run: Run) -> None:
     """
     data = run.config.data
     sources = open_sources(data)
-    for key, source in zip(("source", "heldout_source"), sources, strict=False):
-        run.inputs[key] = {"path": source.place, "sha256": source.fingerprint()}
+    for source in sources:
+        run.inputs[source.key.removeprefix("data.")] = {"path": source.place, "sha256": source.fingerprint()}
     plan = make_or_load_plan(run.folder, sources, data)
     work = PreprocessWork.of(run.folder, plan, sources, data)
     with Tracker.start(run, {"source_fingerprint": plan.source_fingerprint}) as tracker:
@@ -115,10 +114,11 @@ def byte_config(data: DataConfig) -> dict[str, Any]:
 
 def open_sources(data: DataConfig) -> list[Source]:
     """The source and, if there is one, the held-out source; raises as `open_source`."""
-    sources = [open_source("data.source", data.source, data)]
-    if data.heldout_source:
-        sources.append(open_source("data.heldout_source", data.heldout_source, data))
-    return sources
+    return [open_source(key, place, data) for key, place in _places(data).items()]
+
+
+def _places(data: DataConfig) -> dict[str, str]:
+    return {"data.source": data.source} | ({"data.heldout_source": data.heldout_source} if data.heldout_source else {})
 
 
 def make_or_load_plan(folder: Path, sources: list[Source], data: DataConfig) -> PicturePlan:
@@ -150,9 +150,7 @@ def make_plan(sources: list[Source], data: DataConfig) -> PicturePlan:
     Raises:
         BadInput: a source holds no picture, or their classes do not agree.
     """
-    scans = [
-        scan(key, source, data) for key, source in zip(("data.source", "data.heldout_source"), sources, strict=False)
-    ]
+    scans = [scan(source, data) for source in sources]
     ranges: list[PictureRange] = []
     for index, (looked, split) in enumerate(zip(scans, SPLITS if len(scans) > 1 else [BY_HASH], strict=True)):
         for units, rows in zip(looked.ranges, looked.rows, strict=True):
@@ -290,7 +288,9 @@ def _write_results(folder: Path, plan: PicturePlan, parts: list[Part]) -> Manife
     manifest = Manifest.of(plan.config["image_size"], *facts, shards, len(rejected))
     if not manifest.splits["train"].rows:
         write_rejected(folder, rejected)
-        raise BadInput(f"no picture for training: {_told(manifest)}; expected some, see {folder / 'rejected.parquet'}")
+        raise BadInput(
+            f"no picture for training: {_row_counts(manifest)}; expected some, see {folder / 'rejected.parquet'}"
+        )
     write_manifest(folder, manifest, rejected)
     return manifest
 
@@ -310,11 +310,11 @@ def _report(run: Run, manifest: Manifest, speed: float) -> None:
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     rate = f", {speed:.0f} images/s" if speed else ""  # 0: everything was there already
-    say(f"preprocess: {_told(manifest)}{rate} -> {run.folder}")
+    say(f"preprocess: {_row_counts(manifest)}{rate} -> {run.folder}")
     if not manifest.splits["heldout"].rows:
         say("warning: nothing is held out; expected a larger data.heldout_fraction or a data.heldout_source")
 
 
-def _told(manifest: Manifest) -> str:
+def _row_counts(manifest: Manifest) -> str:
     train, heldout = (manifest.splits[name].rows for name in SPLITS)
     return f"{train} training and {heldout} held-out images, {manifest.rejected} rejected"

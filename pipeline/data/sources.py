@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass
 class Scan:
-    """What a look at a source found, without decoding pictures."""
+    """What a look at a source shows, without decoding pictures."""
 
     ranges: list[list[Unit]] = field(default_factory=list)  # the units of each shard, in order
     rows: list[int] = field(default_factory=list)  # pictures in each of `ranges`
@@ -71,6 +71,7 @@ class Scan:
 class Source:
     """A listed source."""
 
+    key: str  # data.source | data.heldout_source, for messages
     place: str  # as configured
     kind: str  # folder | parquet | tar | samples
     folder: Location  # what `files` are relative to
@@ -110,7 +111,7 @@ def open_source(key: str, place: str, data: DataConfig) -> Source:
     if place == "samples":
         photographs = samples.photograph_files().items()
         tiles = tuple((f"{name}@{data.image_size}", path.stat().st_size) for name, path in photographs)
-        return Source(place, "samples", locate(""), tiles)
+        return Source(key, place, "samples", locate(""), tiles)
     location = _existing(key, place)
     info = location.info()
     if info.type == fs.FileType.File:
@@ -121,10 +122,10 @@ def open_source(key: str, place: str, data: DataConfig) -> Source:
     kind = _kind(key, place, kinds)
     files = tuple(file for file, its_kind in zip(everything, kinds, strict=True) if its_kind == kind)
     rows = tuple(check_parquet(folder / name, data) for name, _ in files) if kind == "parquet" else ()
-    return Source(place, kind, folder, files, rows)
+    return Source(key, place, kind, folder, files, rows)
 
 
-def scan(key: str, source: Source, data: DataConfig) -> Scan:
+def scan(source: Source, data: DataConfig) -> Scan:
     """Look at every file and deal the pictures out to shards.
 
     Raises:
@@ -138,7 +139,7 @@ def scan(key: str, source: Source, data: DataConfig) -> Scan:
     else:
         looked = _scan_folder(samples.list_tiles(data.image_size) if source.kind == "samples" else names, data)
     if not looked.ranges:
-        raise BadInput(f"{key} {source.place!r} holds no picture; {EXPECTED}")
+        raise BadInput(f"{source.key} {source.place!r} holds no picture; {EXPECTED}")
     return looked
 
 

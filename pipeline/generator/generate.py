@@ -42,11 +42,11 @@ def check(config: Config) -> None:
     """
     check_cpus("generate.num_workers", config.generate.num_workers)
     check_tracking(config)
-    found = check_generator(config)
-    if found.generator.checkpoint:
-        generator = read_generator(found.generator.checkpoint)
+    config = check_generator(config)
+    if config.generator.checkpoint:
+        generator = read_generator(config.generator.checkpoint)
         check_guidance(config.generate, asked_labels(config.generate, generator.classes), generator.class_dropout)
-        _class_names(found, generator)
+        _class_names(config, generator)
 
 
 def default_name(config: Config) -> str:

@@ -96,13 +96,13 @@ def read_generated(folder: str | Path) -> Generated:
     check_format(values, what, (FORMAT, VERSION), WRITER)
     manifest = read_manifest(folder)
     try:
-        found = _from_dict(Path(folder), manifest, values)
+        generated = _from_dict(Path(folder), manifest, values)
         pictures = values["pictures"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
     if pictures != manifest.fingerprint:
         raise BadInput(f"{what} is of other pictures than manifest.json; expected a folder that one run wrote")
-    return found
+    return generated
 
 
 def _from_dict(folder: Path, manifest: Manifest, values: dict[str, Any]) -> Generated:

@@ -80,7 +80,7 @@ def from_table(table: pa.Table) -> tuple[Tokens, list[str], np.ndarray]:
     if "score_bits" in table.column_names:  # version 1
         table = table.rename_columns({"score_bits": "scores"})
     if not table.schema.equals(SCHEMA):
-        raise BadInput(f"columns are {_told(table.schema)}; expected {_told(SCHEMA)}")
+        raise BadInput(f"columns are {_columns(table.schema)}; expected {_columns(SCHEMA)}")
     ranked = stream.patch_positions if stream.score else 0
     globals_ = _matrix(table, "global_indices", stream.global_tokens)
     codes, order = _matrix(table, "patch_indices", ranked), _matrix(table, "patch_positions", ranked)
@@ -182,5 +182,5 @@ def _matrix(table: pa.Table, name: str, length: int) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), length)
 
 
-def _told(schema: pa.Schema) -> str:
+def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)

@@ -188,9 +188,9 @@ def check_stream(config: Config, stream: Stream) -> None:
                 f"expected tokenizer.{name}, {getattr(wanted, name)}"
             )
     if bool(stream.score) != bool(wanted.score):
-        found = "has patch tokens" if stream.score else "has only global tokens"
+        has = "has patch tokens" if stream.score else "has only global tokens"
         raise BadInput(
-            f"tokens.path {path!r} {found}; expected tokenizer.patch_tokens: {str(bool(wanted.score)).lower()}"
+            f"tokens.path {path!r} {has}; expected tokenizer.patch_tokens: {str(bool(wanted.score)).lower()}"
         )
     if stream.score != wanted.score:
         raise BadInput(f"tokens.path {path!r} is ranked by {stream.score}; expected filter.score, {wanted.score}")

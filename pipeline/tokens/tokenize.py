@@ -130,10 +130,10 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
     draw_lengths(run, counts, tracker)
     tracker.artifact(Path(run.outputs["manifest"]))
     rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
-    say(f"tokenize: {run.results['images']} images, {_told(run)}{rate} -> {run.folder}")
+    say(f"tokenize: {run.results['images']} images, {_lengths(run)}{rate} -> {run.folder}")
 
 
-def _told(run: Run) -> str:
+def _lengths(run: Run) -> str:
     section, results = run.config.filter, run.results
     cut = f"{section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else "global tokens only"
     return f"{results['tokens_per_image']:.1f} tokens and {results['bits_fixed']:.0f} bits an image ({cut})"
