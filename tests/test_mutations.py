@@ -133,7 +133,7 @@ def test_damaged_pictures(encoding: str, numbers: range) -> None:
 def read_source(path: Path) -> None:
     data = dataclasses.replace(DATA, source=str(path))
     source = sources.open_source("data.source", str(path), data)
-    found = sources.scan("data.source", source, data)
+    found = sources.scan(source, data)
     for units in found.ranges:
         for one in sources.read(source, units, data):
             assert not Path(one.id).is_absolute() or "#" in one.id

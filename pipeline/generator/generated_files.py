@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file, write_json
 from pipeline.core.manifest import check_format, parse_values, read_described
-from pipeline.data.shards import Manifest, Shard, read_manifest
+from pipeline.core.ranges import Shard
+from pipeline.data.shards import Manifest, read_manifest
 
 FORMAT, VERSION = "tatok-generated", 1
 NAME, WRITER = "generated.json", "jobs/generate.py"

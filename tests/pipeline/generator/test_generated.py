@@ -9,7 +9,8 @@ import torch
 
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.data.shards import SPLITS, Manifest, Shard, Split, fingerprint
+from pipeline.core.ranges import Shard
+from pipeline.data.shards import SPLITS, Manifest, Split, fingerprint
 from pipeline.generator.generated_files import Generated, read_generated
 from pipeline.generator.sampler import token_table
 from pipeline.tokens.stream import to_parquet
