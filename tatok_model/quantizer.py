@@ -62,6 +62,14 @@ class VQ(nn.Module):
             embeddings, indices, loss = self.quantize(x.float())
         return embeddings, indices, loss.sum()
 
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """Entries that `forward` chooses, by one product; no codebook moves: (B, L, D) -> (B, L) int64."""
+        with torch.autocast(x.device.type, enabled=False):
+            directions = self.quantize._codebook.transform_input(self.quantize.project_in(x.float()))  # (B, L, d)
+            cosines = directions.flatten(0, 1) @ self.codes().T  # (B * L, K)
+        return cosines.argmax(-1).view(x.shape[:2])
+
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
         return self.quantize.get_output_from_indices(indices)
@@ -102,6 +110,11 @@ class FiniteScalar(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             embeddings, indices = self.quantize(x.float())
         return embeddings, indices.long(), x.new_zeros(())
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """As `VQ.nearest`."""
+        return self.forward(x)[1]
 
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""

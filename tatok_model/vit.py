@@ -27,13 +27,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); (B, L) bool `key_mask` is True where a key may be looked at, None: everywhere."""
+        return self.to_out(self.mix(x, key_mask))
+
+    def mix(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Mixed values of all heads before the last projection, shapes as `forward`."""
+        return merge_heads(attend(*self.split(x), None if key_mask is None else key_mask[:, None, None, :]))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head: (B, L, D) -> (B, H, L, h) three times."""
         q, k, v = rearrange(self.to_qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        mixed = _attend(q, k, v, mask)  # (B, H, L, D/H)
-        return self.to_out(rearrange(mixed, "b h l d -> b l (h d)"))
+        return q, k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def merge_heads(mixed: Tensor) -> Tensor:
+    """(B, H, L, h) -> (B, L, D), what `Attention.to_out` wants."""
+    return rearrange(mixed, "b h l d -> b l (h d)")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """(B, H, L, h) three times, and (B, 1, 1, L) bool, True where a key may be looked at -> (B, H, L, h)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # twice as fast as the fused kernel, with its gradients
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -53,7 +64,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); `key_mask` as `Attention`'s."""
-        x = x + self.attention(self.norm1(x), key_mask)
+        return self.finish(x, self.attention.mix(self.norm1(x), key_mask))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, L, h) each: the first half of `forward`, for an attention of one's own."""
+        return self.attention.split(self.norm1(x))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The second half of `forward`, place by place: (..., D) that came in and (..., D) mixed values -> (..., D)."""
+        x = x + self.attention.to_out(mixed)
         return x + self.mlp(self.norm2(x))
 
 
@@ -77,6 +96,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks in their order."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
 
 def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> Tensor:
