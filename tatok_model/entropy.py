@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tatok_model.filtering import conditional_entropy, surprisal
-from tatok_model.vit import Block, Transformer, init_linear, merge_heads, positions
+from tatok_model.vit import Block, Transformer, init_linear, merge_heads, positions, rows_at_once
 
 HEAD_WIDTH = 32
-CPU_LOGITS = 2**20  # made at a time, 4 MiB: fewer rows make slower products, more are no faster
-GPU_LOGITS = 2**25  # 128 MiB: a GPU wants much work at once
 
 Read = Callable[[Tensor, nn.Linear], Any]  # of (n, W) hidden states, and the head that makes (n, K) logits of them
 
@@ -278,5 +276,5 @@ class _Read(torch.autograd.Function):
 
 def _parts(n: int, weight: Tensor) -> Iterator[slice]:
     """Rows of (n, W) that are looked at together; `weight` is the head's, (K, W)."""
-    rows = max(1, (CPU_LOGITS if weight.device.type == "cpu" else GPU_LOGITS) // len(weight))
+    rows = rows_at_once(len(weight), weight.device)
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))

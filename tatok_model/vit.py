@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 CHANNELS = 3
 CPU_PARTS = 4  # of a batch, by length
+CPU_PRODUCT = 2**20  # numbers, 4 MiB: smaller products are slower, larger ones no faster
+GPU_PRODUCT = 2**25  # 128 MiB: a GPU wants much work at once
 
 
 class Attention(nn.Module):
@@ -134,6 +136,11 @@ def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> T
             tokens = block(tokens, key_mask)
         x = x.index_copy(0, rows, x[rows].scatter(1, at, tokens.to(x.dtype)))
     return x
+
+
+def rows_at_once(columns: int, device: torch.device) -> int:
+    """Rows of a product (rows, columns) to make at a time where only a little is wanted of each."""
+    return max(1, (CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT) // columns)
 
 
 def init_linear(module: nn.Module) -> None:

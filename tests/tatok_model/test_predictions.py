@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tatok_model import entropy
+from tatok_model import vit
 from tatok_model.entropy import (
     read_distortion,
     read_entropy,
@@ -22,7 +22,7 @@ N, WIDTH, CODES = 37, 12, 50
 
 @pytest.fixture(params=[1, 7, 1000], ids=["a row at a time", "a few rows", "all rows"])
 def rows(request, monkeypatch):
-    monkeypatch.setattr(entropy, "CPU_LOGITS", request.param * CODES)
+    monkeypatch.setattr(vit, "CPU_PRODUCT", request.param * CODES)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tatok_model import Codec, TaTok, TokenizerConfig
+from tatok_model import Codec, TaTok, TokenizerConfig, vit
 from tatok_model.quantizer import build_quantizer
 
 FSQ = {"quantizer": "fsq", "codebook_size": 15, "fsq_levels": (5, 3)}
@@ -13,7 +13,9 @@ FSQ = {"quantizer": "fsq", "codebook_size": 15, "fsq_levels": (5, 3)}
 
 @pytest.mark.parametrize("changes", [{}, {"codebook_dim": 24}, FSQ], ids=["vq", "vq without projection", "fsq"])
 @pytest.mark.parametrize("size", [16, 1000])
-def test_nearest_entries_are_those_that_training_chooses(changes, size):
+@pytest.mark.parametrize("rows", [50, 199, 1000])
+def test_nearest_entries_are_those_that_training_chooses(changes, size, rows, monkeypatch):
+    monkeypatch.setattr(vit, "CPU_PRODUCT", rows * size)
     torch.manual_seed(0)
     config = TokenizerConfig(**{"codebook_size": size, "codebook_dim": 8, **changes})
     for seed in range(3):
@@ -80,5 +82,6 @@ def test_a_training_step_still_moves_the_codebook(opinionated, images):
 def test_a_tokenizer_of_one_image_chooses_what_a_batch_chooses(opinionated, images):
     model = TaTok(dataclasses.replace(opinionated().config)).eval()
     whole = model.encode(images)
+    assert model.encode(images[:0]).patch_indices.shape == (0, 16)
     for number in range(len(images)):
         assert torch.equal(model.encode(images[number : number + 1]).patch_indices[0], whole.patch_indices[number])
