@@ -1,28 +1,33 @@
-"""The order in which an image's patch tokens matter, by any score: the models', or a control's.
+"""The order in which an image's patch tokens matter: by a model's score, or by a control that asks no model.
 
-Plain functions of tokens and of the two models that can be asked: `predict` is the entropy model, `decode` the decoder.
-`TaTok.rank` is their public face.
+`rank` is what `TaTok.rank` does. A score that depends on what is kept already is asked again in every round:
+`distortion`, `surprisal` and `entropy` are read off the entropy model's q, `error` compares the decoder's picture.
+Controls are ordered once: `pixel_entropy` by the picture, `random` by the global tokens, `grid` always alike.
 
 Shapes: B images, N patch positions, K codebook entries, d code width, n positions asked for, P patch side.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tatok_model import filtering
 from tatok_model.config import BY_MODEL, KeptSetConfig
 from tatok_model.entropy import Read, read_distortion, read_entropy, read_surprisal
-from tatok_model.filtering import rank_in_rounds, to_units
-from tatok_model.filtering_rules import SCORES, check_rounds
+from tatok_model.filtering import to_units
+from tatok_model.filtering_rules import SCORES, QualityLine, check_rounds, line_of
 from tatok_model.kept_sets import Wanted
-from tatok_model.quality import QualityLine, line_of
 from tatok_model.tokens import Ranking, Tokens
 from tatok_model.vit import patchify
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LEVELS = 256
+RANDOM_SEED = 0x7A70C  # every decoder has to have the same
 
 
 class Predict(Protocol):
@@ -103,13 +108,112 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
     if score == "pixel_entropy":
         if images is None:
             raise ValueError("score is 'pixel_entropy'; expected the images too")
-        found = filtering.pixel_entropy_units(images, patch_size)
+        found = pixel_entropy_units(images, patch_size)
         return rank_in_rounds(lambda placed: found, batch, positions, 1, device)
     if score == "random":
-        order = filtering.random_order(tokens.global_indices, positions)
+        order = random_order(tokens.global_indices, positions)
     else:
-        order = filtering.grid_order(positions).to(device).expand(batch, -1)
+        order = grid_order(positions).to(device).expand(batch, -1)
     return order, torch.zeros_like(order)
+
+
+def rank_in_rounds(
+    score: Callable[[Tensor], Tensor], batch: int, positions: int, rounds: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Order all positions by score, re-scoring what is open after every round.
+
+    Args:
+        score: (B, N) bool mask of what is placed already -> (B, N) int64 score units; values at placed positions do
+            not matter.
+        batch: B.
+        positions: N.
+        rounds: R, at least 1; a round places N / R positions, the best of the open ones, best first. Ties go to the
+            earlier position in raster order.
+        device: where the scores are.
+
+    Returns:
+        (B, N) int64 positions, best first, and (B, N) int64 scores of the steps.
+
+    Raises:
+        ValueError: `rounds` is not from 1 to N.
+    """
+    check_rounds(rounds, positions)
+    placed = torch.zeros(batch, positions, dtype=torch.bool, device=device)
+    order, units, bounds = [], [], round_bounds(positions, rounds)
+    for start, stop in pairwise(bounds):
+        values, best = best_open(score(placed), placed, stop - start)
+        order.append(best)
+        units.append(values)
+        placed = placed.scatter(1, best, True)
+    return torch.cat(order, dim=1), torch.cat(units, dim=1)
+
+
+def best_open(units: Tensor, placed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores at open positions: (B, count) scores and positions; ties in raster order."""
+    ordered = units.masked_fill(placed, -1).sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :count], ordered.indices[:, :count]
+
+
+def round_bounds(positions: int, rounds: int) -> list[int]:
+    """Steps at which rounds begin, and N: as even as whole numbers allow."""
+    return [number * positions // rounds for number in range(rounds + 1)]
+
+
+def grid_order(positions: int) -> Tensor:
+    """(N,) int64: positions so that every prefix is spread evenly over the square grid.
+
+    The order of Bayer's threshold matrix: bits of row and column are interleaved and read backwards.
+    """
+    side = math.isqrt(positions)
+    depth = max(side - 1, 1).bit_length()
+    keys = []
+    for position in range(positions):
+        row, column = divmod(position, side)
+        key = 0
+        for bit in range(depth):  # the least significant bits decide most
+            mixed = ((row ^ column) >> bit & 1) << 1 | (row >> bit & 1)
+            key = key << 2 | mixed
+        keys.append(key)
+    return torch.tensor(keys).argsort(stable=True)
+
+
+def random_order(global_indices: Tensor, positions: int) -> Tensor:
+    """(B, N) int64: a shuffle of the positions for each image, keyed by its global tokens so that a decoder knows it.
+
+    Args:
+        global_indices: (B, M) int64; without global tokens all images share one order.
+        positions: N.
+    """
+    key = torch.full((len(global_indices), 1), RANDOM_SEED, device=global_indices.device)
+    for place in range(global_indices.shape[1]):
+        key = _mix(key ^ global_indices[:, place : place + 1])
+    lanes = torch.arange(positions, device=global_indices.device) * 0x9E3779B1
+    return _mix(key ^ _mix(lanes)).argsort(dim=1, stable=True)
+
+
+def pixel_entropy_units(images: Tensor, patch_size: int) -> Tensor:
+    """(B, N) int64: entropy of the grey-level histogram of each patch, in 1/1024 bit, as DQ-VAE routes patches.
+
+    Args:
+        images: (B, 3, H, W), uint8 or floats in [0, 1].
+        patch_size: P.
+    """
+    pixels = images.float() if images.dtype == torch.uint8 else images.float() * 255
+    grey = sum(weight * pixels[:, channel : channel + 1] for channel, weight in enumerate(GREY))
+    levels = patchify(torch.as_tensor(grey).round().clamp(0, LEVELS - 1).long(), patch_size)  # (B, N, P*P)
+    counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
+    counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=counts.dtype))
+    shares = counts / levels.shape[2]
+    return to_units(-(shares * shares.clamp(min=1e-12).log2()).sum(dim=2))
+
+
+def _mix(key: Tensor) -> Tensor:
+    """A hash of 32-bit numbers kept in int64: the finaliser of murmur3, the same on every device."""
+    mask = 0xFFFFFFFF
+    key = key & mask
+    key = (key ^ (key >> 16)) * 0x85EBCA6B & mask
+    key = (key ^ (key >> 13)) * 0xC2B2AE35 & mask
+    return key ^ (key >> 16)
 
 
 def training_places(tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig, models: Models) -> Tensor:

@@ -37,9 +37,8 @@ from tatok_model.entropy import (
     read_surprisal,
     read_surprisal_and_expected,
 )
+from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, lines_json, read_lines
 from tatok_model.kept_sets import KeptSets, draw, kept_sets
-from tatok_model.quality import FILE as QUALITY_FILE
-from tatok_model.quality import QualityLine, lines_json, read_lines
 from tatok_model.quantizer import build_quantizer
 from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens

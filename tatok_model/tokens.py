@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from tatok_model.filtering import kept_counts, kept_mask_of, residual_counts
-from tatok_model.filtering_rules import CHECK_BITS, SCORES, check_cut, fixes_length
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import CHECK_BITS, SCORES, QualityLine, check_cut, fixes_length
 
 POSITIONS = ("derived", "sent", "replayed")
 

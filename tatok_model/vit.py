@@ -3,7 +3,8 @@
 Shapes: B images, L sequence length, D width, N patch positions, C colour channels (3), P patch side in pixels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,17 @@ def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> T
 def rows_at_once(columns: int, device: torch.device) -> int:
     """Rows of a product (rows, columns) to make at a time where only a little is wanted of each."""
     return max(1, (CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT) // columns)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on how they are shared out: torch computes on one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from pipeline.core.run import Run
 from pipeline.data.shards import Shard
 from pipeline.tokens.ranges import Range
 from pipeline.tracking import Tracker
-from tatok_model.threads import one_thread
+from tatok_model.vit import one_thread
 
 # What a task leaves behind: a file, maybe one beside it, and a small JSON file in `parts/` that says so, written last.
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from tatok_model.codec.header import Format, Header, check_format, seal, unseal
 from tatok_model.codec.payload import CodeModel, Image, Models, Replay, check_bits, hash_of, pass_image
 from tatok_model.codec.range_coder import Decoder, Encoder
-from tatok_model.filtering import best_open, conditional_entropy, grid_order, to_units
-from tatok_model.threads import one_thread
+from tatok_model.filtering import conditional_entropy, to_units
+from tatok_model.ranking import best_open, grid_order
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Side, Tokens
+from tatok_model.vit import one_thread
 
 __all__ = ["CodeModel", "Format", "Replay", "from_bytes", "to_bytes"]
 

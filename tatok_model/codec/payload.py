@@ -31,8 +31,8 @@ from torch import Tensor
 from tatok_model.codec.header import Header
 from tatok_model.codec.positions import kept_of, rank_of
 from tatok_model.codec.range_coder import Coder, bounds_of, quantise
-from tatok_model.filtering import grid_order, random_order, round_bounds
 from tatok_model.filtering_rules import CHECK_BITS, SCORES
+from tatok_model.ranking import grid_order, random_order, round_bounds
 from tatok_model.tokens import Ranking
 
 # In which round each kept patch code is entropy-coded: codes of a round are predicted from those of earlier rounds.

@@ -7,7 +7,7 @@ import torch
 from tatok_model import TaTok, TokenizerConfig
 from tatok_model.codec.bytestream import Codec, model_id
 from tatok_model.codec.header import payload_bits, unseal
-from tatok_model.threads import one_thread
+from tatok_model.vit import one_thread
 
 CONFIG = TokenizerConfig(
     image_size=32, patch_size=4, global_tokens=4, codebook_size=100, codebook_dim=8, entropy_width=32

@@ -7,8 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tatok_model.filtering_rules import RULES, SCORES
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import RULES, SCORES, QualityLine
 
 SCORED = [name for name, score in SCORES.items() if score.unit]
 PAIRS = [(score, rule) for score in SCORED for rule in RULES if rule != "quality" or SCORES[score].in_signal]

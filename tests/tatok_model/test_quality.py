@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tatok_model import TaTok
-from tatok_model.quality import FILE, QualityLine, line_of, lines_json, read_lines, with_line
+from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, line_of, lines_json, read_lines, with_line
 from tatok_model.tokens import Ranking
 
 LINE = QualityLine("distortion", 1, intercept=0.004, slope=0.02)
@@ -100,7 +100,7 @@ def test_the_line_of_a_ranking_is_that_of_its_score_and_rounds():
 
 
 def test_lines_are_written_and_read_without_loss(tmp_path):
-    path = tmp_path / FILE
+    path = tmp_path / QUALITY_FILE
     for lines in ((), LINES[:1], LINES):
         path.write_text(lines_json(lines))
         assert read_lines(path) == lines
@@ -115,7 +115,7 @@ def test_lines_are_written_and_read_without_loss(tmp_path):
 
 
 def test_where_there_is_no_file_there_are_no_lines(tmp_path):
-    assert read_lines(tmp_path / FILE) == ()
+    assert read_lines(tmp_path / QUALITY_FILE) == ()
     assert read_lines(tmp_path) == ()
 
 
@@ -138,17 +138,17 @@ def test_where_there_is_no_file_there_are_no_lines(tmp_path):
     ],
 )
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, text):
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / QUALITY_FILE).write_text(text)
     with pytest.raises(ValueError, match="is not what calibration writes: ") as caught:
-        read_lines(tmp_path / FILE)
-    assert str(caught.value).startswith(repr(str(tmp_path / FILE)))
+        read_lines(tmp_path / QUALITY_FILE)
+    assert str(caught.value).startswith(repr(str(tmp_path / QUALITY_FILE)))
     assert "\n" not in str(caught.value)
 
 
 def test_bytes_that_are_no_text_are_refused_in_one_sentence(tmp_path):
-    (tmp_path / FILE).write_bytes(b"\xff\xfe\x00{")
+    (tmp_path / QUALITY_FILE).write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(ValueError, match="is not what calibration writes: "):
-        read_lines(tmp_path / FILE)
+        read_lines(tmp_path / QUALITY_FILE)
 
 
 def test_quality_is_read_without_torch():
@@ -162,7 +162,7 @@ def test_a_tokenizer_keeps_its_lines_beside_its_weights(opinionated, images, tmp
     assert model.quality_lines == ()
     model.quality_lines = LINES
     model.save_pretrained(tmp_path)
-    assert read_lines(tmp_path / FILE) == LINES
+    assert read_lines(tmp_path / QUALITY_FILE) == LINES
     loaded = TaTok.from_pretrained(tmp_path)
     assert loaded.quality_lines == LINES
     cut, again = (each.rank(each.encode(images)).cut("quality", 10.0) for each in (model, loaded))
@@ -187,7 +187,7 @@ def test_a_tokenizer_without_lines_leaves_none_of_the_weights_it_replaces(opinio
 
 def test_a_checkpoint_whose_lines_are_damaged_is_refused(opinionated, tmp_path):
     opinionated().save_pretrained(tmp_path)
-    (tmp_path / FILE).write_text("{}")
+    (tmp_path / QUALITY_FILE).write_text("{}")
     with pytest.raises(ValueError, match="is not what calibration writes"):
         TaTok.from_pretrained(tmp_path)
 
@@ -208,7 +208,7 @@ def test_a_model_of_the_hub_brings_its_lines(opinionated, tmp_path, monkeypatch,
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
     monkeypatch.setattr("tatok_model.tokenizer.hf_hub_download", download)
     assert TaTok.from_pretrained("somebody/model", revision="v1").quality_lines == lines
-    assert ("somebody/model", FILE, "v1") in asked
+    assert ("somebody/model", QUALITY_FILE, "v1") in asked
 
 
 def test_what_is_kept_still_costs_a_little_so_that_each_picture_has_a_bound_of_its_own():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tatok_model.codec.bytestream import Format, from_bytes, to_bytes
 from tatok_model.codec.header import FIXED, payload_bits, unseal
-from tatok_model.filtering import grid_order, random_order, rank_in_rounds
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import QualityLine
+from tatok_model.ranking import grid_order, random_order, rank_in_rounds
 from tatok_model.tokens import Ranking, Side, Tokens
 
 MODEL = b"weights!"

@@ -9,7 +9,7 @@ import torch
 from pipeline.data.shards import Shard
 from pipeline.tokens.parts import Part, Seconds, make_part, prepare_folder, rates
 from pipeline.tokens.ranges import Range
-from tatok_model.threads import one_thread
+from tatok_model.vit import one_thread
 
 TASK = Range(0, "train", 0, 0, 2, 2, 2)
 
