@@ -3,7 +3,7 @@
     magic "TaTk" | version | flags | positions | model id (8) | M (2) | N (2) | K (4) | T (2) | rounds (2) |
     coding rounds (2) | score, one byte of length and its name | payload | CRC-32 of all before (4)
 
-Integers are little-endian. `stream.py` knows what the payload says.
+Integers are little-endian. `payload.py` knows what the payload says.
 
 Shapes: M global tokens, N patch positions, K codebook entries, T kept patch tokens.
 """

@@ -5,7 +5,8 @@ kept in whole numbers without bound: nothing is rounded, no carry can be lost, a
 A code of K = 1000 entries costs log2 1000 bits, a rank log2 C(N, T). The price is time quadratic in the length: about a
 millisecond for a picture's hundreds of tokens, and wrong for megabytes.
 
-`Encoder` and `Decoder` have the same methods, so that one function can be both writer and reader (`stream.py`).
+`RangeEncoder` and `RangeDecoder` have the same methods, so that one function can be both writer and reader
+(`payload.pass_image`).
 
 Shapes: n numbers, K codebook entries.
 
@@ -21,7 +22,7 @@ MOST_ENTRIES = 2**FREQUENCY_BITS // 256  # beyond, the 1 that every entry gets w
 
 
 class Coder(Protocol):
-    """What `Encoder` and `Decoder` have in common."""
+    """What `RangeEncoder` and `RangeDecoder` have in common."""
 
     def number(self, total: int, value: int) -> int:
         """Pass one of `total` equally likely numbers: what was written, whatever `value` a decoder is given."""
@@ -30,7 +31,7 @@ class Coder(Protocol):
         """Pass one of K numbers; (K + 1,) `bounds` are the running sums of their frequencies, from 0 to the total."""
 
 
-class Encoder:
+class RangeEncoder:
     """Writes numbers. `put` in any order that a decoder can follow, then `finish`."""
 
     def __init__(self) -> None:
@@ -68,13 +69,13 @@ class Encoder:
         return point.to_bytes(length, "big")
 
 
-class Decoder:
-    """Reads what `Encoder` wrote, asked for the same numbers in the same order."""
+class RangeDecoder:
+    """Reads what `RangeEncoder` wrote, asked for the same numbers in the same order."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._point, self._total = int.from_bytes(data, "big"), 1 << 8 * len(data)  # point / total inside the interval
-        self._again = Encoder()
+        self._again = RangeEncoder()
 
     def where(self, total: int) -> int:
         """The share out of `total` that comes next: 0 to total - 1."""

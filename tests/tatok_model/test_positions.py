@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tatok_model.codec.positions import kept_of, rank_of
+from tatok_model.codec.payload import kept_of, rank_of
 
 
 @pytest.mark.parametrize("positions", [0, 1, 2, 7])

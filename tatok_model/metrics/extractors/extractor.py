@@ -1,4 +1,4 @@
-"""What the feature networks that `jobs/train_extractor.py` trains have in common: their input, their file.
+"""Feature networks behind a Frechet distance, from outside; and the frame of those that this project trains.
 
 A file is in safetensors format and says in its metadata which network it is for. Distances over such a network compare
 tokenizers within this project and with nothing published.
@@ -16,8 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-# What every feature network behind a Frechet distance looks like from outside.
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -58,6 +56,13 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
 
 
+def resized(pixels: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) floats -> (B, 3, side, side), bilinear, antialiased, aspect ratio not kept, without rounding."""
+    if pixels.shape[2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+
+
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's pixels in [0, 1]; near those of others
 
 
@@ -70,7 +75,7 @@ class TrainableExtractor(FeatureExtractor):
         image_size: side of the pictures that the layers see, pixels.
     """
 
-    architecture: ClassVar[str]  # as in `extractor.architecture`
+    architecture: ClassVar[str]  # as in the key `extractor.architecture`
     mean: Tensor
     std: Tensor
 
@@ -85,16 +90,12 @@ class TrainableExtractor(FeatureExtractor):
         self.weights_sha256 = ""  # of the file that the weights came from
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits; see `FeatureExtractor`.
+        """Features and logits; see `FeatureExtractor`. Images of another size are `resized`.
 
-        Images of another size are resized (bilinear, antialiased, aspect ratio not kept) without rounding.
         Training runs it under autocast; features that are to be compared are computed outside of it, in float32.
         """
         check_images(images)
-        side = self.image_size
-        pixels = images.float().contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-        if pixels.shape[2:] != (side, side):
-            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        pixels = resized(images.float().contiguous(memory_format=torch.channels_last), self.image_size)
         maps = self.layers((pixels - self.mean) / self.std)  # (B, F, h, w)
         features = maps.float().mean(dim=(2, 3))  # (B, F)
         return features, self.head(features).float()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tatok_model.metrics.extractors.cifar_resnets import PREFIX, CifarResNet, ResNet20, ResNet56
+from tatok_model.metrics.extractors.small_networks import PREFIX, CifarResNet, ResNet20, ResNet56
 
 
 def made_file(path: Path, network: CifarResNet) -> Path:
