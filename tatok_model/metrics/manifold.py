@@ -22,7 +22,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3, chunk: int = C
         real: (B, F) features.
         generated: (C, F) features. Sets of equal size compare best: balls shrink as a set grows.
         k: neighbours, itself not counted.
-        chunk: rows of distances computed at once; decides memory, not results.
+        chunk: rows of distances in memory at once; the results are the same.
 
     Raises:
         ValueError: features that are not 2-D, of unequal width or not finite, or fewer than k + 1 in a set.
@@ -47,17 +47,7 @@ def radii(features: Tensor, k: int, chunk: int = CHUNK) -> Tensor:
 
 
 def nearest(features: Tensor, among: Tensor, k: int = 1, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """The nearest members of another set.
-
-    Args:
-        features: (B, F).
-        among: (C, F), at least k.
-        k: how many.
-        chunk: as above.
-
-    Returns:
-        distances: (B, k) float64, ascending.
-        indices: (B, k) int64 into `among`.
+    """The k nearest members of another set: (B, F) and (C, F) -> (B, k) float64 distances, ascending, and indices.
 
     Raises:
         ValueError: features that are not 2-D, of unequal width or not finite, or fewer than k to choose among.
