@@ -173,18 +173,12 @@ def _mix_patches(block: Block, x: Tensor, global_tokens: int) -> Tensor:
 
 
 def read_surprisal(hidden: Tensor, head: nn.Linear, indices: Tensor) -> Tensor:
-    """-log2 q of the true codes, in bits, with gradients: (n,) float32.
-
-    Args:
-        hidden: (n, W), what `head` predicts from.
-        head: W to K.
-        indices: (n,) int64 true codes.
-    """
+    """-log2 q of the (n,) true codes, in bits, with gradients: (n,) float32. `head` makes q of (n, W) `hidden`."""
     if torch.is_grad_enabled():
         bits: Tensor = _Read.apply(hidden, head.weight, head.bias, indices, None)[0]
         return bits
-    found = [surprisal(head(hidden[rows]), indices[rows]) for rows in _parts(len(hidden), head.weight)]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+    parts = [surprisal(head(hidden[rows]), indices[rows]) for rows in _parts(len(hidden), head.weight)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def read_surprisal_and_expected(
@@ -192,11 +186,7 @@ def read_surprisal_and_expected(
 ) -> tuple[Tensor, Tensor]:
     """As `read_surprisal`, and (n, d) float32 expected code vectors under q, without gradients.
 
-    Args:
-        hidden: (n, W).
-        head: W to K.
-        indices: (n,) int64 true codes.
-        codes: (K, d) code vectors; None: d is 0.
+    `codes` are the (K, d) code vectors; None: d is 0.
     """
     return _Read.apply(hidden, head.weight, head.bias, indices, codes)
 
@@ -214,7 +204,6 @@ def read_distortion(hidden: Tensor, head: nn.Linear, indices: Tensor, codes: Ten
     """|c - E_q[c]|^2 of the true codes, without gradients: (n,) float32, in squared units of the code vectors.
 
     How far off the decoder's stand-in for a dropped token is, an estimate of the token's conditional variance.
-    Arguments as above, (K, d) `codes` needed.
     """
     return (codes[indices].float() - read_expected(hidden, head, codes)).square().sum(-1)
 
@@ -222,8 +211,8 @@ def read_distortion(hidden: Tensor, head: nn.Linear, indices: Tensor, codes: Ten
 @torch.no_grad()
 def read_entropy(hidden: Tensor, head: nn.Linear) -> Tensor:
     """Entropy of q in bits, without gradients: (n,) float32."""
-    found = [conditional_entropy(head(hidden[rows])) for rows in _parts(len(hidden), head.weight)]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+    parts = [conditional_entropy(head(hidden[rows])) for rows in _parts(len(hidden), head.weight)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 class _Read(torch.autograd.Function):

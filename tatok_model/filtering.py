@@ -22,12 +22,7 @@ from tatok_model.filtering_rules import RULES, UNITS, check_threshold
 
 
 def surprisal(logits: Tensor, indices: Tensor) -> Tensor:
-    """-log2 q(c) of the true codes, in bits: float32 of the shape of `indices`.
-
-    Args:
-        logits: (..., K) unnormalised scores.
-        indices: (...) int64 true codes.
-    """
+    """-log2 q of the true codes, in bits: (..., K) unnormalised scores and (...) int64 codes -> (...) float32."""
     nats = F.cross_entropy(logits.float().flatten(0, -2), indices.flatten(), reduction="none")
     return nats.view(indices.shape) / math.log(2)
 
@@ -86,13 +81,9 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
 
 
 def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
-    """(B,) int64, the smallest t with C(N) - C(t) <= `most_units`: one number, or (B, 1), one an image.
+    """(B,) int64, the smallest t with C(N) - C(t) <= `most_units` of (B, N) scores in the order of ranking.
 
-    Where it is below 0, all tokens with a score are kept.
-
-    Args:
-        score_units: (B, N) int64 scores in the order of ranking.
-        most_units: score units that may be left unsaid.
+    `most_units` is one number, or (B, 1), one an image; where it is below 0, all tokens with a score are kept.
     """
     said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
     left = (said[:, -1:] - said).double()
@@ -117,7 +108,7 @@ def rate_bits(score_units: Tensor, counts: Tensor, rule_threshold: float, resolu
         score_units: (B, N) int64 scores in the order of ranking, of a score that is a squared error.
         counts: (B,) int64, T.
         rule_threshold: theta, in the score's unit, more than 0.
-        resolution: score units in the score's unit.
+        resolution: score units in that unit.
         dimensions: d, numbers that a token's score adds up.
 
     Source: Cover and Thomas, Elements of Information Theory, 10.3.3.
@@ -128,16 +119,15 @@ def rate_bits(score_units: Tensor, counts: Tensor, rule_threshold: float, resolu
 
 
 def calibrate(score_units: Tensor, rule: str, mean_tokens: float, resolution: int = UNITS) -> float:
-    """The threshold at which images keep `mean_tokens` patch tokens on average, by bisection.
+    """The threshold at which images keep nearest to `mean_tokens` patch tokens on average, by bisection.
+
+    T is a whole number per image, so the mean moves in steps. Global tokens are not counted.
 
     Args:
         score_units: (B, N) int64 scores of validation images, in the order of ranking.
         rule: one of RULES, `quality` aside.
-        mean_tokens: wanted mean of T, 0 to N; global tokens are not counted.
+        mean_tokens: 0 to N.
         resolution: score units in the score's unit.
-
-    Returns:
-        The threshold whose mean is nearest; T is a whole number per image, so the mean moves in steps.
 
     Raises:
         ValueError: an unknown rule, or a mean that cannot be.

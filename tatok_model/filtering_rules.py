@@ -145,23 +145,14 @@ class QualityLine:
     def residual_at(self, decibels: float, total: Any = 0.0) -> Any:
         """What may be left unsaid of a picture at a wanted PSNR, in the score's unit; below 0 where it is not reached.
 
-        Args:
-            decibels: wanted.
-            total: all scores of the picture, summed: a number or a tensor of them.
-
-        Raises:
-            ValueError: as `check`.
+        `total` is all scores of the picture, summed: a number or a tensor of them. Raises as `check`.
         """
         self.check(decibels)
         return (10 ** (-decibels / 10) - self.intercept - self.kept_slope * total) / (self.slope - self.kept_slope)
 
 
 def read_lines(path: Path) -> tuple[QualityLine, ...]:
-    """The lines in a `quality.json`; none where there is no such file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """The lines in a `quality.json`, none where there is no such file; ValueError where it holds something else."""
     if not path.is_file():
         return ()
     try:
@@ -182,5 +173,4 @@ def with_line(lines: Iterable[QualityLine], new: QualityLine) -> tuple[QualityLi
 
 def line_of(lines: Iterable[QualityLine], score: str, rounds: int) -> QualityLine | None:
     """The line of a ranking; None where it was not fitted."""
-    found: list[Any] = [line for line in lines if (line.score, line.rounds) == (score, rounds)]
-    return found[0] if found else None
+    return next((line for line in lines if (line.score, line.rounds) == (score, rounds)), None)

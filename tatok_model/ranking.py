@@ -40,21 +40,13 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Models:
-    """What a ranking may ask.
+    """What a ranking may ask of a tokenizer."""
 
-    Attributes:
-        predict: the entropy model.
-        decode: tokens to (B, 3, H, W) pictures in [0, 1].
-        codes: (K, d) code vectors of the patch tokens.
-        patch_size: P.
-        lines: of rankings whose pictures' quality can be predicted.
-    """
-
-    predict: Predict
-    decode: Callable[[Tokens], Tensor]
-    codes: Tensor
-    patch_size: int
-    lines: tuple[QualityLine, ...] = ()
+    predict: Predict  # the entropy model
+    decode: Callable[[Tokens], Tensor]  # to (B, 3, H, W) pictures in [0, 1]
+    codes: Tensor  # (K, d) code vectors of the patch tokens
+    patch_size: int  # P
+    lines: tuple[QualityLine, ...] = ()  # of rankings whose pictures' quality can be predicted
 
 
 def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor | None = None) -> Ranking:
@@ -90,14 +82,7 @@ def _read_score(score: str, tokens: Tokens, at: Tensor, models: Models) -> Read:
 
 
 def patch_errors(tokens: Tokens, kept_mask: Tensor, images: Tensor, models: Models) -> Tensor:
-    """(B, N) float32: mean squared error of each patch as decoded from the tokens where (B, N) `kept_mask` is True.
-
-    Args:
-        tokens: every patch token known.
-        kept_mask: (B, N) bool.
-        images: (B, 3, H, W) floats in [0, 1].
-        models: whose decoder is asked.
-    """
+    """(B, N) float32: mean squared error of each patch as decoded from the tokens where (B, N) `kept_mask` is True."""
     pictures = models.decode(replace(tokens, kept_mask=kept_mask))
     return patchify((pictures.float() - images).square(), models.patch_size).mean(dim=-1)
 
@@ -108,8 +93,8 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
     if score == "pixel_entropy":
         if images is None:
             raise ValueError("score is 'pixel_entropy'; expected the images too")
-        found = pixel_entropy_units(images, patch_size)
-        return rank_in_rounds(lambda placed: found, batch, positions, 1, device)
+        units = pixel_entropy_units(images, patch_size)
+        return rank_in_rounds(lambda placed: units, batch, positions, 1, device)
     if score == "random":
         order = random_order(tokens.global_indices, positions)
     else:
@@ -127,7 +112,7 @@ def rank_in_rounds(
             not matter.
         batch: B.
         positions: N.
-        rounds: R, at least 1; a round places N / R positions, the best of the open ones, best first. Ties go to the
+        rounds: R, 1 to N; a round places N / R positions, the best of the open ones, best first. Ties go to the
             earlier position in raster order.
         device: where the scores are.
 
@@ -178,12 +163,7 @@ def grid_order(positions: int) -> Tensor:
 
 
 def random_order(global_indices: Tensor, positions: int) -> Tensor:
-    """(B, N) int64: a shuffle of the positions for each image, keyed by its global tokens so that a decoder knows it.
-
-    Args:
-        global_indices: (B, M) int64; without global tokens all images share one order.
-        positions: N.
-    """
+    """(B, N) int64: a shuffle of N positions for each image, keyed by its (B, M) global tokens: a decoder knows it."""
     key = torch.full((len(global_indices), 1), RANDOM_SEED, device=global_indices.device)
     for place in range(global_indices.shape[1]):
         key = _mix(key ^ global_indices[:, place : place + 1])
@@ -194,9 +174,7 @@ def random_order(global_indices: Tensor, positions: int) -> Tensor:
 def pixel_entropy_units(images: Tensor, patch_size: int) -> Tensor:
     """(B, N) int64: entropy of the grey-level histogram of each patch, in 1/1024 bit, as DQ-VAE routes patches.
 
-    Args:
-        images: (B, 3, H, W), uint8 or floats in [0, 1].
-        patch_size: P.
+    `images` are (B, 3, H, W), uint8 or floats in [0, 1].
     """
     pixels = images.float() if images.dtype == torch.uint8 else images.float() * 255
     grey = sum(weight * pixels[:, channel : channel + 1] for channel, weight in enumerate(GREY))

@@ -70,7 +70,10 @@ class TaTok(
     library_name="tatok",
     tags=["image-tokenizer"],
 ):
-    """The tokenizer.
+    """The tokenizer; the file's docstring says how it works.
+
+    Inference (`encode`, `rank`, `decode` and what they serve) moves no weight, in training mode either; `forward` is
+    for training, and there moves the codebooks.
 
     Source: arXiv 2605.16384; the mask token at empty decoder slots follows TiTok (arXiv 2406.07550).
     """
@@ -190,14 +193,13 @@ class TaTok(
                 score whose model or images are missing.
         """
         self._check_tokens(tokens)
-        if self.patch_quantizer is None:
-            raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
+        models = self._models()
         if not bool(tokens.kept_mask.all()):
             raise ValueError("tokens are cut already; expected every patch token to be known")
         images = None if images is None else self._as_float(images)
         if images is not None and len(images) != len(tokens):
             raise ValueError(f"images are {len(images)} and tokens of {len(tokens)} images; expected as many")
-        return replace(tokens, ranking=rank(tokens, score, rounds, self._models(), images))
+        return replace(tokens, ranking=rank(tokens, score, rounds, models, images))
 
     @torch.no_grad()
     def code_lengths(self, tokens: Tokens, schedule: Tensor, without_globals: Tensor | None = None) -> Tensor:
@@ -248,9 +250,7 @@ class TaTok(
             ValueError: tokens of another length or with entries beyond the codebook.
         """
         self._check_tokens(tokens)
-        batch = len(tokens)
-        width = self.mask_token.shape[0]
-        global_embeddings = self.mask_token.new_zeros(batch, 0, width)
+        global_embeddings = self.mask_token.new_zeros(len(tokens), 0, len(self.mask_token))
         if self.config.global_tokens:
             global_embeddings = self._global_quantizer.embed(tokens.global_indices)
         patch_embeddings = None
@@ -341,7 +341,7 @@ class TaTok(
         return read(hidden_without_gradients(self.entropy_model, *asked), self.entropy_model.to_logits)
 
     def _models(self) -> Models:
-        """What a ranking may ask; this tokenizer has patch tokens."""
+        """What a ranking may ask; ValueError where there are no patch tokens to rank."""
         codes = self.code_vectors()[1]
         if codes is None:
             raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")

@@ -32,26 +32,15 @@ class FeatureExtractor(nn.Module):
     class_names: tuple[str, ...] = ()  # of the logits, in order, lower case; empty: not known
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features for the Frechet distance and logits for the Inception score.
+        """(B, F) features for the Frechet distance and (B, C) logits for the Inception score, float32 both.
 
-        Args:
-            images: (B, 3, H, W) uint8 RGB, any H and W that the network accepts.
-
-        Returns:
-            features (B, F) float32 and logits (B, C) float32.
-
-        Raises:
-            ValueError: if `images` has another type or shape (see `check_images`).
+        `images` are (B, 3, H, W) uint8 RGB, of any H and W that the network accepts; raises as `check_images`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward(images)")
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but (B, 3, H, W) uint8: a float batch would be scaled twice without a word.
-
-    Raises:
-        ValueError: naming the shape and type that came.
-    """
+    """ValueError for anything but (B, 3, H, W) uint8: a float batch would be scaled twice without a word."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
 
@@ -119,9 +108,7 @@ class TrainableExtractor(FeatureExtractor):
     def save(self, path: str | Path, origin: dict[str, str]) -> None:
         """Write the weights in safetensors format: kernels in float16, which halves the file, the rest as it is.
 
-        Args:
-            path: of the file.
-            origin: goes into the metadata, beside which network it is.
+        `origin` goes into the metadata, beside which network it is.
         """
         tensors = {
             name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in self.state_dict().items()
@@ -132,11 +119,7 @@ class TrainableExtractor(FeatureExtractor):
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself.
-
-    Raises:
-        SafetensorError: it is no such file.
-    """
+    """What a safetensors file says of itself; SafetensorError where it is none."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

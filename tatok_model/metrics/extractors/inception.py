@@ -52,12 +52,7 @@ class Inception2015(FeatureExtractor):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Load the public weight file.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if its SHA-256 does not begin with 6726825d.
-        """
+        """Load the public weight file; FileNotFoundError without one, ValueError for any other."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no Inception weights at {path}: expected pt_inception-2015-12-05-6726825d.pth")
@@ -71,11 +66,7 @@ class Inception2015(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `FeatureExtractor.forward`; always full float32: under autocast, and where cuDNN would take TF32.
-
-        Args:
-            images: (B, 3, H, W) uint8 RGB of any size.
-        """
+        """See `FeatureExtractor.forward`; always full float32: under autocast, and where cuDNN would take TF32."""
         check_images(images)
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with exact, torch.autocast(images.device.type, enabled=False):
@@ -92,14 +83,9 @@ class Inception2015(FeatureExtractor):
 
 
 def tf1_bilinear(images: Tensor, side: int) -> Tensor:
-    """TensorFlow 1's resize_bilinear: pixel i reads source i * H / side, no half-pixel offset, no antialiasing.
+    """TensorFlow 1's resize_bilinear: (B, C, H, W) floats -> (B, C, side, side).
 
-    Args:
-        images: (B, C, H, W) float.
-        side: pixels a side of the result.
-
-    Returns:
-        (B, C, side, side), the same type.
+    Pixel i reads source i * H / side, no half-pixel offset, no antialiasing.
     """
     low, high, weight = _source_pixels(images.shape[2], side, images)
     rows = torch.lerp(images[:, :, low], images[:, :, high], weight[:, None])

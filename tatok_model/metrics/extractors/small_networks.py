@@ -191,10 +191,7 @@ class CifarResNet(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `FeatureExtractor.forward`; always full float32: under autocast, and where cuDNN would take TF32.
-
-        Images of another size are `resized` to 32x32.
-        """
+        """As `Inception2015.forward`; images of another size are `resized` to 32x32."""
         check_images(images)
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with exact, torch.autocast(images.device.type, enabled=False):
