@@ -215,9 +215,13 @@ class LeCam(nn.Module):
         self.register_buffer("fake_mean", torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-        """Scalar penalty for scores of originals and reconstructions, any shape; updates the running means.
+        """Scalar penalty for scores; updates the running means.
 
-        `real_mean` and `fake_mean` are the scalar means of the scores over all workers.
+        Args:
+            real: scores of originals, any shape.
+            fake: scores of reconstructions, any shape.
+            real_mean: scalar mean of `real` over all workers.
+            fake_mean: scalar mean of `fake` over all workers.
         """
         self.real_mean.lerp_(real_mean.detach(), 1 - self.decay)
         self.fake_mean.lerp_(fake_mean.detach(), 1 - self.decay)

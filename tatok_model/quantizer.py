@@ -74,8 +74,8 @@ class VQ(nn.Module):
             directions = self.quantize._codebook.transform_input(self.quantize.project_in(x.float())).flatten(0, 1)
             # Parts of even size: a product of a single row rounds differently.
             parts = -(-len(directions) // rows_at_once(self.codebook_size, x.device)) or 1
-            found = [(part @ self.codes().T).argmax(-1) for part in directions.tensor_split(parts)]
-        return torch.cat(found).view(x.shape[:2])
+            chosen = [(part @ self.codes().T).argmax(-1) for part in directions.tensor_split(parts)]
+        return torch.cat(chosen).view(x.shape[:2])
 
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""

@@ -130,7 +130,7 @@ def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> T
         length = max(int(counts[rows].max()), 1)  # a parameter that no gradient reaches would stop DDP
         at = places[rows, :length, None].expand(-1, -1, x.shape[-1])  # (b, l, D)
         tokens = x[rows].gather(1, at)
-        # A sequence of none looks at its first pad, because attention to nothing is not a number.
+        # A sequence of none looks at its first pad, because attention to nothing is NaN.
         mask = torch.arange(length, device=x.device) < counts[rows, None].clamp(min=1)  # (b, l)
         key_mask = None if bool(mask.all()) else mask
         for block in blocks:

@@ -151,7 +151,7 @@ class Stepper:
         scale = self._config.scale_at(scale, self._steps / self._generator.config.max_length)
         if scale == 1:
             return told
-        # Where both are -inf their difference is no number.
+        # Where both are -inf their difference is NaN.
         return torch.where(told.isinf(), told, untold + scale * (told - untold))
 
 
