@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pipeline.core.checkpoints import Checkpoint
 from pipeline.core.config import TrainConfig
 from pipeline.training import distributed
-from tatok_model.generation.layers import CausalBlock
-from tatok_model.vit import Block
+from tatok_model import vit
+from tatok_model.generation import layers
 
 # The learning rate as a function of the optimiser step.
 
@@ -35,7 +35,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 # Which optimiser moves which parameters of a model.
 
-BLOCKS = (Block, CausalBlock)
+BLOCKS = (vit.Block, layers.CausalBlock)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
