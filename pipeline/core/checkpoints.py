@@ -219,7 +219,7 @@ def check_quality(config: Config, tokenizer: "TaTok") -> None:
     Raises:
         BadInput: not calibrated for the score and rounds, or more dB than all tokens give, at any of the cuts.
     """
-    from tatok_model.quality import line_of
+    from tatok_model.filtering_rules import line_of
 
     section = config.filter
     if section.rule != "quality" or not config.tokenizer.patch_tokens:

@@ -25,9 +25,8 @@ from pipeline.core.run import Run
 from pipeline.data.checks import check_pictures, check_score
 from pipeline.data.shards import read_manifest
 from pipeline.tracking import Tracker, check_tracking
-from tatok_model.filtering_rules import SCORES
-from tatok_model.quality import FILE as LINES_FILE
-from tatok_model.quality import QualityLine, lines_json, with_line
+from tatok_model.filtering_rules import QUALITY_FILE as LINES_FILE
+from tatok_model.filtering_rules import SCORES, QualityLine, lines_json, with_line
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from tatok_model.tokenizer import TaTok

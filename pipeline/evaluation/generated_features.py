@@ -22,7 +22,7 @@ from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.reference import Extractor
 from pipeline.tokens.token_manifest import RowRange
-from tatok_model.threads import one_thread
+from tatok_model.vit import one_thread
 
 RANGE_ROWS = 1024  # pictures per file, in whole batches
 

@@ -23,7 +23,7 @@ from pipeline.tokens.token_manifest import RowRange
 from tatok_model.config import SamplingConfig
 from tatok_model.generation.sampling import sample
 from tatok_model.generation.sequences import Sequences
-from tatok_model.threads import one_thread
+from tatok_model.vit import one_thread
 
 
 @dataclass(frozen=True)

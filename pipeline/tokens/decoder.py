@@ -20,8 +20,8 @@ from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import RowRange, TokenManifest
 from pipeline.tracking import Tracker
 from tatok_model.metrics.images import to_uint8
-from tatok_model.threads import one_thread
 from tatok_model.tokens import Tokens
+from tatok_model.vit import one_thread
 
 
 @dataclass(frozen=True)

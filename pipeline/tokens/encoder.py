@@ -15,8 +15,8 @@ from pipeline.data.shards import ShardDataset
 from pipeline.tokens.stream import to_parquet, to_table
 from pipeline.tokens.token_manifest import RowRange, Stream, View, views_of
 from pipeline.training.order import keyed_uniforms
-from tatok_model.threads import one_thread
 from tatok_model.tokens import Tokens
+from tatok_model.vit import one_thread
 
 SHIFT = 8  # copies are shifted by up to 1/SHIFT of the side
 DRAWS = 3  # random numbers of a copy: down, right, mirrored

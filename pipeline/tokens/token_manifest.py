@@ -20,8 +20,7 @@ from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
 from pipeline.core.manifest import check_format, parse_values, read_described
 from pipeline.data.shards import SPLITS
-from tatok_model.filtering_rules import SCORES
-from tatok_model.quality import QualityLine, line_of
+from tatok_model.filtering_rules import SCORES, QualityLine, line_of
 
 FORMAT, VERSION, OLDEST = "tatok-tokens", 2, 1  # version 1 had scores in bits alone, in a column score_bits
 NAME, WRITER = "tokens.json", "jobs/tokenize_images.py"

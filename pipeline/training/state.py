@@ -35,7 +35,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 # Which optimiser moves which parameters of a model.
 
-BLOCKS = (vit.Block, layers.Block)
+BLOCKS = (vit.Block, layers.CausalBlock)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import pytest
 
 from pipeline.core import ranges
-from pipeline.core.presets import load_config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.ranges import Part, PartMaker, Shard, keep_plan, prepare_folders, rates, run_ranges, write_shard
 from pipeline.core.run import Run
 

@@ -15,7 +15,7 @@ from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation import calibrate
-from tatok_model.quality import QualityLine, read_lines
+from tatok_model.filtering_rules import QualityLine, read_lines
 from tatok_model.tokenizer import TaTok
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.core.presets import load_config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset, read_manifest
 from pipeline.tokens import detokenize
 from pipeline.tokens.stream import from_table
 from tatok_model.metrics.images import to_uint8
-from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
+from tatok_model.vit import one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings
 

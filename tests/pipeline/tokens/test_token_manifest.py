@@ -27,7 +27,7 @@ from pipeline.tokens.token_manifest import (
     read_token_manifest,
     stream_of,
 )
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import QualityLine
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from pipeline.data.shards import ShardDataset
 from pipeline.tokens.encoder import look
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import View, ranges_of_pictures, read_token_manifest, views_of
-from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
+from tatok_model.vit import one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings
 
