@@ -438,18 +438,22 @@ class TaTok(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a checkpoint folder, or a model of the Hugging Face hub named `owner/name`.
+        """Load a tokenizer in the box by its name, a checkpoint folder, or a hub's model named `owner/name`.
 
         Raises:
             FileNotFoundError: the text is not a hub id and no such folder exists, or a folder lacks a file.
             ValueError: the folder's config.json is not one of a tokenizer, or its quality.json not calibration's.
         """
         path = Path(pretrained_model_name_or_path)
+        in_the_box = Path(__file__).parent / "weights" / path
+        if len(path.parts) == 1 and not path.exists() and in_the_box.is_dir():
+            path = in_the_box
         if path.is_dir():
             read_config(path)
         elif len(path.parts) != 2 or str(path)[0] in "./~" or path.parent.exists():
             raise FileNotFoundError(
-                f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name"
+                f"checkpoint {str(path)!r} does not exist; expected a folder, a hub id owner/name "
+                f"or a name in the box: {', '.join(boxed())}"
             )
         model = super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
         model.quality_lines = read_lines(path / QUALITY_FILE if path.is_dir() else _quality_of_hub(str(path), kwargs))
@@ -461,6 +465,11 @@ class TaTok(
             (save_directory / QUALITY_FILE).write_text(lines_json(self.quality_lines))
         else:  # lines of other weights that lay there
             (save_directory / QUALITY_FILE).unlink(missing_ok=True)
+
+
+def boxed() -> list[str]:
+    """Names of the tokenizers that come with the package."""
+    return sorted(path.parent.name for path in (Path(__file__).parent / "weights").glob("*/config.json"))
 
 
 def _quality_of_hub(name: str, options: dict[str, Any]) -> Path:
