@@ -1,7 +1,7 @@
 """The preprocess stage: pictures from anywhere become shards of square RGB pictures.
 
 First the plan (`plan.json`: which pictures go into which shard), then the shards of each range of it, then
-`rejected.parquet` and `manifest.json`. A stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`.
+`rejected.parquet` and `manifest.json`.
 """
 
 import hashlib

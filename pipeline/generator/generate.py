@@ -1,7 +1,7 @@
 """The stage behind `jobs/generate.py`: a generator and a tokenizer in, pictures out, as shards.
 
 First the plan (`plan.json`), then one shard and one token file per range of it, then `manifest.json` and, last,
-`generated.json`. A stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`.
+`generated.json`.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """The stage behind `jobs/detokenize.py`: a ranked token stream in, pictures at any threshold out, as shards.
 
-The folder is one of shards like those of preprocess: other stages and tools read it. A stage as `pipeline/core/job.py`
-describes it: `check`, `default_name`, `run`.
+The folder is one of shards like those of preprocess: other stages and tools read it.
 """
 
 from pathlib import Path
