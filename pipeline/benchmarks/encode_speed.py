@@ -12,26 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks.benchmark_inputs import tokenizer_of
-from pipeline.benchmarks.harness import (
-    Findings,
-    Goal,
-    Ratio,
-    Spread,
-    device_facts,
-    go_on,
-    now,
-    publish,
-    ratio,
-    spread_results,
-    take_turns,
-)
+from pipeline.benchmarks import harness
+from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread
 from pipeline.core.checkpoints import check_architecture
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
-from pipeline.core.console import format_value, progress
 from pipeline.core.run import Run
-from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from torch import Tensor
@@ -58,16 +44,10 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table.
-
-    Raises:
-        BadInput: the tokenizer cannot be used.
-        Stopped: the run was asked to stop.
-    """
-    tokenizer = tokenizer_of(run)
+    """Measure, and leave `report.md` with the table."""
+    tokenizer = harness.tokenizer_of(run)
     device = pick_device("evaluate", run.config.evaluate.device)
-    with Tracker.start(run) as tracker:
-        publish(run, tracker, _measure(run, tokenizer.to(device), device))
+    harness.publish(run, partial(_measure, run, tokenizer.to(device), device))
 
 
 def _measure(run: Run, tokenizer: "TaTok", device: Any) -> Findings:
@@ -75,25 +55,21 @@ def _measure(run: Run, tokenizer: "TaTok", device: Any) -> Findings:
     import torch
 
     section = run.config.benchmark
-    sizes = sorted({section.batch_size, *section.batch_sizes})
+
+    def rate(work: Callable[[], Any], size: int) -> float:
+        batches = max(1, section.images // size)
+        started = harness.now(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, uses_bf16("auto", device)):
+            for _ in range(batches):
+                work()
+        return size * batches / (harness.now(device) - started)
+
     rates: dict[int, dict[str, list[float]]] = {}
-    with progress("benchmark", len(sizes) * (section.repeats + 1), "rounds") as shown:
-        for size in sizes:
-            batches = max(1, section.images // size)
-            works = works_of(tokenizer, noise(size, tokenizer.config.image_size, device))
-
-            def timed(work: Callable[[], Any], size: int = size, batches: int = batches) -> float:
-                go_on(run)
-                started = now(device)
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, uses_bf16("auto", device)):
-                    for _ in range(batches):
-                        work()
-                return size * batches / (now(device) - started)
-
-            rates[size] = take_turns({name: partial(timed, work) for name, work in works.items()}, section.repeats)
-            shown.advance(section.repeats + 1)
+    for size in sorted({section.batch_size, *section.batch_sizes}):
+        works = works_of(tokenizer, noise(size, tokenizer.config.image_size, device))
+        rates[size] = harness.take_turns(run, {name: partial(rate, work, size) for name, work in works.items()})
     facts = {
-        **device_facts(device),
+        **harness.device_facts(device),
         "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.global_tokens} global tokens, "
         f"{tokenizer.config.patch_positions} patches, {tokenizer.config.codebook_size} codes",
         "entropy model": f"{tokenizer.config.entropy_layers} x {tokenizer.config.entropy_width}",
@@ -102,12 +78,7 @@ def _measure(run: Run, tokenizer: "TaTok", device: Any) -> Findings:
 
 
 def works_of(tokenizer: "TaTok", images: "Tensor") -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; a tokenizer without an entropy model has nothing to rank.
-
-    Args:
-        tokenizer: on the device of the images.
-        images: (B, 3, H, W) uint8.
-    """
+    """What is timed on (B, 3, H, W) uint8, by name; a tokenizer without an entropy model has nothing to rank."""
     tokens = tokenizer.encode(images)
     works: dict[str, Callable[[], Any]] = {ENCODE: lambda: tokenizer.encode(images)}
     if tokenizer.entropy_model is not None:
@@ -133,27 +104,21 @@ def noise(batch: int, side: int, device: Any) -> "Tensor":
 
 
 def findings(rates: dict[int, dict[str, list[float]]], equal: int, facts: dict[str, str]) -> Findings:
-    """What the rates say.
-
-    Args:
-        rates: images per second of every work, one a round, by batch size.
-        equal: the batch size of the ratios.
-        facts: about device and tokenizer.
-    """
+    """What the rates, of every work by batch size, say; ratios are of the batch size `equal`."""
     seconds = {name: [1 / rate for rate in its] for name, its in rates[equal].items()}
     ratios, numbers = [], {}
     for name in [name for name in seconds if name.removeprefix("rank_").isdigit()]:
         both = [one + other for one, other in zip(seconds[ENCODE], seconds[name], strict=True)]
         goal = COST if name == "rank_1" else None
         meaning = f"encode and {name.replace('_', ' in ')} rounds, over encode"
-        ratios.append(Ratio(f"encode_{name}_over_encode", ratio(both, seconds[ENCODE]), meaning, goal))
+        ratios.append(Ratio.of(f"encode_{name}_over_encode", both, seconds[ENCODE], meaning, goal))
     for name, over, meaning, wanted in (
         ("rank_1", "rank_surprisal", "one round by distortion, over one by surprisal", ALIKE),
         ("rank_error", "rank_1", "one round by error, over one by distortion", None),
         (DECODE, DECODE_FEW, "all tokens decoded, over the paper's share of them", FASTER),
     ):
         if name in seconds and over in seconds:
-            ratios.append(Ratio(f"{name}_over_{over}", ratio(seconds[name], seconds[over]), meaning, wanted))
+            ratios.append(Ratio.of(f"{name}_over_{over}", seconds[name], seconds[over], meaning, wanted))
     whole = [name for name in (ENCODE, "rank_1", DECODE) if name in seconds]
     total = sum(Spread.of(seconds[name]).median for name in whole)
     for name in whole:
@@ -162,9 +127,7 @@ def findings(rates: dict[int, dict[str, list[float]]], equal: int, facts: dict[s
     for size, its in rates.items():
         for name, values in its.items():
             spread, encode = Spread.of(values), Spread.of(its[ENCODE])
-            numbers |= spread_results(f"{name}_images_per_second_batch{size}", spread)
-            shown = [format_value(value) for value in (spread.median, spread.low, spread.high)]
-            lines.append(
-                [name, str(size), *shown, f"{1e3 / spread.median:.3f}", f"{encode.median / spread.median:.2f}"]
-            )
+            numbers |= harness.spread_results(f"{name}_images_per_second_batch{size}", spread)
+            more = f"{1e3 / spread.median:.3f}", f"{encode.median / spread.median:.2f}"
+            lines.append([name, str(size), *harness.shown(spread), *more])
     return Findings([header, *lines], ratios, numbers, facts)

@@ -18,29 +18,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks.benchmark_inputs import check_named, take_pictures, tokenizer_of
-from pipeline.benchmarks.harness import (
-    Findings,
-    Goal,
-    Ratio,
-    Spread,
-    device_facts,
-    go_on,
-    now,
-    publish,
-    rate_table,
-    ratio,
-    scratch,
-    spread_results,
-    take_turns,
-)
+from pipeline.benchmarks import harness
+from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread
 from pipeline.core.checkpoints import check_architecture
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
-from pipeline.core.console import progress
 from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
-from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.evaluation.actors import Bench
@@ -60,33 +44,25 @@ def check(config: Config) -> None:
     """
     check_cpus("evaluate.num_workers", config.evaluate.num_workers)
     check_architecture(config)
-    check_named(config)
+    harness.check_named(config)
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table.
-
-    Raises:
-        BadInput: the tokenizer cannot be used, or there are too few held-out pictures.
-        Stopped: the run was asked to stop.
-    """
+    """Measure, and leave `report.md` with the table."""
     from pipeline.evaluation.actors import Bench
 
-    with scratch(run) as folder:
-        take_pictures(run, folder, heldout_fraction=0.5)
+    with harness.scratch(run) as folder:
+        harness.take_pictures(run, folder, heldout_fraction=0.5)
         # One worker: a bare loop has one process too.
-        run.config = dataclasses.replace(run.config, evaluate=dataclasses.replace(run.config.evaluate, num_workers=1))
-        tokenizer = tokenizer_of(run)
-        with Tracker.start(run) as tracker:
-            publish(run, tracker, _measure(run, Bench.set_up(run), tokenizer))
+        run.config = run.config.with_values("evaluate", num_workers=1)
+        tokenizer = harness.tokenizer_of(run)
+        harness.publish(run, partial(_measure, run, Bench.set_up(run), tokenizer))
 
 
 def plan_of(plan: "Plan", images: int) -> "Plan":
     """The evaluation's plan for as many whole ranges as the benchmark takes: of its own size where pictures suffice.
 
-    Args:
-        plan: of the evaluation.
-        images: at least so many, where there are.
+    At least so many images, where there are.
 
     Raises:
         BadInput: there are not enough held-out pictures for ranges of a batch each.
@@ -127,8 +103,7 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
 
     from pipeline.evaluation.evaluator import Evaluator
 
-    section = run.config.benchmark
-    bench = dataclasses.replace(bench, plan=plan_of(bench.plan, section.images))
+    bench = dataclasses.replace(bench, plan=plan_of(bench.plan, run.config.benchmark.images))
     device = torch.device(bench.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # as in an actor, which reserves a CPU
@@ -140,17 +115,9 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
         BARE: bare(bench, evaluator, device),
         WITH_BITS: bare(bench, evaluator, device, bits=True),
     }
-    with progress("benchmark", len(turns) * (section.repeats + 1), "timings") as shown:
-
-        def timed(measure: Callable[[], float]) -> float:
-            go_on(run)
-            rate = measure()
-            shown.advance(1)
-            return rate
-
-        rates = take_turns({name: partial(timed, measure) for name, measure in turns.items()}, section.repeats)
+    rates = harness.take_turns(run, turns)
     facts = {
-        **device_facts(device),
+        **harness.device_facts(device),
         "pictures a timing": f"{bench.plan.count} (stage), {bench.plan.range_size} (the others)",
         "batch": str(bench.plan.batch_size),
         "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.max_tokens} tokens",
@@ -161,26 +128,21 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
 
 
 def findings(rates: dict[str, list[float]], first: Spread, range_size: int, facts: dict[str, str]) -> Findings:
-    """What the rates say.
-
-    Args:
-        rates: images per second of every contender, one a round.
-        first: seconds until the stage's first range came back.
-        range_size: images of a range.
-        facts: about device and pictures.
-    """
-    spreads = {name: Spread.of(values) for name, values in rates.items()}
-    numbers: dict[str, float] = {}
-    for name, spread in spreads.items():
-        numbers |= spread_results(f"{name}_images_per_second", spread)
-    numbers["start_seconds"] = max(0.0, first.median - range_size / spreads[STAGE].median)
+    """What the rates say, and the seconds until the stage's first range, of so many images, came back."""
+    numbers = harness.rate_results(rates)
+    numbers["start_seconds"] = max(0.0, first.median - range_size / numbers[f"{STAGE}_images_per_second"])
     ratios = [
-        Ratio("stage_over_bare", ratio(rates[STAGE], rates[BARE]), "stage, steady, over bare computation", SHARE),
-        Ratio("stage_over_bare_with_bits", ratio(rates[STAGE], rates[WITH_BITS]), "stage over bare with coded bits"),
-        Ratio("evaluator_over_bare", ratio(rates[EVALUATOR], rates[BARE]), "the same without Ray, over bare"),
+        Ratio.of("stage_over_bare", rates[STAGE], rates[BARE], "stage, steady, over bare computation", SHARE),
+        Ratio.of(
+            "stage_over_bare_with_bits",
+            rates[STAGE],
+            rates[WITH_BITS],
+            "stage over bare with coded bits",
+        ),
+        Ratio.of("evaluator_over_bare", rates[EVALUATOR], rates[BARE], "the same without Ray, over bare"),
     ]
-    told = f"the stage takes {numbers['start_seconds']:.1f} s to start"
-    return Findings(rate_table("images/s", spreads, STAGE), ratios, numbers, facts, told)
+    conclusion = f"the stage takes {numbers['start_seconds']:.1f} s to start"
+    return Findings(harness.rate_table(rates, STAGE), ratios, numbers, facts, conclusion)
 
 
 def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
@@ -191,13 +153,9 @@ def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
 
 
 def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
-    """Measures the bare computation on one range, in images per second, with the evaluator's networks.
+    """Measures the bare computation on one range, in images per second, with the networks of an `Evaluator`.
 
-    Args:
-        bench: pictures and cuts.
-        evaluator: an `Evaluator`.
-        device: where its networks are.
-        bits: whether lengths are entropy-coded too.
+    `bits` says whether lengths are entropy-coded too.
     """
     import numpy as np
     import torch
@@ -210,7 +168,7 @@ def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Cal
 
     @torch.inference_mode()
     def rate() -> float:
-        started = now(device)
+        started = harness.now(device)
         for part in images.split(plan.batch_size):
             batch = part.to(device)
             tokens = cuts.operating(cuts.rank(tokenizer, tokenizer.encode(batch), batch))
@@ -219,6 +177,6 @@ def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Cal
             made = to_uint8(tokenizer.decode(tokens))
             for extractor in evaluator.extractors.values():
                 extractor(made)
-        return plan.range_size / (now(device) - started)
+        return plan.range_size / (harness.now(device) - started)
 
     return rate

@@ -14,27 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks.harness import (
-    Findings,
-    Ratio,
-    Spread,
-    device_facts,
-    go_on,
-    now,
-    publish,
-    ratio,
-    spread_results,
-    take_turns,
-)
-from pipeline.core.checkpoints import load_tokenizer, read_generator
+from pipeline.benchmarks import harness
+from pipeline.benchmarks.harness import Findings, Ratio, Spread
+from pipeline.core.checkpoints import read_generator
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
-from pipeline.core.console import progress
 from pipeline.core.errors import BadInput
 from pipeline.core.inputs import with_generator
 from pipeline.core.run import Run
 from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator
-from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from tatok_model.generation.generator import Generator
@@ -55,14 +43,14 @@ def check(config: Config) -> None:
         raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
     if config.generate.device == "cuda":  # else torch need not be imported
         pick_device("generate", config.generate.device)
-    found = check_generator(config)
-    if found.generator.checkpoint:
-        generator = read_generator(found.generator.checkpoint)
+    checkpoint = check_generator(config).generator.checkpoint
+    if checkpoint:
+        generator = read_generator(checkpoint)
         check_guidance(config.generate, asked_labels(config.generate, generator.classes), generator.class_dropout)
 
 
 @dataclass(frozen=True)
-class Contender:
+class TimedGenerator:
     """A generator with the tokenizer that decodes for it."""
 
     name: str
@@ -71,8 +59,8 @@ class Contender:
 
 
 @dataclass
-class BatchesMade:
-    """What was done for one batch size, over all timings."""
+class TimeSpent:
+    """What was made at one batch size, over all timings, and how long it took."""
 
     images: int = 0
     tokens: int = 0
@@ -93,35 +81,29 @@ class BatchesMade:
 
 
 def run(run: Run) -> None:
-    """Measure both, and leave `report.md` with the table.
+    """Measure, and leave `report.md` with the table."""
+    from pipeline.core.checkpoints import load_tokenizer
 
-    Raises:
-        BadInput: the generator or its tokenizer cannot be used.
-        Stopped: the run was asked to stop.
-    """
     run.config = config = with_generator(run.config)
     generator, sha256 = load_generator(config)
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
     run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
     device = pick_device("generate", config.generate.device)
-    ours = Contender(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
+    ours = TimedGenerator(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
     facts = {
-        **device_facts(device),
+        **harness.device_facts(device),
         "generator": f"{generator.config.size}, {sum(p.numel() for p in generator.parameters())} parameters",
         "pictures a timing": str(config.benchmark.images),
         "repeats": str(config.benchmark.repeats),
         "guidance": f"{config.generate.guidance:g}, {config.generate.schedule}",
     }
-    with Tracker.start(
-        run, {"generator_sha256": sha256, **{k.replace(" ", "_"): v for k, v in facts.items()}}
-    ) as tracker:
-        found = _measure(run, [ours, control_of(ours, device)], device)
-        found.facts, found.conclusion = facts, _conclusion(found.results())
-        publish(run, tracker, found)
+    contenders = [ours, control_of(ours, device)]
+    tags = {"generator_sha256": sha256, **{name.replace(" ", "_"): fact for name, fact in facts.items()}}
+    harness.publish(run, lambda: _measure(run, contenders, device, facts), tags)
 
 
-def control_of(ours: Contender, device: Any) -> Contender:
+def control_of(ours: TimedGenerator, device: Any) -> TimedGenerator:
     """The same generator and tokenizer for all N patch tokens and no global ones, with fresh weights."""
     import torch
 
@@ -132,62 +114,78 @@ def control_of(ours: Contender, device: Any) -> Contender:
     config = dataclasses.replace(made, global_tokens=0, positions="derived", max_patch_tokens=n)
     architecture = dataclasses.replace(ours.tokenizer.config, global_tokens=0, entropy_layers=0)
     torch.manual_seed(0)
-    return Contender(CONTROL, Generator(config).to(device).eval(), TaTok(architecture).to(device).eval())
+    return TimedGenerator(CONTROL, Generator(config).to(device).eval(), TaTok(architecture).to(device).eval())
 
 
-def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
+def _measure(run: Run, contenders: list[TimedGenerator], device: Any, facts: dict[str, str]) -> Findings:
     """The table and every number behind it."""
     section, config = run.config.benchmark, run.config
-    sizes = sorted({section.batch_size, *section.batch_sizes})
-    work = {(contender.name, size): BatchesMade() for size in sizes for contender in contenders}
+    equal = section.batch_size
+    sizes = sorted({equal, *section.batch_sizes})
+    work = {(contender.name, size): TimeSpent() for size in sizes for contender in contenders}
     measured: dict[tuple[str, int], list[float]] = {}  # images/s, one a round
-    with progress("benchmark", len(work) * (section.repeats + 1), "timings") as shown:
 
-        def timed(contender: Contender, size: int) -> float:
-            go_on(run)
-            done = work[contender.name, size]
-            before = done.sampling + done.decoding
-            make_pictures(contender, size, section.images, config, device, done)
-            shown.advance(1)
-            return done.sampling + done.decoding - before
+    def timed(contender: TimedGenerator, size: int) -> float:
+        done = work[contender.name, size]
+        before = done.sampling + done.decoding
+        make_pictures(contender, size, section.images, config, device, done)
+        return done.sampling + done.decoding - before
 
-        for size in sizes:  # ratios compare what ran side by side: the contenders of one batch size take turns
-            turns = {contender.name: partial(timed, contender, size) for contender in contenders}
-            for name, seconds in take_turns(turns, section.repeats).items():
-                measured[name, size] = [section.images / value for value in seconds]
+    for size in sizes:  # ratios compare what ran side by side: the contenders of one batch size take turns
+        turns = {contender.name: partial(timed, contender, size) for contender in contenders}
+        for name, seconds in harness.take_turns(run, turns).items():
+            measured[name, size] = [section.images / value for value in seconds]
     rates = {key: Spread.of(values) for key, values in measured.items()}
     numbers: dict[str, float] = {}
+    best: dict[str, int] = {}  # batch size by name
     for contender in contenders:
-        numbers |= _results(contender, section.batch_size, rates, work, config)
-    best = {name: int(numbers[f"{name}_best_batch_size"]) for name in (OURS, CONTROL)}
+        name, spent = contender.name, work[contender.name, equal]
+        best[name] = max(sizes, key=lambda size: rates[name, size].median)
+        numbers |= {
+            **harness.spread_results(f"{name}_images_per_second", rates[name, equal]),
+            f"{name}_best_images_per_second": rates[name, best[name]].median,
+            f"{name}_best_batch_size": best[name],
+            f"{name}_steps": spent.steps,
+            f"{name}_longest": spent.longest / spent.batches,
+            f"{name}_decoding_share": spent.decoding_share,
+            f"{name}_kv_cache_bytes": _cache_bytes(contender, equal, config),
+        }
     steps = numbers[f"{CONTROL}_steps"] / numbers[f"{OURS}_steps"]
-    equal = ratio(measured[OURS, section.batch_size], measured[CONTROL, section.batch_size])
-    # Batches of different sizes did not take turns: this one's spread has in it what changed between them.
-    at_best = ratio(measured[OURS, best[OURS]], measured[CONTROL, best[CONTROL]])
+    each = f"images/s at each one's best, {best[OURS]} and {best[CONTROL]} pictures"
     ratios = [
-        Ratio("speedup_equal_batch", equal, f"images/s, both at {section.batch_size} pictures"),
-        Ratio("speedup_best_batch", at_best, f"images/s at each one's best, {best[OURS]} and {best[CONTROL]} pictures"),
+        Ratio.of(name, measured[OURS, ours_size], measured[CONTROL, control_size], meaning)
+        for name, ours_size, control_size, meaning in (
+            ("speedup_equal_batch", equal, equal, f"images/s, both at {equal} pictures"),
+            # Batches of different sizes did not take turns: this one's spread has in it what changed between them.
+            ("speedup_best_batch", best[OURS], best[CONTROL], each),
+        )
     ]
-    ours, control = (work[name, section.batch_size] for name in (OURS, CONTROL))
+    ours, control = (work[name, equal] for name in (OURS, CONTROL))
     numbers |= {
         "ratio_of_steps": steps,
         "speedup_sampling_equal_batch": (control.sampling / control.images) / (ours.sampling / ours.images),
-        "share_of_steps_equal_batch": equal.median / steps,
-        "share_of_steps_best_batch": at_best.median / steps,
+        "share_of_steps_equal_batch": ratios[0].spread.median / steps,
+        "share_of_steps_best_batch": ratios[1].spread.median / steps,
     }
-    header = ["", "batch", "images/s", "lowest", "highest", "steps", "longest", "decoding", "KV cache MB"]
-    named = {contender.name: contender for contender in contenders}
-    lines = [_line(named[name], size, rates[name, size], work[name, size], config) for name, size in rates]
-    return Findings([header, *lines], ratios, numbers)
+    table = [["", "batch", "images/s", "lowest", "highest", "steps", "longest", "decoding", "KV cache MB"]]
+    for size in sizes:
+        for contender in contenders:
+            rate, spent = rates[contender.name, size], work[contender.name, size]
+            columns = (rate.median, rate.low, rate.high, spent.steps, spent.longest / spent.batches)
+            cache = f"{_cache_bytes(contender, size, config) / 1e6:.1f}"
+            line = [contender.name, str(size), *(f"{number:.1f}" for number in columns)]
+            table.append([*line, f"{spent.decoding_share:.0%}", cache])
+    findings = Findings(table, ratios, numbers, facts)
+    findings.conclusion = _conclusion(findings.results())
+    return findings
 
 
 def make_pictures(
-    contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: BatchesMade
+    contender: TimedGenerator, batch_size: int, images: int, config: Config, device: Any, work: TimeSpent
 ) -> None:
     """Sample and decode that many pictures, and add to `work` what it took."""
     import torch
 
-    from pipeline.generator.fit import asked_labels
     from tatok_model.generation.sampling import sample
 
     generator, tokenizer = contender.generator, contender.tokenizer
@@ -195,13 +193,13 @@ def make_pictures(
     for first in range(0, images, batch_size):
         numbers = torch.arange(first, min(first + batch_size, images), device=device)
         labels = asked[numbers % len(asked)]
-        started = now(device)
+        started = harness.now(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16("auto", device)):
             sequences = sample(generator, labels, numbers, config.generate.seed, config.generate)
-            sampled = now(device)
+            sampled = harness.now(device)
             tokenizer.decode(sequences.to_tokens(tokenizer.config.patch_positions, tokenizer.config.global_tokens))
         work.sampling += sampled - started
-        work.decoding += now(device) - sampled
+        work.decoding += harness.now(device) - sampled
         lengths = sequences.lengths()
         work.images += len(numbers)
         work.batches += 1
@@ -209,39 +207,7 @@ def make_pictures(
         work.longest += int(lengths.max())
 
 
-def _results(
-    contender: Contender,
-    equal: int,
-    rates: dict[tuple[str, int], Spread],
-    work: dict[tuple[str, int], BatchesMade],
-    config: Config,
-) -> dict[str, float]:
-    name = contender.name
-    best = max((size for other, size in rates if other == name), key=lambda size: rates[name, size].median)
-    return {
-        **spread_results(f"{name}_images_per_second", rates[name, equal]),
-        f"{name}_best_images_per_second": rates[name, best].median,
-        f"{name}_best_batch_size": best,
-        f"{name}_steps": work[name, equal].steps,
-        f"{name}_longest": work[name, equal].longest / work[name, equal].batches,
-        f"{name}_decoding_share": work[name, equal].decoding_share,
-        f"{name}_kv_cache_bytes": _cache_bytes(contender, equal, config),
-    }
-
-
-def _line(contender: Contender, size: int, rate: Spread, work: BatchesMade, config: Config) -> list[str]:
-    numbers = (rate.median, rate.low, rate.high, work.steps, work.longest / work.batches)
-    cache = _cache_bytes(contender, size, config) / 1e6
-    return [
-        contender.name,
-        str(size),
-        *(f"{number:.1f}" for number in numbers),
-        f"{work.decoding_share:.0%}",
-        f"{cache:.1f}",
-    ]
-
-
-def _cache_bytes(contender: Contender, batch: int, config: Config) -> int:
+def _cache_bytes(contender: TimedGenerator, batch: int, config: Config) -> int:
     import torch
 
     from tatok_model.generation.sampling import kv_cache_bytes

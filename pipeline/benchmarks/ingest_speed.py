@@ -5,9 +5,8 @@ reads a split that is kept in memory, as small ones are, and one that is read fr
 steps have neither perceptual nor adversarial terms, so that they hide less of the reading.
 """
 
-import dataclasses
+import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,26 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.benchmarks.benchmark_inputs import check_named, take_pictures
-from pipeline.benchmarks.harness import (
-    Findings,
-    Goal,
-    Ratio,
-    Spread,
-    go_on,
-    in_fresh_process,
-    publish,
-    ratio,
-    scratch,
-    spread_results,
-    take_turns,
-)
+from pipeline.benchmarks import harness
+from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
-from pipeline.core.console import format_value, progress
 from pipeline.core.run import Run
 from pipeline.data.shards import MEMORY_BYTES
-from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from pipeline.training.batches import Batch, Batches
@@ -51,40 +36,32 @@ def check(config: Config) -> None:
     Raises:
         BadInput: pictures that cannot be used, or a GPU that is not there.
     """
-    check_named(config)
+    harness.check_named(config)
     if config.train.device == "cuda":  # else torch need not be imported
         pick_device("train", config.train.device)
 
 
 @dataclass
-class Contender:
+class BatchSource:
     """A source of batches and what was seen of it, over all timings."""
 
     batches: "Batches | None"  # None: the mock
     next_step: int = 0  # the reader goes on where it was, through the epochs
     waits: list[float] = field(default_factory=list)  # seconds for a batch, without the first of a timing
-    firsts: list[float] = field(default_factory=list)  # seconds for the first of a timing
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table.
-
-    Raises:
-        Stopped: the run was asked to stop.
-    """
-    with scratch(run) as folder:
-        take_pictures(run, folder, run.config.data.heldout_fraction)
+    """Measure, and leave `report.md` with the table."""
+    with harness.scratch(run) as folder:
+        harness.take_pictures(run, folder, run.config.data.heldout_fraction)
         run.config = _reduced(run.config)
-        with Tracker.start(run) as tracker:
-            publish(run, tracker, _measure(run))
+        harness.publish(run, partial(_measure, run))
 
 
 def _reduced(config: Config) -> Config:
     """Without terms that need weights or networks of their own, in one process."""
-    losses = dataclasses.replace(config.losses, perceptual=0.0, gan=0.0)
-    train = dataclasses.replace(config.train, num_workers=0, min_workers=0, compile=False, parts="all")
-    tokenizer = dataclasses.replace(config.tokenizer, checkpoint="")
-    return dataclasses.replace(config, losses=losses, train=train, tokenizer=tokenizer)
+    config = config.with_values("losses", perceptual=0.0, gan=0.0).with_values("tokenizer", checkpoint="")
+    return config.with_values("train", num_workers=0, min_workers=0, compile=False, parts="all")
 
 
 def _measure(run: Run) -> Findings:
@@ -93,22 +70,14 @@ def _measure(run: Run) -> Findings:
     device = pick_device("train", train.device)
     steps = -(-section.images // train.global_batch_size)
     objective = _objective(config, run.folder, device)
-    everyone = {name: Contender(batches_of(config, size)) for name, size in BYTES_IN_MEMORY.items()}
-    everyone[MOCK] = Contender(None)
-    same = batches_of(config, MEMORY_BYTES).load(0)
-    with progress("benchmark", len(everyone) * (section.repeats + 1), "timings") as shown:
-
-        def timed(contender: Contender) -> float:
-            go_on(run)
-            rate = _rate(contender, objective, same, steps, device)
-            shown.advance(1)
-            return rate
-
-        turns = {name: partial(timed, contender) for name, contender in everyone.items()}
-        rates = take_turns(turns, section.repeats)
+    everyone = {name: BatchSource(harness.training_batches(config, size)) for name, size in BYTES_IN_MEMORY.items()}
+    everyone[MOCK] = BatchSource(None)
+    same = harness.training_batches(config, MEMORY_BYTES).load(0)
+    turns = {name: partial(_rate, source, objective, same, steps, device) for name, source in everyone.items()}
+    rates = harness.take_turns(run, turns)
     starts = {name: _first_batch_seconds(config, size) for name, size in BYTES_IN_MEMORY.items()}
-    readers = {name: in_fresh_process(read_epoch, config, size) for name, size in BYTES_IN_MEMORY.items()}
-    _, idle = in_fresh_process(read_epoch, config, None)
+    readers = {name: harness.in_fresh_process(read_epoch, config, size) for name, size in BYTES_IN_MEMORY.items()}
+    _, idle = harness.in_fresh_process(read_epoch, config, None)
     facts = {
         "device": str(device),
         "shards": f"{len(everyone[MEMORY].batches.pictures)} training pictures"  # type: ignore[union-attr]
@@ -117,96 +86,59 @@ def _measure(run: Run) -> Findings:
         "repeats": str(section.repeats),
         "waits": f"{sum(len(everyone[name].waits) for name in BYTES_IN_MEMORY)} batches",
     }
-    found = _findings(rates, everyone, starts, facts)
-    for name, (alone, peak) in readers.items():
-        found.numbers |= {
-            f"{name}_alone_images_per_second": alone,
-            f"{name}_peak_mib": peak,
-            f"{name}_peak_over_mock_mib": peak - idle,
-        }
-    found.conclusion = "; ".join(
-        f"{name}: reads {alone:.0f} images/s where nobody trains, {peak - idle:.0f} MiB more than the mock at its peak"
-        for name, (alone, peak) in readers.items()
-    )
-    return found
-
-
-def _findings(
-    rates: dict[str, list[float]], everyone: dict[str, Contender], starts: dict[str, float], facts: dict[str, str]
-) -> Findings:
     table = [["", "images/s", "lowest", "highest", "it / mock", "p99 wait ms", "first batch s"]]
-    numbers: dict[str, float] = {}
-    ratios = []
+    numbers, ratios = harness.rate_results(rates), []
     for name, values in rates.items():
-        spread, waits = Spread.of(values), everyone[name].waits
+        waits = everyone[name].waits
         late = float(np.quantile(waits, 0.99)) if waits else 0.0
-        versus = ratio(values, rates[MOCK])
-        numbers |= spread_results(f"{name}_images_per_second", spread) | {f"{name}_p99_wait_seconds": late}
-        line = [name, *map(format_value, (spread.median, spread.low, spread.high)), f"{versus.median:.3f}"]
+        versus = Ratio.of(f"{name}_to_{MOCK}", values, rates[MOCK], f"{name} / {MOCK}, through training steps", GOAL)
+        numbers[f"{name}_p99_wait_seconds"] = late
+        line = [name, *harness.shown(Spread.of(values)), f"{versus.spread.median:.3f}"]
         start = starts.get(name)
         table.append([*line, f"{late * 1000:.2f}", "" if start is None else f"{start:.2f}"])
         if start is not None:
             numbers[f"{name}_first_batch_seconds"] = start
-            ratios.append(Ratio(f"{name}_to_{MOCK}", versus, f"{name} / {MOCK}, through training steps", GOAL))
-    return Findings(table, ratios, numbers, facts)
+            ratios.append(versus)
+    for name, (alone, peak) in readers.items():
+        numbers |= {
+            f"{name}_alone_images_per_second": alone,
+            f"{name}_peak_mib": peak,
+            f"{name}_peak_over_mock_mib": peak - idle,
+        }
+    conclusion = "; ".join(
+        f"{name}: reads {alone:.0f} images/s where nobody trains, {peak - idle:.0f} MiB more than the mock at its peak"
+        for name, (alone, peak) in readers.items()
+    )
+    return Findings(table, ratios, numbers, facts, conclusion)
 
 
-def _rate(contender: Contender, objective: "Objective", same: "Batch", steps: int, device: Any) -> float:
+def _rate(source: BatchSource, objective: "Objective", same: "Batch", steps: int, device: Any) -> float:
     """Pictures per second through that many steps."""
-    start, asked = contender.next_step, time.perf_counter()
+    start, asked = source.next_step, time.perf_counter()
     began = asked
-    batches = contender.batches.between(start, start + steps) if contender.batches else _mock(same, steps)
+    batches = source.batches.between(start, start + steps) if source.batches else itertools.repeat(same, steps)
     for number, batch in enumerate(batches):
-        waited = time.perf_counter() - asked
-        (contender.waits if number else contender.firsts).append(waited)
+        if number:
+            source.waits.append(time.perf_counter() - asked)
         objective.step(batch)
         asked = time.perf_counter()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-    contender.next_step += steps
-    return steps * len(same.indices) / (time.perf_counter() - began)
-
-
-def _mock(same: "Batch", steps: int) -> Iterator["Batch"]:
-    for _ in range(steps):
-        yield same
-
-
-def batches_of(config: Config, memory_bytes: int) -> "Batches":
-    """Our reader on the training split, as a worker that trains alone has it.
-
-    Args:
-        config: with `data.shards`.
-        memory_bytes: up to this size the split is kept in memory.
-    """
-    from pipeline.data.shards import ShardDataset
-    from pipeline.training.batches import Batches
-    from pipeline.training.order import SampleOrder
-    from tatok_model.kept_sets import LANES
-
-    train = config.train
-    pictures = ShardDataset(config.data.shards, "train", memory_bytes)
-    order = SampleOrder(len(pictures), train.seed, train.global_batch_size, local=not pictures.in_memory)
-    return Batches(pictures, order, 0, 1, train.horizontal_flip, LANES + config.tokenizer.patch_positions)
+    source.next_step += steps
+    return steps * len(same.indices) / (harness.now(device) - began)
 
 
 def _first_batch_seconds(config: Config, memory_bytes: int) -> float:
     """From opening the shards to the first batch."""
     started = time.perf_counter()
-    next(batches_of(config, memory_bytes).between(0, 1))
+    next(harness.training_batches(config, memory_bytes).between(0, 1))
     return time.perf_counter() - started
 
 
 def read_epoch(config: Config, memory_bytes: int | None) -> float:
     """Pictures per second of a reader whose batches nobody waits for, over two epochs; runs in a process of its own.
 
-    Args:
-        config: with `data.shards`.
-        memory_bytes: as of `batches_of`; None: only the first batch is read, which is all that the mock needs.
+    Without `memory_bytes` only the first batch is read, which is all that the mock needs.
     """
-    batches = batches_of(config, MEMORY_BYTES if memory_bytes is None else memory_bytes)
+    batches = harness.training_batches(config, MEMORY_BYTES if memory_bytes is None else memory_bytes)
     if memory_bytes is None:
         batches.load(0)
         return 0.0

@@ -19,23 +19,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmarks.benchmark_inputs import make_photographs, make_shards, run_quietly
-from pipeline.benchmarks.harness import (
-    Findings,
-    Goal,
-    Ratio,
-    Spread,
-    emptied,
-    go_on,
-    in_fresh_process,
-    publish_measured,
-    ratio,
-    spread_results,
-    steady_rate,
-    take_turns,
-)
+from pipeline.benchmarks import harness
+from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread
 from pipeline.core.config import Config, DataConfig
-from pipeline.core.console import format_value, progress
+from pipeline.core.console import format_value
 from pipeline.core.errors import BadInput
 from pipeline.core.ranges import PartMaker, Range, Work, make_here, make_on_ray
 from pipeline.core.run import Run
@@ -63,14 +50,14 @@ class Scaled:
 
     def ours(self, workers: int) -> Iterator[int]:
         """Pictures of each finished range, by our workers: one works in this process, several on Ray."""
-        emptied(self._work.folder, *self._work.folders, "parts")
+        harness.emptied(self._work.folder, *self._work.folders, "parts")
         work = self._work, self._models, self._ranges, "cpu"
         for part in make_here(*work) if workers == 1 else make_on_ray(*work, workers):
             yield self._ranges[part.number].rows
 
     def plain(self, workers: int) -> Iterator[int]:
         """The same by so many plain processes, which are kept for the next time."""
-        emptied(self._work.folder, *self._work.folders, "parts")
+        harness.emptied(self._work.folder, *self._work.folders, "parts")
         if workers not in self._pools:
             context, arguments = get_context("spawn"), (self._work, self._models)
             self._pools[workers] = ProcessPoolExecutor(workers, context, initializer=_load, initargs=arguments)
@@ -98,9 +85,7 @@ def _make(task: Range) -> int:
 def scaled_preprocess(config: Config, folder: Path) -> Scaled:
     """Pictures of a folder to shards.
 
-    Args:
-        config: `data.source` names the folder; `data.rows_per_shard` says how long a range is.
-        folder: for what is made.
+    `data.source` names it, `data.rows_per_shard` says how long a range is.
     """
     sources = open_sources(config.data)
     plan = make_plan(sources, config.data)
@@ -108,14 +93,7 @@ def scaled_preprocess(config: Config, folder: Path) -> Scaled:
 
 
 def scaled_tokenize(config: Config, folder: Path, pictures: int, rows: int) -> Scaled:
-    """Pictures of shards to token files.
-
-    Args:
-        config: `data.shards` and `tokenizer.checkpoint` are named.
-        folder: for what is made.
-        pictures: of the training split to take, if it has so many.
-        rows: pictures of a range.
-    """
+    """So many pictures of the training split, if it has them, to token files, `rows` in a range."""
     from pipeline.core.checkpoints import load_tokenizer
     from pipeline.tokens.encoder import EncodingWork
 
@@ -154,8 +132,9 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table; `Stopped` where the run was asked to stop."""
-    publish_measured(run, _measure)
+    """Measure, and leave `report.md` with the table."""
+    with harness.scratch(run) as folder:
+        harness.publish(run, partial(_measure, run, folder))
 
 
 def _measure(run: Run, folder: Path) -> Findings:
@@ -181,14 +160,12 @@ def _with_tokenizer(config: Config, folder: Path) -> Config:
     torch.manual_seed(0)
     place = folder / "tokenizer"
     TaTok(config.tokenizer.architecture()).save_pretrained(place)
-    tokens = dataclasses.replace(config.tokens, flip=False, crops=0, max_images=0, num_workers=1, split="both")
-    tokenizer = dataclasses.replace(config.tokenizer, checkpoint=str(place))
-    tracking = dataclasses.replace(config.tracking, uri="")  # of the stages that are measured
-    return dataclasses.replace(config, tokenizer=tokenizer, tokens=tokens, tracking=tracking)
+    config = config.with_values("tokens", flip=False, crops=0, max_images=0, num_workers=1, split="both")
+    return config.with_values("tokenizer", checkpoint=str(place)).with_values("tracking", uri="")  # stages are measured
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class SizeTaken:
     """What one number of pictures took."""
 
     pictures: int
@@ -196,8 +173,8 @@ class Size:
     mib: dict[str, float]  # by stage
 
 
-def _size(run: Run, config: Config, folder: Path, pictures: int) -> Size:
-    make_photographs(folder / "pictures", pictures)
+def _size(run: Run, config: Config, folder: Path, pictures: int) -> SizeTaken:
+    harness.make_photographs(folder / "pictures", pictures)
     data = dataclasses.replace(config.data, source=str(folder / "pictures"), heldout_source="", num_workers=1)
     named = dataclasses.replace(config, data=dataclasses.replace(data, shards=str(folder / "shards")))
     seconds, mib = {}, {}
@@ -205,57 +182,52 @@ def _size(run: Run, config: Config, folder: Path, pictures: int) -> Size:
         ("preprocess", (time_preprocess, config, data, folder / "shards")),
         ("tokenize", (time_tokenize, named, folder / "tokens")),
     ):
-        go_on(run)
-        seconds[stage], mib[stage] = in_fresh_process(*arguments)
+        harness.go_on(run)
+        seconds[stage], mib[stage] = harness.in_fresh_process(*arguments)
     shutil.rmtree(folder)
-    return Size(pictures, seconds, mib)
+    return SizeTaken(pictures, seconds, mib)
 
 
 def time_preprocess(config: Config, data: DataConfig, folder: Path) -> float:
     """Seconds of the whole stage; runs in a process of its own."""
     check_preprocess(dataclasses.replace(config, data=data))  # imports
     started = time.perf_counter()
-    make_shards(config, data, folder)
+    harness.make_shards(config, data, folder)
     return time.perf_counter() - started
 
 
 def time_tokenize(config: Config, folder: Path) -> float:
     """Seconds of the whole stage; runs in a process of its own."""
-    from pipeline.tokens import encoder, tokenize  # noqa: F401 - torch, before the clock runs
+    from pipeline.tokens import encoder  # noqa: F401 - torch, before the clock runs
 
     started = time.perf_counter()
-    run_quietly("tokenize_images", tokenize, config, folder)
+    harness.run_quietly("tokenize_images", config, folder)
     return time.perf_counter() - started
 
 
 def _rates(run: Run, config: Config, folder: Path) -> Timings:
     section, workers = config.benchmark, _workers(config)
     rows = max(1, section.pictures // (RANGES_PER_WORKER * max(workers)))
-    make_photographs(folder / "pictures", section.pictures)
+    harness.make_photographs(folder / "pictures", section.pictures)
     data = dataclasses.replace(
         config.data, source=str(folder / "pictures"), heldout_source="", rows_per_shard=rows, num_workers=0
     )
-    shards = make_shards(config, data, folder / "shards")
+    shards = harness.make_shards(config, data, folder / "shards")
     config = dataclasses.replace(config, data=dataclasses.replace(data, shards=str(shards)))
     stages: dict[str, Scaled] = {
         "preprocess": scaled_preprocess(config, folder / "preprocess"),
         "tokenize": scaled_tokenize(config, folder / "tokenize", *_tokenized(config)),
     }
+
+    def rate(scaled: Scaled, contender: str, number: int) -> float:
+        ranges = (scaled.ours if contender == OURS else scaled.plain)(number)
+        return harness.steady_rate([(time.perf_counter(), pictures) for pictures in ranges], number)
+
     rates: Timings = {}
-    with progress("benchmark", len(stages) * 2 * len(workers) * (section.repeats + 1), "timings") as shown:
-
-        def timed(stage: str, contender: str, number: int) -> float:
-            go_on(run)
-            scaled = stages[stage]
-            ranges = (scaled.ours if contender == OURS else scaled.plain)(number)
-            rate = steady_rate([(time.perf_counter(), pictures) for pictures in ranges], number)
-            shown.advance(1)
-            return rate
-
-        for stage, scaled in stages.items():
-            every = [(stage, contender, number) for number in workers for contender in (OURS, PLAIN)]
-            rates |= take_turns({key: partial(timed, *key) for key in every}, section.repeats)
-            scaled.close()
+    for stage, scaled in stages.items():
+        every = [(stage, contender, number) for number in workers for contender in (OURS, PLAIN)]
+        rates |= harness.take_turns(run, {key: partial(rate, scaled, *key[1:]) for key in every})
+        scaled.close()
     return rates
 
 
@@ -265,23 +237,23 @@ def _tokenized(config: Config) -> tuple[int, int]:
     return pictures, max(1, pictures // (RANGES_PER_WORKER * max(_workers(config))))
 
 
-def _findings(rates: Timings, sizes: list[Size], facts: dict[str, str]) -> Findings:
+def _findings(rates: Timings, sizes: list[SizeTaken], facts: dict[str, str]) -> Findings:
     table = [["", "workers or pictures", "images/s", "lowest", "highest", "efficiency", "peak MiB"]]
     ratios: list[Ratio] = []
     numbers: dict[str, float] = {}
     for (stage, contender, number), values in rates.items():
         spread, alone = Spread.of(values), rates.get((stage, contender, 1))
         name = f"{stage}_{contender}_{number}_workers"
-        numbers |= spread_results(f"{name}_images_per_second", spread)
-        gain = ratio(values, [number * one for one in alone]) if alone else None
-        share = f"{gain.median:.2f}" if gain else ""
-        values_told = map(format_value, (spread.median, spread.low, spread.high))
-        table.append([f"{stage}, {contender}", str(number), *values_told, share, ""])
+        numbers |= harness.spread_results(f"{name}_images_per_second", spread)
+        meaning = f"{number} workers / {number} times one, {contender}"
+        gain = Ratio.of(f"{name}_efficiency", values, [number * one for one in alone], meaning) if alone else None
+        share = f"{gain.spread.median:.2f}" if gain else ""
+        table.append([f"{stage}, {contender}", str(number), *harness.shown(spread), share, ""])
         if gain and number > 1:
-            ratios.append(Ratio(f"{name}_efficiency", gain, f"{number} workers / {number} times one, {contender}"))
+            ratios.append(gain)
         if contender == PLAIN:
-            versus = ratio(rates[stage, OURS, number], values)
-            ratios.append(Ratio(f"{stage}_{number}_workers_to_{PLAIN}", versus, f"{OURS} / as many plain processes"))
+            name, meaning = f"{stage}_{number}_workers_to_{PLAIN}", f"{OURS} / as many plain processes"
+            ratios.append(Ratio.of(name, rates[stage, OURS, number], values, meaning))
     for size in sizes:
         for stage in STAGES:
             rate, mib = size.pictures / size.seconds[stage], size.mib[stage]
@@ -294,14 +266,14 @@ def _findings(rates: Timings, sizes: list[Size], facts: dict[str, str]) -> Findi
     return Findings(table, ratios, numbers, facts)
 
 
-def _growth(small: Size, large: Size) -> Iterator[Ratio]:
+def _growth(small: SizeTaken, large: SizeTaken) -> Iterator[Ratio]:
     """Of memory and of time for a picture, from the fewest to the most pictures."""
     for stage in STAGES:
         mib = large.mib[stage] / small.mib[stage]
         seconds = (large.seconds[stage] / large.pictures) / (small.seconds[stage] / small.pictures)
-        told = f"{large.pictures} / {small.pictures} pictures"
-        yield Ratio(f"{stage}_memory_growth", _once(mib), f"peak memory, {told}", MOST_MEMORY)
-        yield Ratio(f"{stage}_time_growth", _once(seconds), f"seconds a picture, {told}")
+        compared = f"{large.pictures} / {small.pictures} pictures"
+        yield Ratio(f"{stage}_memory_growth", _once(mib), f"peak memory, {compared}", MOST_MEMORY)
+        yield Ratio(f"{stage}_time_growth", _once(seconds), f"seconds a picture, {compared}")
 
 
 def _once(value: float) -> Spread:

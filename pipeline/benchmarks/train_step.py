@@ -1,41 +1,131 @@
 """Images per second of a training step: in our Ray Train loop, in a bare loop, and of other models.
 
-All contenders take turns in one Ray Train worker, on the same pictures. What they are is told in `train_step_worker`.
+All contenders take turns in one Ray Train worker, on the same pictures:
+
+- ray_train_loop: `pipeline.training.tokenizer_training.work`, as a training runs it; its own steady rate, which
+  leaves out start, validation and checkpoint.
+- bare_loop: the same step by hand on pictures that are in memory already: forward, losses, backward, clipping,
+  `train.optimizer` with fused AdamW, average of the weights; nothing is logged, watched or keyed.
+- bare_float32 or bare_bf16: in the other precision. bare_not_fused: plain AdamW. bare_compiled: `torch.compile`, on a
+  GPU or where `train.compile` asks for it (on a CPU it takes minutes).
+- global_only: the bare loop of as many tokens as ours, all of them global.
+- titok: the bare loop of TiTok's public model with as many tokens, where `benchmark.titok` names its code; by AdamW.
+
+Every bare loop minimises a mean squared error and its quantizer's loss; ours with patch tokens trains q too.
+
+Shapes: B images, H = W image side, M global tokens, N patch positions, L embeddings of D numbers.
 """
 
+import copy
 import dataclasses
+import io
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks.benchmark_inputs import names_pictures, take_pictures
-from pipeline.benchmarks.harness import (
-    Findings,
-    Goal,
-    Ratio,
-    Spread,
-    publish,
-    rate_table,
-    ratio,
-    scratch,
-    spread_results,
-)
+from pipeline.benchmarks import harness
+from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread
+from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config
-from pipeline.core.run import Run
-from pipeline.tracking import Tracker
+from pipeline.core.errors import BadInput
+from pipeline.core.run import Run, read_metrics
 from pipeline.training import train as training
-from tatok_model.config import SIZES, TokenizerConfig
+from tatok_model.config import SIZES, KeptSetConfig, TokenizerConfig
 from tatok_model.vit import CHANNELS
+
+if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    import torch
+    from torch import Tensor, nn
+
+    from pipeline.training.batches import Batch
+
+LOOP, BARE, GLOBAL_ONLY, TITOK = "ray_train_loop", "bare_loop", "global_only", "titok"
+TAX, TAX_ON_GPU, AGAINST_TITOK, UTILISATION = Goal(0.97), Goal(0.98), Goal(1.2), Goal(0.45)
+WORKER = "pipeline.benchmarks.train_step"  # whose `work` Ray Train runs
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work before anything is made.
+
+    Raises:
+        BadInput: as training's `check`; a `benchmark.titok` that is no checkout, or no size that TiTok has.
+    """
+    made = dataclasses.replace(config.data, source="samples")  # as good a name as any for pictures that will be made
+    known = config if harness.names_pictures(config) else dataclasses.replace(config, data=made)
+    training.check(for_benchmark(known))
+    if config.benchmark.titok:
+        check_titok(config.benchmark.titok, config.tokenizer)
+
+
+def for_benchmark(config: Config) -> Config:
+    """The configuration of the loop: one worker, the benchmark's batch, and no step that stands out.
+
+    Kept sets are those of the ranking from the first step on; nothing is validated or saved but at the end. The first
+    half of the steps warms up.
+    """
+    section, steps = config.benchmark, steps_of(config)
+    config = config.with_values("train", num_workers=1, min_workers=0, accumulation=1, max_minutes=0.0)
+    config = config.with_values("train", global_batch_size=section.batch_size, log_every=steps, max_steps=2 * steps)
+    config = config.with_values("train", validate_every=0, checkpoint_every=0, validation_images=2, grid_images=0)
+    folder = str(Path(section.titok).resolve()) if section.titok else ""  # a worker starts in another folder
+    return config.with_values("kept_sets", warmup_steps=0).with_values("benchmark", titok=folder)
+
+
+def steps_of(config: Config) -> int:
+    """Steps of a timing."""
+    return max(1, config.benchmark.images // config.benchmark.batch_size)
+
+
+def run(run: Run) -> None:
+    """Measure, and leave `report.md` with the table."""
+    from pipeline.training.workers import run_workers
+
+    with harness.scratch(run) as folder:
+        harness.take_pictures(run, folder, heldout_fraction=0.1)
+        run.config = for_benchmark(run.config)
+
+        def measure() -> Findings:
+            outcome = run_workers(run, "train", WORKER)
+            return findings(run.config, outcome["rates"], outcome["facts"])
+
+        harness.publish(run, measure, {"data_fingerprint": run.inputs["shards"]["sha256"]})
+
+
+def findings(config: Config, rates: dict[str, list[float]], facts: dict[str, str]) -> Findings:
+    """What the rates of the contenders, one a round, say; the worker's facts name a `gpu` where there is one."""
+    gpu = facts.get("gpu", "")
+    tax = TAX_ON_GPU if gpu else TAX
+    ratios = [Ratio.of("loop_over_bare", rates[LOOP], rates[BARE], "Ray Train loop over bare loop", tax)]
+    for name, its in rates.items():
+        if name not in (LOOP, BARE):
+            goal = AGAINST_TITOK if name == TITOK else None
+            ratios.append(Ratio.of(f"{BARE}_over_{name}", rates[BARE], its, f"bare loop over {name}", goal))
+    ratios += utilisation(config, rates[BARE], gpu)
+    return Findings(harness.rate_table(rates, BARE), ratios, harness.rate_results(rates), facts)
+
+
+def utilisation(config: Config, rates: list[float], gpu: str) -> list[Ratio]:
+    """Model FLOP utilisation in bf16, where the GPU is one whose peak is known; [] elsewhere."""
+    peak = peak_flops(gpu)
+    if peak is None:
+        return []
+    spread = Spread.of([rate * training_flops(config.tokenizer) / peak for rate in rates])
+    return [Ratio("flop_utilisation", spread, f"of {peak / 1e12:.0f} dense bf16 TFLOP/s", UTILISATION)]
+
 
 # Floating point operations of a training step, and what share of a GPU's they are.
 
 FORWARD_AND_BACKWARD = 3  # forward passes' worth
 DENSE_BF16 = {  # operations per second without sparsity, by what the name of a GPU contains; the vendor's data sheets
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+}  # fmt: skip
 
 
 def training_flops(config: TokenizerConfig) -> float:
@@ -74,103 +164,243 @@ def _code_dim(config: TokenizerConfig) -> int:
     return config.codebook_dim if config.quantizer == "vq" else len(config.fsq_levels)
 
 
-LOOP, BARE, GLOBAL_ONLY, TITOK = "ray_train_loop", "bare_loop", "global_only", "titok"
-TAX, TAX_ON_GPU, AGAINST_TITOK, UTILISATION = Goal(0.97), Goal(0.98), Goal(1.2), Goal(0.45)
-WORKER = "pipeline.benchmarks.train_step_worker"
+# What the worker of Ray Train does.
+
+RATE = "train/images_per_second"
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot work before anything is made.
-
-    Raises:
-        BadInput: as training's `check`; a `benchmark.titok` that is no checkout, or no size that TiTok has.
-    """
-    made = dataclasses.replace(config.data, source="samples")  # as good a name as any for pictures that will be made
-    known = config if names_pictures(config) else dataclasses.replace(config, data=made)
-    training.check(for_benchmark(known))
-    if config.benchmark.titok:
-        from pipeline.benchmarks import titok
-
-        titok.check(config.benchmark.titok, config.tokenizer)
-
-
-def for_benchmark(config: Config) -> Config:
-    """The configuration of the loop: one worker, the benchmark's batch, and no step that stands out.
-
-    Kept sets are those of the ranking from the first step on; nothing is validated or saved but at the end.
-    """
-    section = config.benchmark
-    steps = steps_of(config)
-    train = dataclasses.replace(
-        config.train,
-        num_workers=1,
-        min_workers=0,
-        accumulation=1,
-        global_batch_size=section.batch_size,
-        max_steps=2 * steps,  # the first half warms up
-        max_minutes=0.0,
-        log_every=steps,
-        validate_every=0,
-        checkpoint_every=0,
-        validation_images=2,
-        grid_images=0,
-    )
-    kept_sets = dataclasses.replace(config.kept_sets, warmup_steps=0)
-    folder = str(Path(section.titok).resolve()) if section.titok else ""  # a worker starts in another folder
-    benchmark = dataclasses.replace(section, titok=folder)
-    return dataclasses.replace(config, train=train, kept_sets=kept_sets, benchmark=benchmark)
-
-
-def steps_of(config: Config) -> int:
-    """Steps of a timing."""
-    return max(1, config.benchmark.images // config.benchmark.batch_size)
-
-
-def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table.
-
-    Raises:
-        BadInput: the cluster has no room for a worker.
-        Stopped: the run was asked to stop.
-    """
-    from pipeline.training.workers import run_workers
-
-    with scratch(run) as folder:
-        take_pictures(run, folder, heldout_fraction=0.1)
-        run.config = for_benchmark(run.config)
-        with Tracker.start(run, {"data_fingerprint": run.inputs["shards"]["sha256"]}) as tracker:
-            outcome = run_workers(run, "train", WORKER)
-            publish(run, tracker, findings(run.config, outcome["rates"], outcome["facts"]))
-
-
-def findings(config: Config, rates: dict[str, list[float]], facts: dict[str, str]) -> Findings:
-    """What the rates say.
+class BareLoop:
+    """A model that is trained with as little around it as possible.
 
     Args:
+        model: what is trained, on its device.
+        loss_of: of the model, (B, 3, H, W) pixels in [0, 1] and (B, draws) uniforms.
         config: of the benchmark.
-        rates: images per second of every contender, one a round.
-        facts: of the worker: device and such; `gpu` names one where there is one.
+        batches: what it sees, over and over, in memory.
+        bf16: whether to compute in bfloat16 under autocast.
+        compiled: whether to compile the model.
     """
-    spreads = {name: Spread.of(values) for name, values in rates.items()}
-    gpu = facts.get("gpu", "")
-    ratios = [Ratio("loop_over_bare", ratio(rates[LOOP], rates[BARE]), "Ray Train loop over bare loop", TAX)]
-    if gpu:
-        ratios[0] = dataclasses.replace(ratios[0], goal=TAX_ON_GPU)
-    for name, its in rates.items():
-        if name not in (LOOP, BARE):
-            goal = AGAINST_TITOK if name == TITOK else None
-            ratios.append(Ratio(f"{BARE}_over_{name}", ratio(rates[BARE], its), f"bare loop over {name}", goal))
-    ratios += utilisation(config, rates[BARE], gpu)
-    numbers: dict[str, float] = {}
-    for name, spread in spreads.items():
-        numbers |= spread_results(f"{name}_images_per_second", spread)
-    return Findings(rate_table("images/s", spreads, BARE), ratios, numbers, facts)
+
+    def __init__(
+        self, model: "nn.Module", loss_of: "Callable[[nn.Module, Tensor, Tensor], Tensor]", config: Config,
+        batches: list["Batch"], bf16: bool, compiled: bool = False,
+    ) -> None:  # fmt: skip
+        import torch
+
+        from pipeline.training.state import make_optimizer
+        from tatok_model.entropy import EntropyModel
+
+        self._used: Any = torch.compile(model) if compiled else model
+        self.model, self._loss_of, self._bf16 = model, loss_of, bf16
+        self._device = next(model.parameters()).device
+        self._average = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = make_optimizer(model, config.train)
+        self._train = config.train
+        self._batches = [(batch.images.to(self._device), batch.uniforms.to(self._device)) for batch in batches]
+        q = [p for m in model.modules() if isinstance(m, EntropyModel) for p in m.parameters()]
+        rest = [p for p in model.parameters() if not any(p is other for other in q)]
+        self._groups = [group for group in (rest, q) if group]  # clipped apart, as ours are
+        model.train()
+
+    def rate(self) -> float:
+        """Images per second over one pass through the batches."""
+        started = harness.now(self._device)
+        for images, uniforms in self._batches:
+            self._step(images, uniforms)
+        return sum(len(images) for images, _ in self._batches) / (harness.now(self._device) - started)
+
+    def _step(self, images: "Tensor", uniforms: "Tensor") -> None:
+        import torch
+
+        pixels = images.float() / 255
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            loss = self._loss_of(self._used, pixels, uniforms)
+        loss.backward()
+        if self._train.clip_norm:
+            for group in self._groups:
+                torch.nn.utils.clip_grad_norm_(group, self._train.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            averages: list[Tensor] = list(self._average.parameters())
+            torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - self._train.ema_decay)
 
 
-def utilisation(config: Config, rates: list[float], gpu: str) -> list[Ratio]:
-    """Model FLOP utilisation in bf16, where the GPU is one whose peak is known; [] elsewhere."""
-    peak = peak_flops(gpu)
-    if peak is None:
-        return []
-    spread = Spread.of([rate * training_flops(config.tokenizer) / peak for rate in rates])
-    return [Ratio("flop_utilisation", spread, f"of {peak / 1e12:.0f} dense bf16 TFLOP/s", UTILISATION)]
+def work(
+    run: Run,
+    device: "torch.device",
+    wrap: "Callable[[nn.Module], nn.Module]",
+    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Let all contenders take turns; arguments as those of `pipeline.training.tokenizer_training.work`.
+
+    Returns:
+        `rates`: images per second of every contender, one a round; `facts` about this worker.
+    """
+    config = run.config
+    reader = harness.training_batches(config)
+    batches = [reader.load(step) for step in range(steps_of(config))]  # what the training sees in a timing's steps
+    loops = bare_loops(config, batches, device)
+    turns: dict[str, Callable[[], float]] = {LOOP: partial(loop_rate, run, device, wrap, report)}
+    turns |= {name: loop.rate for name, loop in loops.items()}
+    rates = harness.take_turns(run, turns)
+    facts = {
+        **harness.device_facts(device),
+        "steps a timing": str(len(batches)),
+        "batch": str(config.benchmark.batch_size),
+        "precision": "bf16" if uses_bf16(config.train.precision, device) else "float32",
+        "tokenizer": f"{config.tokenizer.size}, {config.tokenizer.max_tokens} tokens",
+    }
+    return {"rates": rates, "facts": facts}
+
+
+def loop_rate(
+    run: Run,
+    device: "torch.device",
+    wrap: "Callable[[nn.Module], nn.Module]",
+    report: Callable[[dict[str, float]], None],
+) -> float:
+    """Images per second of a short training in a folder of its own: the rate that it logs of its second half."""
+    from pipeline.training import tokenizer_training
+
+    folder = run.folder / "loop"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    part = Run("train", run.config, folder)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it would tell of every round
+            tokenizer_training.work(part, device, wrap, report)
+        part.close()
+        rates = [line.metrics[RATE] for line in read_metrics(folder, RATE)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rates[-1]
+
+
+def bare_loops(config: Config, batches: list["Batch"], device: "torch.device") -> dict[str, BareLoop]:
+    """All contenders but the first, by their names."""
+    import torch
+
+    from tatok_model.tokenizer import TaTok
+
+    torch.manual_seed(config.train.seed)
+    architecture, bf16 = config.tokenizer.architecture(), uses_bf16(config.train.precision, device)
+    ours = partial(tokenizer_loss, mix=config.kept_sets)
+    plain = config.with_values("train", fused=False)
+    alone = dataclasses.replace(architecture, global_tokens=architecture.max_tokens, patch_tokens=False)
+
+    def loop(made: "nn.Module", loss_of: Any, its: Config = config, precision: bool = bf16, **how: bool) -> BareLoop:
+        return BareLoop(made.to(device), loss_of, its, batches, precision, **how)
+
+    loops = {
+        BARE: loop(TaTok(architecture), ours),
+        "bare_float32" if bf16 else "bare_bf16": loop(TaTok(architecture), ours, precision=not bf16),
+        "bare_not_fused": loop(TaTok(architecture), ours, plain),
+        GLOBAL_ONLY: loop(TaTok(alone), ours),
+    }
+    if config.train.compile or device.type == "cuda":
+        loops["bare_compiled"] = loop(TaTok(architecture), ours, compiled=True)
+    if config.benchmark.titok:
+        loops[TITOK] = loop(make_titok(config.benchmark.titok, architecture), titok_loss)
+    return loops
+
+
+def tokenizer_loss(model: "nn.Module", pixels: "Tensor", uniforms: "Tensor", mix: KeptSetConfig) -> "Tensor":
+    """The loss of `pipeline.training.tokenizer_training` with its l2 term alone, of a `TaTok` or what wraps it."""
+    output = model(pixels, None, uniforms, mix)
+    loss: Tensor = (output.images.float() - pixels).square().mean() + output.commitment_loss
+    if len(output.code_bits):
+        loss = loss + output.code_bits.sum() / output.tokens.patch_indices.numel()
+    return loss
+
+
+# TiTok's public model (arXiv 2406.07550) at our size and token count, from a checkout of its code.
+#
+#     git clone https://github.com/bytedance/1d-tokenizer; benchmark.titok=1d-tokenizer
+#
+# Its code is imported for the run and is no part of this project. Two of its imports are replaced where they are not
+# installed, because nothing that is timed uses them: omegaconf (it reads configurations) and accelerate (it gathers
+# between workers for a codebook that is clustered, which this one is not). The file that imports all of its losses is
+# not run.
+
+TITOK_SIZES = ("small", "base", "large")  # that its code has; width, layers and heads are ours
+TITOK_FILES = ("modeling/titok.py", "modeling/modules/blocks.py", "modeling/quantizer/quantizer.py")
+TOKEN_SIZE = 12  # width of a code vector, as in its configurations
+
+
+class TiTokOptions(SimpleNamespace):
+    """A part of a configuration, as omegaconf gives it."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, or `default` where there is none."""
+        return getattr(self, name, default)
+
+
+def check_titok(folder: str, config: TokenizerConfig) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        BadInput: the folder is not a checkout of its code, or it has no model of our size.
+    """
+    missing = [name for name in TITOK_FILES if not (Path(folder) / name).is_file()]
+    if missing:
+        raise BadInput(f"benchmark.titok is {folder!r}, which has no {missing[0]}; expected a checkout of 1d-tokenizer")
+    if config.size not in TITOK_SIZES:
+        raise BadInput(
+            f"tokenizer.size is {config.size!r}; expected one of {', '.join(TITOK_SIZES)} beside benchmark.titok"
+        )
+
+
+def make_titok(folder: str, config: TokenizerConfig) -> "nn.Module":
+    """Its model, with fresh weights, at our size and with the M + N tokens that ours has when everything is kept."""
+    model = _titok_class(folder)
+    vq_model = TiTokOptions(
+        vit_enc_model_size=config.size,
+        vit_dec_model_size=config.size,
+        vit_enc_patch_size=config.patch_size,
+        vit_dec_patch_size=config.patch_size,
+        num_latent_tokens=config.max_tokens,
+        codebook_size=config.codebook_size,
+        token_size=TOKEN_SIZE,
+        use_l2_norm=True,
+        commitment_cost=0.25,
+        finetune_decoder=False,
+        is_legacy=False,  # pixels, not the codes of another tokenizer
+    )
+    preprocessing = TiTokOptions(crop_size=config.image_size)
+    made: nn.Module = model(
+        TiTokOptions(model=TiTokOptions(vq_model=vq_model), dataset=TiTokOptions(preprocessing=preprocessing))
+    )
+    return made
+
+
+def titok_loss(model: "nn.Module", pixels: "Tensor", uniforms: "Tensor") -> "Tensor":
+    """Its step's loss: mean squared error, and its quantizer's loss at the weight of 1 that its configurations have."""
+    pictures, terms = model(pixels)
+    loss: Tensor = (pictures.float() - pixels).square().mean() + terms["quantizer_loss"]
+    return loss
+
+
+def _titok_class(folder: str) -> Any:
+    """Its class, imported without the parts that need more packages."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if find_spec("omegaconf") is None:
+        sys.modules.setdefault("omegaconf", _module("omegaconf", OmegaConf=SimpleNamespace(create=TiTokOptions)))
+    if find_spec("accelerate") is None:
+        operations = _module("accelerate.utils.operations", gather=lambda tensor: tensor)
+        for name in ("accelerate", "accelerate.utils"):
+            sys.modules.setdefault(name, _module(name, __path__=[]))
+        sys.modules.setdefault("accelerate.utils.operations", operations)
+    modules = _module("modeling.modules", __path__=[str(Path(folder) / "modeling" / "modules")])
+    sys.modules.setdefault("modeling.modules", modules)
+    with warnings.catch_warnings():  # torch.cuda.amp.autocast, an older name
+        warnings.simplefilter("ignore", FutureWarning)
+        from modeling.titok import TiTok  # type: ignore[import-not-found]
+    return TiTok
+
+
+def _module(name: str, **contents: Any) -> ModuleType:
+    made = ModuleType(name)
+    made.__dict__.update(contents)
+    return made

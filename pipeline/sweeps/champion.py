@@ -27,13 +27,7 @@ BATCH = 64  # pictures per forward pass
 
 
 def write_data(folder: Path, tokenizer: "TaTok", cut: FilterConfig) -> None:
-    """What a champion is made of: a tokenizer, and where its rankings are cut.
-
-    Args:
-        folder: is replaced.
-        tokenizer: in evaluation mode.
-        cut: score, rounds, rule and threshold.
-    """
+    """What a champion is made of, in a folder that is replaced: a tokenizer, and where its rankings are cut."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
@@ -41,12 +35,7 @@ def write_data(folder: Path, tokenizer: "TaTok", cut: FilterConfig) -> None:
 
 
 class Champion:
-    """A tokenizer with its cut.
-
-    Args:
-        tokenizer: in evaluation mode.
-        cut: score, rounds, rule and threshold.
-    """
+    """A tokenizer in evaluation mode with its cut: score, rounds, rule and threshold."""
 
     def __init__(self, tokenizer: "TaTok", cut: FilterConfig) -> None:
         self.tokenizer, self.cut = tokenizer, cut
@@ -77,11 +66,13 @@ class Champion:
     def _predict(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
         import torch
 
+        from pipeline.evaluation.measurements import Cuts
         from tatok_model.metrics.images import to_uint8
 
         images = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2)
         with torch.inference_mode():
-            tokens = self._cut(self.tokenizer.encode(images), images)
+            cuts = Cuts(self.cut)  # as evaluation cuts
+            tokens = cuts.operating(cuts.rank(self.tokenizer, self.tokenizer.encode(images), images))
             decoded = self.tokenizer.decode(tokens)
         globals_ = tokens.global_indices
         if tokens.global_counts is not None:
@@ -94,13 +85,6 @@ class Champion:
             "patch_indices": tokens.patch_indices.masked_fill(~tokens.kept_mask, -1).numpy(),
             "reconstructions": to_uint8(decoded).permute(0, 2, 3, 1).numpy(),
         }
-
-    def _cut(self, tokens: Any, images: Any) -> Any:
-        """As evaluation cuts: see `pipeline.evaluation.measurements`."""
-        from pipeline.evaluation.measurements import Cuts
-
-        cuts = Cuts(self.cut)
-        return cuts.operating(cuts.rank(self.tokenizer, tokens, images))
 
 
 def load(folder: Path) -> Champion:

@@ -34,6 +34,11 @@ class Domain:
     kind: str
     values: tuple[Any, ...]
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether `values` are all there are."""
+        return self.kind in ("grid", "choice")
+
     def draw(self, source: random.Random) -> Any:
         """One value of what is not a grid."""
         if self.kind == "choice":
@@ -75,40 +80,42 @@ def _domain(key: str, value: Any) -> Domain:
     return Domain(key, kind, tuple(given) if kind == "choice" else _ends(key, kind, given))
 
 
-def _ends(key: str, kind: str, ends: Any) -> tuple[float, float]:
-    numbers = [end for end in map(_number, ends) if end is not None]
-    if len(ends) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected [low, high] with low below high")
-    if kind == "log_uniform" and numbers[0] <= 0:
-        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected a low above 0")
-    if kind != "int":
-        return numbers[0], numbers[1]
-    if not all(isinstance(end, int) for end in ends):
-        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected whole numbers")
-    return ends[0], ends[1]
+def _ends(key: str, kind: str, ends: Any) -> tuple[Any, ...]:
+    numbers = _numbers(ends)
+    expected = ""
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        expected = "[low, high] with low below high"
+    elif kind == "log_uniform" and numbers[0] <= 0:
+        expected = "a low above 0"
+    elif kind == "int" and not all(isinstance(end, int) for end in ends):
+        expected = "whole numbers"
+    if expected:
+        raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected {expected}")
+    return tuple(ends) if kind == "int" else numbers
 
 
-def _number(value: Any) -> float | None:
-    """A finite number, also as text: YAML reads 1e-4 so."""
+def _numbers(values: Any) -> tuple[float, ...]:
+    """A list of finite numbers, also as text: YAML reads 1e-4 so; () where it is anything else."""
+    if not isinstance(values, list | tuple):
+        return ()
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        numbers = tuple(math.nan if isinstance(value, bool) else float(value) for value in values)
     except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+        return ()
+    return numbers if all(map(math.isfinite, numbers)) else ()
 
 
 def points(domains: list[Domain], samples: int, seed: int) -> list[dict[str, Any]]:
     """Every grid point, `samples` times where something is drawn besides; the same for equal arguments."""
     grid = [domain for domain in domains if domain.kind == "grid"]
     drawn = [domain for domain in domains if domain.kind != "grid"]
-    source = random.Random(seed)
-    found = []
+    source, made = random.Random(seed), []
     for _ in range(samples if drawn else 1):
         for values in itertools.product(*(domain.values for domain in grid)):
-            chosen = {domain.key: value for domain, value in zip(grid, values, strict=True)}
+            chosen = dict(zip((domain.key for domain in grid), values, strict=True))
             chosen |= {domain.key: domain.draw(source) for domain in drawn}
-            found.append({domain.key: chosen[domain.key] for domain in domains})
-    return found
+            made.append({domain.key: chosen[domain.key] for domain in domains})
+    return made
 
 
 def corner_points(domains: list[Domain]) -> list[dict[str, Any]]:
@@ -133,16 +140,14 @@ def read_cuts(config: Config) -> dict[str, tuple[float, ...]]:
 def _thresholds(rule: str, value: Any) -> tuple[float, ...]:
     if isinstance(value, dict) and set(value) == {"range"}:
         return _range(rule, value["range"])
-    numbers = [_number(item) for item in value] if isinstance(value, list | tuple) else []
-    if not numbers or None in numbers:
+    if not (numbers := _numbers(value)):
         raise BadInput(f"sweep.cuts has {rule}: {value!r}; expected a list of numbers or {{range: [low, high, count]}}")
-    return tuple(number for number in numbers if number is not None)
+    return numbers
 
 
 def _range(rule: str, value: Any) -> tuple[float, ...]:
-    numbers = [_number(item) for item in value] if isinstance(value, list | tuple) else []
-    match numbers:
-        case [float() as low, float() as high, float() as count] if low < high and count >= 2 and count.is_integer():
+    match _numbers(value):
+        case (low, high, count) if low < high and count >= 2 and count.is_integer():
             step = (high - low) / (count - 1)
             made = [high if i == count - 1 else round(low + i * step, 9) for i in range(int(count))]
             return tuple(float(round(number)) for number in made) if rule == "count" else tuple(made)

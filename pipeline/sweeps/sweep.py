@@ -1,7 +1,8 @@
 """The stage behind `jobs/sweep.py`: many trials in, a table, a plot and the best one out."""
 
-import dataclasses
 import os
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.core.cluster import connect, most_resources
@@ -13,8 +14,7 @@ from pipeline.core.run import Run, read_summary
 from pipeline.data.shards import Manifest, read_manifest
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.compare import curve_of
-from pipeline.sweeps.search import check_search, find_room
-from pipeline.sweeps.trials import CHECKPOINT, Plan, Trial, cuts_in_words
+from pipeline.sweeps.trials import CHECKPOINT, Ledger, SweepPlan, Trial
 from pipeline.tracking import Tracker, check_answers, check_tracking
 from pipeline.training import train as training
 
@@ -26,13 +26,18 @@ def check(config: Config) -> None:
 
     Raises:
         BadInput: a space over an unknown key or an empty range, a threshold outside its rule's range, a checkpoint
-            that is none or has no entropy model, a control without a curve, a tracking server that does not answer,
-            trials that do not fit into this machine, or as the checks of training and evaluation.
+            that is none or has no entropy model, a control without a curve, a search that is not installed, a tracking
+            server that does not answer, trials that do not fit into this machine, or as the checks of training and
+            evaluation.
     """
     check_tracking(config)
-    plan = Plan.of(config, Path(config.run.output) / (config.run.name or default_name(config)))
-    check_search(plan)
-    for trial in plan.samples():
+    plan = SweepPlan.of(config, Path(config.run.output) / (config.run.name or default_name(config)))
+    if plan.searches and find_spec("optuna") is None:
+        raise BadInput(
+            "sweep.search is 'optuna', which is not installed; expected random, or pip install 'tatok[optuna]'"
+        )
+    samples = plan.samples()
+    for trial in samples:
         try:
             _check_trial(plan, trial)
         except BadInput as error:
@@ -44,12 +49,11 @@ def check(config: Config) -> None:
     if config.sweep.scheduler == "asha":
         _check_asha(config)
     if not os.environ.get("RAY_ADDRESS"):
-        configs = [plan.config_of(trial) for trial in plan.samples()]
-        find_room(configs, plan.total, os.cpu_count() or 1, 0)
+        find_room([plan.config_of(trial) for trial in samples], plan.total, os.cpu_count() or 1, 0)
     check_answers(config)
 
 
-def _check_trial(plan: Plan, trial: Trial) -> None:
+def _check_trial(plan: SweepPlan, trial: Trial) -> None:
     for rule in plan.cuts:
         evaluation.check(plan.evaluation_of(trial, rule, "" if plan.trains else trial.values[CHECKPOINT]))
     if plan.trains or not trial.values[CHECKPOINT]:
@@ -74,29 +78,28 @@ def default_name(config: Config) -> str:
 
 def run(run: Run) -> None:
     """Run the trials that are missing, then compare all."""
-    from pipeline.sweeps.driver import Driver
-    from pipeline.sweeps.outcome import conclude
-    from pipeline.sweeps.trials import Ledger
+    from pipeline.sweeps.driver import TrialSearcher
+    from pipeline.sweeps.report import conclude
 
-    plan = Plan.of(run.config, run.folder)
+    plan = SweepPlan.of(run.config, run.folder)
     ledger = Ledger.open(plan)
-    run.config = _with_shards(plan)
-    plan = dataclasses.replace(plan, config=run.config)
+    # All trials share the shards; where there are none, they are made inside the sweep's folder.
+    inside = run.config.with_values("run", output=str(run.folder))
+    run.config = replace(run.config, data=with_shards(inside).data)
+    plan = replace(plan, config=run.config)
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
     if run.config.sweep.objective == "bd_rate":
         check_control(run.config, manifest)
-    room = find_room([plan.config_of(trial) for trial in plan.samples()], plan.total, *_resources(plan))
+    configs = [plan.config_of(trial) for trial in plan.samples()]
+    room = find_room(configs, plan.total, *_resources(run.config))
     say(room.sentence)
-    tags = {"data_fingerprint": manifest.fingerprint, "threshold": cuts_in_words(plan)}
-    with Tracker.start(run, {**tags, "global_tokens": _global_tokens(plan)}) as tracker:
-        Driver(run, plan, ledger, tracker.run_id(PARENT_SECONDS), tags).work(room.at_once)
+    tags = {"data_fingerprint": manifest.fingerprint, "threshold": plan.cuts_in_words}
+    # The configuration of a sweep names one number of global tokens, which its trials need not have.
+    global_tokens = ", ".join(map(str, sorted({config.tokenizer.global_tokens for config in configs})))
+    with Tracker.start(run, {**tags, "global_tokens": global_tokens}) as tracker:
+        TrialSearcher(run, plan, ledger, tracker.run_id(PARENT_SECONDS), tags).work(room.at_once)
         conclude(run, plan, ledger, tracker)
-
-
-def _global_tokens(plan: Plan) -> str:
-    """Those of the trials: the configuration of a sweep names one number, which its trials need not have."""
-    return ", ".join(map(str, sorted({plan.config_of(trial).tokenizer.global_tokens for trial in plan.samples()})))
 
 
 def check_control(config: Config, manifest: Manifest) -> None:
@@ -109,24 +112,65 @@ def check_control(config: Config, manifest: Manifest) -> None:
     summary = read_summary(path)
     rows = manifest.splits["heldout"].rows
     wanted = {"shards": manifest.fingerprint, "images": min(config.evaluate.max_images or rows, rows)}
-    found = {
+    measured = {
         "shards": summary["inputs"].get("shards", {}).get("sha256", "unknown"),
         "images": int(summary["results"].get("images", 0)),
     }
     for name, value in wanted.items():
-        if found[name] != value:
-            raise BadInput(f"sweep.control {path!r} measured {name} {found[name]}; expected {value}, as the trials")
+        if measured[name] != value:
+            raise BadInput(f"sweep.control {path!r} measured {name} {measured[name]}; expected {value}, as the trials")
 
 
-def _with_shards(plan: Plan) -> Config:
-    """With shards that all trials share, made inside the sweep's folder where there are none."""
-    inside = dataclasses.replace(plan.config.run, output=str(plan.folder))
-    made = with_shards(dataclasses.replace(plan.config, run=inside))
-    return dataclasses.replace(plan.config, data=made.data)
-
-
-def _resources(plan: Plan) -> tuple[float, float]:
+def _resources(config: Config) -> tuple[float, float]:
     """CPUs and GPUs of the cluster. Without Ray's dashboard, workers of trials that ASHA stops keep what they hold."""
-    needs_dashboard = plan.config.sweep.scheduler == "asha" and plan.config.train.num_workers > 0
-    found = most_resources(connect(dashboard=needs_dashboard))
-    return found.get("CPU", 0.0), found.get("GPU", 0.0)
+    resources = most_resources(connect(dashboard=config.sweep.scheduler == "asha" and config.train.num_workers > 0))
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+
+
+# How many trials run at once: arithmetic before launch, because Ray would wait without end for what does not fit.
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is room for."""
+
+    at_once: int
+    sentence: str  # for people: what will run at once, and why
+
+
+def find_room(configs: list[Config], total: int, cpus: float, gpus: float) -> Room:
+    """How many of `total` trials run at once; the most demanding of their configurations counts.
+
+    A trial takes what the larger of its stages takes: training `num_workers` x `cpus_per_worker` CPUs (one CPU, in the
+    trial's own process, with no workers), evaluation a CPU for each of its workers. GPUs are shared out likewise where
+    trials may use them; trials that train in their own process all use the first GPU, so that one runs at a time.
+
+    Raises:
+        BadInput: not even one fits.
+    """
+    needs = {_cpus(config): config for config in configs}
+    need = max(needs)
+    train, evaluate = needs[need].train, needs[need].evaluate
+    says = (
+        f"training takes {train.num_workers or 1} x {train.cpus_per_worker if train.num_workers else 1:g} CPUs, "
+        f"evaluation {evaluate.num_workers}"
+    )
+    if need > cpus:
+        raise BadInput(
+            f"a trial needs {need:g} CPUs ({says}) and there are {cpus:g}; expected a smaller train.num_workers, "
+            "train.cpus_per_worker or evaluate.num_workers"
+        )
+    room = int(cpus / need + 1e-9)
+    if gpus and any(config.train.device != "cpu" for config in configs):
+        workers = max(config.train.num_workers for config in configs)
+        room = min(room, max(int(gpus) // workers, 1)) if workers else 1
+        says += f", {workers or 1} of {gpus:g} GPUs"
+    at_once = min(room, total, configs[0].sweep.at_once or total)
+    limit = f", as sweep.at_once says; there is room for {room}" if at_once == configs[0].sweep.at_once < room else ""
+    return Room(at_once, f"{total} trials, {at_once} at once{limit}: a trial takes {need:g} of {cpus:g} CPUs ({says})")
+
+
+def _cpus(config: Config) -> float:
+    train = config.train
+    training = train.num_workers * train.cpus_per_worker if train.num_workers else 1.0
+    return max(training, float(config.evaluate.num_workers))

@@ -1,4 +1,4 @@
-"""The trials of a sweep and how each of their stages is configured. No torch, no Ray.
+"""The trials of a sweep, how each of their stages is configured, and the ledger of how they stand. No torch, no Ray.
 
 A sweep's folder holds, for the trial `trial-00-global_tokens-2`:
 
@@ -10,7 +10,6 @@ A sweep's folder holds, for the trial `trial-00-global_tokens-2`:
 import dataclasses
 import json
 import re
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,52 +29,35 @@ LONGEST = 80  # characters of a trial's name
 
 @dataclass(frozen=True)
 class Trial:
-    """One model that is measured at every cut.
+    """One model that is measured at every cut."""
 
-    Attributes:
-        number: from 0, in the order in which trials were planned.
-        values: of the space, by `section.key`; of kind thresholds the checkpoint.
-    """
-
-    number: int
-    values: dict[str, Any]
+    number: int  # from 0, in the order in which trials were planned
+    values: dict[str, Any]  # of the space, by `section.key`; of kind thresholds the checkpoint
 
     @property
     def name(self) -> str:
         """Of its run folder and its child run."""
         parts = [f"trial-{self.number:02d}"]
         for key, value in self.values.items():
-            text = _checkpoint_name(str(value)) if key == CHECKPOINT else f"{key.partition('.')[2]}-{_short(value)}"
+            if key == CHECKPOINT:  # `cifar10-train` of `runs/cifar10-train/checkpoint`
+                folder = Path(value)
+                text = folder.parent.name if folder.name == "checkpoint" else folder.name
+            else:
+                text = f"{key.partition('.')[2]}-{f'{value:.4g}' if isinstance(value, float) else value}"
             parts += [re.sub(r"[^\w.=-]+", "_", text)] if text else []
         return "-".join(parts)[:LONGEST].rstrip("-_.")
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _checkpoint_name(path: str) -> str:
-    """`cifar10-train` of `runs/cifar10-train/checkpoint`."""
-    folder = Path(path)
-    return folder.parent.name if folder.name == "checkpoint" else folder.name
-
-
 @dataclass(frozen=True)
-class Plan:
-    """How trials are configured.
+class SweepPlan:
+    """How trials are configured."""
 
-    Attributes:
-        config: of the sweep, with `data.shards` once they exist.
-        folder: of the sweep.
-        cuts: rule to thresholds.
-    """
-
-    config: Config
-    folder: Path
-    cuts: dict[str, tuple[float, ...]]
+    config: Config  # of the sweep, with `data.shards` once they exist
+    folder: Path  # of the sweep
+    cuts: dict[str, tuple[float, ...]]  # rule to thresholds
 
     @classmethod
-    def of(cls, config: Config, folder: Path) -> "Plan":
+    def of(cls, config: Config, folder: Path) -> "SweepPlan":
         """Raises BadInput as `read_cuts`."""
         return cls(config, folder, read_cuts(config))
 
@@ -94,14 +76,19 @@ class Plan:
         """How many trials there will be."""
         return self.config.sweep.samples if self.searches else len(self.trials())
 
+    @property
+    def cuts_in_words(self) -> str:
+        """`relative 0.5, 1; residual 40` for instance."""
+        return "; ".join(f"{rule} {', '.join(f'{value:g}' for value in values)}" for rule, values in self.cuts.items())
+
     def trials(self) -> list[Trial]:
         """All of them; empty where they cannot be listed."""
         if self.searches:
             return []
-        if not self.trains:
-            found = with_trained(self.config).tokenizer.checkpoint
-            return [Trial(i, {CHECKPOINT: path}) for i, path in enumerate(self.config.sweep.checkpoints or (found,))]
         sweep = self.config.sweep
+        if not self.trains:
+            paths = sweep.checkpoints or (with_trained(self.config).tokenizer.checkpoint,)
+            return [Trial(i, {CHECKPOINT: path}) for i, path in enumerate(paths)]
         return [Trial(i, values) for i, values in enumerate(points(read_space(sweep.space), sweep.samples, sweep.seed))]
 
     def samples(self) -> list[Trial]:
@@ -133,12 +120,7 @@ class Plan:
         return self._inside(self.config_of(trial), trial.name)
 
     def evaluation_of(self, trial: Trial, rule: str, checkpoint: str) -> Config:
-        """The configuration of the trial's evaluation at every threshold of a rule.
-
-        Args:
-            trial: whose.
-            rule: of `cuts`.
-            checkpoint: what is evaluated; '' while there is none.
+        """The configuration of the evaluation at every threshold of a rule; `checkpoint` is '' while there is none.
 
         Raises:
             BadInput: a threshold outside the rule's range.
@@ -153,6 +135,19 @@ class Plan:
         except BadInput as error:
             raise BadInput(f"sweep.cuts of the rule {rule}: {error}") from None
 
+    def task_of(self, trial: Trial) -> dict[str, Any]:
+        """All that a worker has to know of a trial, as plain values; `training` is None where a checkpoint is given.
+
+        Raises:
+            BadInput: values that cannot be configured.
+        """
+        checkpoint = "" if self.trains else trial.values[CHECKPOINT]
+        return {
+            "folder": str(self.folder / trial.name),  # a worker of Tune keeps there what the stages print
+            "training": None if checkpoint else self.training_of(trial).to_dict(),
+            "evaluations": [self.evaluation_of(trial, rule, checkpoint).to_dict() for rule in self.cuts],
+        }
+
     def evaluation_folder(self, trial: Trial, rule: str) -> Path:
         """Where the evaluation's run folder is."""
         return self.folder / f"{trial.name}-{rule}-evaluate"
@@ -163,21 +158,15 @@ class Plan:
 
     def _inside(self, config: Config, preset: str) -> Config:
         """A stage of a trial: inside the sweep's folder, and not tracked, because the child run shows it."""
-        run = dataclasses.replace(config.run, output=str(self.folder), name="")
-        tracking = dataclasses.replace(config.tracking, uri="")
-        sweep = type(config.sweep)()
-        return dataclasses.replace(config, preset=preset, run=run, tracking=tracking, sweep=sweep)
-
-
-def cuts_in_words(plan: Plan) -> str:
-    """`relative 0.5, 1; residual 40` for instance."""
-    return "; ".join(f"{rule} {', '.join(f'{value:g}' for value in values)}" for rule, values in plan.cuts.items())
+        config = dataclasses.replace(config, preset=preset, sweep=type(config.sweep)())
+        return config.with_values("run", output=str(self.folder), name="").with_values("tracking", uri="")
 
 
 # Which trials there are and how they stand: `trials.json` in the sweep's folder, written before others rely on it.
 
 FORMAT, VERSION = "tatok-trials", 1
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+INTERRUPTED = "interrupted"  # an end after which a trial still counts as running: a resumed sweep goes on with it
 SECTIONS = ("tokenizer", "losses", "kept_sets", "train", "filter")  # decide what a trial is worth
 DECIDES = (  # of other sections
     "sweep.kind", "sweep.checkpoints", "sweep.space", "sweep.search", "sweep.samples", "sweep.seed", "sweep.objective",
@@ -197,15 +186,14 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """All trials that were begun. Any thread may call it."""
+    """All trials that were begun."""
 
     path: Path
     begun: dict[str, Any]  # what decides which trials there are and what they are worth
     entries: list[Entry] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, plan: Plan) -> "Ledger":
+    def open(cls, plan: SweepPlan) -> "Ledger":
         """The ledger in the plan's folder, or a new one.
 
         Raises:
@@ -215,11 +203,11 @@ class Ledger:
         if not path.exists():
             return cls(path, begun)
         try:
-            found = json.loads(path.read_text())
-            if (found["format"], found["version"]) != (FORMAT, VERSION):
-                raise ValueError(found["format"])
-            entries = [Entry(Trial(e["number"], e["values"]), e["status"], e["reason"]) for e in found["trials"]]
-            before = dict(found["begun"])
+            read = json.loads(path.read_text())
+            if (read["format"], read["version"]) != (FORMAT, VERSION):
+                raise ValueError(read["format"])
+            entries = [Entry(Trial(e["number"], e["values"]), e["status"], e["reason"]) for e in read["trials"]]
+            before = dict(read["begun"])
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{str(path)!r} is damaged; expected a file of format {FORMAT} version {VERSION}") from None
         check_unchanged(before, begun)
@@ -227,36 +215,34 @@ class Ledger:
 
     def begin(self, trial: Trial) -> None:
         """Note that a trial begins or goes on."""
-        with self._lock:
-            if not any(entry.trial.number == trial.number for entry in self.entries):
-                self.entries.append(Entry(trial))
-            self._save()
+        if not any(entry.trial.number == trial.number for entry in self.entries):
+            self.entries.append(Entry(trial))
+        self._save()
 
     def end(self, number: int, status: str, reason: str = "") -> None:
         """Note how a trial ended."""
-        with self._lock:
-            entry = next(entry for entry in self.entries if entry.trial.number == number)
-            entry.status, entry.reason = status, reason
-            self._save()
+        entry = next(entry for entry in self.entries if entry.trial.number == number)
+        entry.status, entry.reason = status, reason
+        self._save()
 
     def of(self, *statuses: str) -> list[Entry]:
         """Trials that stand so, in the order of their numbers."""
-        with self._lock:
-            found = [entry for entry in self.entries if entry.status in statuses]
-        return sorted(found, key=lambda entry: entry.trial.number)
+        return sorted((e for e in self.entries if e.status in statuses), key=lambda entry: entry.trial.number)
+
+    @property
+    def ended(self) -> int:
+        """How many trials have ended."""
+        return len(self.of(FINISHED, FAILED, STOPPED))
 
     def _save(self) -> None:
-        trials = [
-            {"number": e.trial.number, "values": e.trial.values, "status": e.status, "reason": e.reason}
-            for e in self.entries
-        ]
+        trials = [{**dataclasses.asdict(e.trial), "status": e.status, "reason": e.reason} for e in self.entries]
         write_json(self.path, {"format": FORMAT, "version": VERSION, "begun": self.begun, "trials": trials})
 
 
-def _begun(plan: Plan) -> dict[str, Any]:
+def _begun(plan: SweepPlan) -> dict[str, Any]:
     from pipeline.training.resume import values_of
 
     values = plan.config.to_dict()
-    named = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in DECIDES}
+    named = {key: values[section][name] for key in DECIDES for section, name in [key.split(".")]}
     cuts = {rule: list(thresholds) for rule, thresholds in plan.cuts.items()}
     return {**named, "sweep.cuts": cuts, **values_of(plan.config, *SECTIONS)}

@@ -3,26 +3,16 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.benchmarks.encode_speed import findings
-from pipeline.core.errors import BadInput, Stopped
-from pipeline.core.presets import load_config
-from tatok_model.config import TokenizerConfig
+from pipeline.core.errors import Stopped
 from tatok_model.tokenizer import TaTok
-
-SHAPE = {"patch_size": 8, "global_tokens": 2, "codebook_size": 16, "codebook_dim": 8, "entropy_width": 32}
 
 
 @pytest.fixture
-def config_of(tmp_path):
-    def make(*more):
-        values = [f"tokenizer.{key}={value}" for key, value in SHAPE.items()]
-        sizes = ["benchmark.repeats=2", "benchmark.batch_size=4", "benchmark.batch_sizes=[2]", "benchmark.images=4"]
-        places = ["data.image_size=16", "tokenizer.size=nano", f"run.output={tmp_path}", "tracking.uri="]
-        return load_config("smoke", ["benchmark.kind=encode", *values, *sizes, *places, *more])
-
-    return make
+def config_of(tiny):
+    sizes = ["benchmark.repeats=2", "benchmark.batch_size=4", "benchmark.batch_sizes=[2]", "benchmark.images=4"]
+    return lambda *more: tiny("encode", *sizes, *more)
 
 
 def test_every_work_is_timed_at_every_batch(measure, config_of):
@@ -46,7 +36,7 @@ def test_a_tokenizer_without_patch_tokens_has_nothing_to_rank(measure, config_of
 
 
 def test_a_checkpoint_is_what_is_timed(measure, config_of, tmp_path):
-    TaTok(TokenizerConfig(16, size="nano", **SHAPE)).save_pretrained(tmp_path / "tokenizer")
+    TaTok(config_of().tokenizer.architecture()).save_pretrained(tmp_path / "tokenizer")
     run = measure(config_of(f"tokenizer.checkpoint={tmp_path}/tokenizer"))
     assert len(run.inputs["tokenizer"]["sha256"]) == 64
 
@@ -68,9 +58,3 @@ def test_decoding_few_tokens_is_compared_with_decoding_all():
 def test_a_stop_ends_it(measure, config_of):
     with pytest.raises(Stopped, match="measures anew"):
         measure(config_of(), stop=True)
-
-
-def test_a_gpu_that_is_not_there_is_refused(measure, config_of, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadInput, match="evaluate.device is 'cuda'"):
-        measure(config_of("evaluate.device=cuda"))

@@ -16,13 +16,10 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.measurements import Plan
 from tatok_model.tokenizer import TaTok
 
-SHAPE = ("patch_size=8", "global_tokens=2", "codebook_size=16", "codebook_dim=8", "entropy_width=32", "size=nano")
-
 
 @pytest.fixture
-def config(small, noise_shards):
-    values = [f"tokenizer.{value}" for value in SHAPE]
-    return small("evaluate", f"data.shards={noise_shards}", "evaluate.batch_size=4", "evaluate.max_images=0", *values)
+def config(tiny, noise_shards):
+    return tiny("evaluate", f"data.shards={noise_shards}", "evaluate.batch_size=4", "evaluate.max_images=0")
 
 
 @pytest.mark.parametrize(

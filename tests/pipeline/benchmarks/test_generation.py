@@ -97,12 +97,6 @@ def test_a_tokenizer_without_patch_tokens_has_no_control(config_of):
         generation_speed.check(config_of("tokenizer.patch_tokens=false", "kept_sets.global_tail=0"))
 
 
-def test_a_gpu_that_is_not_there_is_refused(measure, config_of, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadInput, match="generate.device is 'cuda'"):
-        measure(config_of("generate.device=cuda"))
-
-
 @pytest.mark.parametrize(
     "text", ["benchmark.kind=speed", "benchmark.repeats=0", "benchmark.batch_sizes=[]", "benchmark.images=0"]
 )

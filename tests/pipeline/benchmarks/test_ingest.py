@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.benchmarks import ingest_speed
+from pipeline.benchmarks import harness, ingest_speed
 from pipeline.core.errors import BadInput, Stopped
 
 
@@ -13,7 +12,7 @@ from pipeline.core.errors import BadInput, Stopped
 def here(monkeypatch):
     """What would run in fresh processes runs in this one: 100 MiB for the mock, 110 for readers."""
     monkeypatch.setattr(
-        ingest_speed,
+        harness,
         "in_fresh_process",
         lambda work, config, size: (work(config, size), 100.0 if size is None else 110.0),
     )
@@ -45,9 +44,6 @@ def test_a_stop_ends_it(small, measure, here):
         measure(small("ingest", "data.source=", "benchmark.pictures=24"), stop=True)
 
 
-def test_a_gpu_that_is_not_there_and_shards_of_another_size_are_refused(small, measure, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BadInput, match="train.device is 'cuda'"):
-        ingest_speed.check(small("ingest", "train.device=cuda"))
+def test_shards_that_are_none_are_refused(small, tmp_path):
     with pytest.raises(BadInput, match="holds no manifest.json"):
         ingest_speed.check(small("ingest", f"data.shards={tmp_path}"))

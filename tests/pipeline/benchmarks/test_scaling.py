@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.benchmarks import scaling
-from pipeline.benchmarks.scaling import OURS, PLAIN, Size
+from pipeline.benchmarks.scaling import OURS, PLAIN, SizeTaken
 from pipeline.core.errors import BadInput, Stopped
 
 
@@ -17,8 +17,8 @@ def test_efficiency_is_against_as_many_single_workers_and_growth_is_for_a_pictur
         ("preprocess", PLAIN, 2): [20.0, 40.0],
     }
     seconds = {"preprocess": 1.0, "tokenize": 2.0}
-    sizes = [Size(100, seconds, {"preprocess": 50.0, "tokenize": 100.0})]
-    sizes += [Size(1000, {"preprocess": 10.0, "tokenize": 40.0}, {"preprocess": 55.0, "tokenize": 130.0})]
+    sizes = [SizeTaken(100, seconds, {"preprocess": 50.0, "tokenize": 100.0})]
+    sizes += [SizeTaken(1000, {"preprocess": 10.0, "tokenize": 40.0}, {"preprocess": 55.0, "tokenize": 130.0})]
     found = scaling._findings(rates, sizes, {})
     told = {ratio.name: ratio for ratio in found.ratios}
     assert told["preprocess_tatok_2_workers_efficiency"].spread.median == pytest.approx(0.9)

@@ -1,30 +1,49 @@
-"""Speed of training steps on a network too small to be fast: who takes part, and what is told of it."""
+"""Speed of training steps on a network too small to be fast: who takes part, and what is reported of it."""
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.benchmarks import train_step, train_step_worker
-from pipeline.benchmarks.train_step import findings, for_benchmark, utilisation
-from pipeline.benchmarks.train_step_worker import BareLoop, bare_loops, load_batches, loop_rate, tokenizer_loss
+from pipeline.benchmarks import harness, train_step
+from pipeline.benchmarks.train_step import (
+    BareLoop,
+    bare_loops,
+    findings,
+    for_benchmark,
+    forward_flops,
+    loop_rate,
+    peak_flops,
+    tokenizer_loss,
+    training_flops,
+    utilisation,
+)
 from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
 from pipeline.training import tokenizer_training
 from pipeline.training.state import derive_seed
 from pipeline.training.tokenizer_training import Objective, TokenizerState
+from tatok_model.config import TokenizerConfig
 from tatok_model.kept_sets import LANES
 from tatok_model.losses import ReconstructionLoss
+from tatok_model.tokenizer import TaTok
 
 CPU = torch.device("cpu")
-SHAPE = ("patch_size=8", "global_tokens=2", "codebook_size=16", "codebook_dim=8", "entropy_width=32", "size=nano")
 
 
 @pytest.fixture
-def config(small, noise_shards):
+def config(tiny, noise_shards):
     sizes = ["benchmark.batch_size=4", "benchmark.batch_sizes=[4]", "benchmark.images=8", "data.num_workers=1"]
-    return small("train_step", f"data.shards={noise_shards}", *sizes, *(f"tokenizer.{value}" for value in SHAPE))
+    return tiny("train_step", f"data.shards={noise_shards}", *sizes)
+
+
+def batches_of(config):
+    reader = harness.training_batches(config)
+    return [reader.load(step) for step in range(train_step.steps_of(config))]
 
 
 @pytest.fixture
@@ -40,7 +59,7 @@ def test_no_step_of_the_loop_stands_out(config):
 
 
 def test_everyone_trains_on_the_same_pictures(prepared):
-    batches = load_batches(prepared)
+    batches = batches_of(prepared)
     assert [len(batch.images) for batch in batches] == [4, 4]
     loops = bare_loops(prepared, batches, CPU)
     assert list(loops) == ["bare_loop", "bare_bf16", "bare_not_fused", "global_only"]
@@ -54,7 +73,7 @@ def test_everyone_trains_on_the_same_pictures(prepared):
 
 
 def test_a_bare_step_minimises_what_a_step_of_the_loop_does(prepared):
-    state, batch = TokenizerState(prepared, CPU), load_batches(prepared)[0]
+    state, batch = TokenizerState(prepared, CPU), batches_of(prepared)[0]
     model = copy.deepcopy(state.model).train()
     pixels = batch.images.float() / 255
     torch.manual_seed(derive_seed(prepared.train.seed, "step", 0))  # unused entries of the codebook are drawn anew
@@ -107,7 +126,88 @@ def test_a_gpu_has_a_utilisation_and_a_higher_goal(config):
 
 def test_titok_takes_part_where_its_code_is(prepared, tmp_path, monkeypatch):
     made = dataclasses.replace(prepared, benchmark=dataclasses.replace(prepared.benchmark, titok=str(tmp_path)))
-    monkeypatch.setattr(train_step_worker.titok, "make", lambda folder, config: torch.nn.Linear(2, 2))
-    assert isinstance(bare_loops(made, load_batches(made), CPU)["titok"], BareLoop)
+    monkeypatch.setattr(train_step, "make_titok", lambda folder, config: torch.nn.Linear(2, 2))
+    assert isinstance(bare_loops(made, batches_of(made), CPU)["titok"], BareLoop)
     with pytest.raises(BadInput, match="benchmark.titok"):
         train_step.check(made)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"patch_tokens": False}, {"global_tokens": 0}, {"quantizer": "fsq"}, {"entropy_globals": False}],
+    ids=["both", "global", "patch", "fsq", "blind"],
+)
+def test_operations_are_those_that_torch_counts(changes):
+    config = TokenizerConfig(32, 4, "nano", **changes)
+    model = TaTok(config).eval()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        tokens = model.encode(torch.rand(1, 3, 32, 32))
+        model.decode(tokens)
+        if model.entropy_model is not None:
+            model.patch_logits(tokens, torch.zeros_like(tokens.kept_mask), tokens.kept_mask)
+    assert forward_flops(config) == pytest.approx(counted.get_total_flops(), rel=0.02)
+    assert training_flops(config) == 3 * forward_flops(config)
+
+
+def test_a_gpu_is_known_by_its_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("CPU") is None
+
+
+CONFIG = TokenizerConfig(16, 8, "small", global_tokens=2)
+MODEL = """
+import torch
+from omegaconf import OmegaConf
+from accelerate.utils.operations import gather
+from modeling.modules.blocks import WIDTH
+
+class TiTok(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.options = config.model.vq_model
+        assert self.options.get("quantize_mode", "vq") == "vq"
+        self.shift = torch.nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        return x + self.shift, {"quantizer_loss": self.shift.square() + 1}
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with files as the real one has them; what importing it leaves behind is taken away again."""
+    for name, text in {
+        "titok.py": MODEL,
+        "modules/blocks.py": "WIDTH = 1",
+        "modules/__init__.py": "raise ImportError('this imports all of its losses')",
+        "quantizer/quantizer.py": "",
+    }.items():
+        path = tmp_path / "modeling" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return str(tmp_path)
+
+
+def test_its_model_has_our_size_and_as_many_tokens(checkout):
+    train_step.check_titok(checkout, CONFIG)
+    model = train_step.make_titok(checkout, CONFIG)
+    assert model.options.num_latent_tokens == CONFIG.max_tokens == 6
+    assert model.options.vit_enc_model_size == "small"
+    assert model.options.vit_dec_patch_size == 8
+    loss = train_step.titok_loss(model, torch.rand(2, 3, 16, 16), torch.rand(2, 1))
+    loss.backward()
+    assert loss.item() == 1
+
+
+def test_a_folder_without_its_code_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="has no modeling/titok.py"):
+        train_step.check_titok(str(tmp_path), CONFIG)
+
+
+def test_a_size_that_it_has_not_is_refused(checkout):
+    with pytest.raises(BadInput, match="tokenizer.size is 'nano'; expected one of small"):
+        train_step.check_titok(checkout, TokenizerConfig(16, 8, "nano"))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ray.tune.search import Searcher
 
 from pipeline.core.config import Config
 from pipeline.core.presets import load_config
-from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
-from pipeline.sweeps.trials import Plan
+from pipeline.sweeps.trials import SweepPlan
 
 SIDE = 32  # pixels
 
@@ -27,28 +26,10 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
-def write_split(folder: Path, split: str, numbers: range) -> Split:
-    with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
-        for number in numbers:
-            row = {"id": str(number), "image": png(number), "height": SIDE, "width": SIDE}
-            writer.add({**row, "label": -1, "label_name": ""})
-    assert writer.shard is not None
-    return Split(len(numbers), (writer.shard,))
-
-
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(write_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuning") / "shards"
-    (folder / "shards").mkdir(parents=True)
-    splits = {
-        "train": write_split(folder, "train", range(32)),
-        "heldout": write_split(folder, "heldout", range(90, 122)),
-    }
-    manifest = Manifest(
-        SIDE, {"image_size": SIDE, "encoding": "png", "quality": 95}, "made", (), splits, 0, fingerprint(splits)
-    )
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
-    return folder
+    return write_shards(folder, SIDE, train=list(map(png, range(32))), heldout=list(map(png, range(90, 122))))
 
 
 @pytest.fixture
@@ -63,9 +44,9 @@ def configure(shards: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture
-def plan(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., Plan]:
+def plan(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., SweepPlan]:
     """The plan of such a sweep in the folder `sweep`."""
-    return lambda *overrides: Plan.of(configure(*overrides), tmp_path / "sweep")
+    return lambda *overrides: SweepPlan.of(configure(*overrides), tmp_path / "sweep")
 
 
 def curve(count: int, psnr: float = 20.0) -> dict[str, float]:
@@ -97,11 +78,12 @@ def pretend(task: dict[str, Any], psnr: float = 20.0) -> None:
 
 
 class FakeTune:
-    """Works off trials one after another.
+    """Works off trials one after another, in the place of `run_tune`.
 
     Attributes:
         acts: by number of the trial: a PSNR to pretend, the outcome and reason of a trial that does not finish,
-            "die": all ends there, as if it was killed, or "last": no trial begins after it.
+            "die": all ends there, as if it was killed, "last": no trial begins after it, or "stop": the sweep is asked
+            to stop while it runs.
         given: numbers of the trials that were handed out.
     """
 
@@ -109,25 +91,22 @@ class FakeTune:
         self.acts: dict[int, Any] = {}
         self.given: list[int] = []
 
-    def __call__(
-        self, config: Config, folder: Path, total: int, at_once: int, take: Any, ended: Any
-    ) -> threading.Thread:
-        thread = threading.Thread(target=self._work, args=(take, ended))
-        thread.start()
-        return thread
-
-    def _work(self, take: Any, ended: Any) -> None:
-        while (taken := take()) is not None:
-            number, task = taken
+    def __call__(self, config: Config, folder: Path, total: int, at_once: int, searcher: Any, look: Any) -> None:
+        while (task := searcher.suggest("x")) != Searcher.FINISHED:
+            number = int(Path(task["folder"]).name.split("-")[1])
             self.given.append(number)
             act = self.acts.get(number, 20.0 + number)
             if act == "die":
                 return
+            if act == "stop":
+                searcher.run.request_stop()
+                act = ("interrupted", "stopped after step 3")
+            look()
             if isinstance(act, tuple):
-                ended(number, *act)
+                searcher.on_trial_complete("x", {"outcome": act[0], "reason": act[1]})
             else:
                 pretend(task, 20.0 + number if act == "last" else act)
-                ended(number, "finished", "")
+                searcher.on_trial_complete("x", {"outcome": "finished", "reason": ""})
             if act == "last":
                 return
 
@@ -138,7 +117,7 @@ def fake_tune(monkeypatch: pytest.MonkeyPatch) -> FakeTune:
     fake = FakeTune()
     monkeypatch.setattr("pipeline.sweeps.driver.run_tune", fake)
     monkeypatch.setattr("pipeline.sweeps.driver.LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("pipeline.sweeps.sweep._resources", lambda plan: (2.0, 0.0))
+    monkeypatch.setattr("pipeline.sweeps.sweep._resources", lambda config: (2.0, 0.0))
     return fake
 
 

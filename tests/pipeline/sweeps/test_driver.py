@@ -1,4 +1,4 @@
-"""A whole sweep whose trials are pretended: what the driver, the child runs and the ledger make of what happens."""
+"""Sweeps whose trials are pretended: what the driver, the child runs and the ledger make of what happens."""
 
 import csv
 import json
@@ -10,7 +10,8 @@ from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.sweeps import sweep as sweep_stage
-from pipeline.sweeps.trials import Ledger, Plan
+from pipeline.sweeps.driver import ChildRun
+from pipeline.sweeps.trials import Ledger, SweepPlan
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokenizer import TaTok
 
@@ -19,10 +20,8 @@ from tatok_model.tokenizer import TaTok
 def sweep(configure, fake_tune, tmp_path):
     """`sweep("sweep.seed=1", resume=True)` runs a sweep in the folder `sweep`; returns the closed run."""
 
-    def run_sweep(*overrides, resume=False, stop=False):
+    def run_sweep(*overrides, resume=False):
         run = Run.open("sweep", configure(*overrides), "sweep", resume)
-        if stop:
-            run.request_stop()
         try:
             sweep_stage.run(run)
         finally:
@@ -170,13 +169,17 @@ def test_a_draw_that_cannot_be_configured_is_a_failed_trial(sweep, fake_tune, tm
 
 
 def test_a_stop_leaves_what_was_running_to_a_resume(sweep, fake_tune, configure, tmp_path):
-    fake_tune.acts[0] = ("interrupted", "stopped after step 3")
+    fake_tune.acts[1] = "stop"
     with pytest.raises(Stopped, match="--resume runs the trials that are missing"):
-        sweep(stop=True)
-    ledger = Ledger.open(Plan.of(configure(), tmp_path / "sweep"))
-    assert [entry.trial.number for entry in ledger.of("running")][:1] == [0]
-    left = summary(tmp_path / "sweep" / "trial-00-global_tokens-2")
+        sweep()
+    ledger = Ledger.open(SweepPlan.of(configure(), tmp_path / "sweep"))
+    assert [(entry.trial.number, entry.status) for entry in ledger.entries] == [(0, "finished"), (1, "running")]
+    left = summary(tmp_path / "sweep" / "trial-01-global_tokens-4")
     assert (left["status"], left["exit_code"]) == ("stopped", 3)
+    assert left["error"] == "the sweep was stopped; it goes on with --resume"
+    fake_tune.acts.clear()
+    assert sweep(resume=True).results["trials_finished"] == 3
+    assert fake_tune.given == [0, 1, 1, 2]
 
 
 def test_no_best_trial_is_named_where_all_spend_more_than_the_budget(sweep, tmp_path):
@@ -245,3 +248,64 @@ def test_mlflow_has_a_parent_with_closed_children_and_what_the_compare_page_need
         assert [point.step for point in history] == [4, 6, 8, 10, 12, 14]  # tokens: the chart is a curve
     kept = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"table.csv", "table.md", "best.yaml", "pictures"} <= kept
+
+
+def line(step: int, psnr: float | None) -> str:
+    return json.dumps({"time": 1.0, "step": step, "metrics": {"validation/psnr": psnr}}) + "\n"
+
+
+def logged(folder: Path) -> list[tuple[int, float | None]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["metrics"]["validation/psnr"]) for entry in map(json.loads, lines)]
+
+
+@pytest.fixture
+def begin(plan, configure):
+    """Opens the child of the first trial, whose training folder is there; closes all at the end."""
+    sweep = plan()
+    run = Run.open("sweep", configure(), "sweep", resume=False)
+    trial, opened = sweep.trials()[0], []
+    sweep.training_folder(trial).mkdir()
+
+    def make() -> ChildRun:
+        opened.append(ChildRun(sweep, trial, run, None, {}))
+        return opened[-1]
+
+    yield make, sweep.training_folder(trial) / "metrics.jsonl"
+    for child in opened:
+        child.run.close()
+    run.close()
+
+
+def test_a_step_that_is_repeated_after_a_kill_is_copied_once(begin):
+    make, source = begin
+    child = make()
+    source.write_text(line(1, 10.0) + line(2, 11.0))
+    child.look()
+    child.run.close()  # killed
+    with open(child.run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"time": 1.0, "st')
+    again = make()
+    source.write_text(line(1, 10.0))  # a training that goes on rewinds to its checkpoint
+    again.look()
+    source.write_text(line(1, 10.0) + line(2, 11.5) + line(3, 12.0))
+    again.look()
+    assert logged(again.run.folder) == [(1, 10.0), (2, 11.0), (3, 12.0)]
+
+
+def test_what_is_no_number_stays_none(begin):
+    make, source = begin
+    source.write_text(line(1, None))
+    child = make()
+    child.look()
+    assert logged(child.run.folder) == [(1, None)]
+
+
+def test_a_child_that_is_left_says_that_it_goes_on(begin):
+    make, _ = begin
+    child = make()
+    child.leave()
+    summary = json.loads((child.run.folder / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"]) == ("stopped", 3)
+    assert summary["error"] == "the sweep was stopped; it goes on with --resume"
+    assert summary["stage"] == "trial"

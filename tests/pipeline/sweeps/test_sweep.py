@@ -69,6 +69,31 @@ def statuses(tmp_path: Path) -> dict[str, tuple[str, str]]:
     return {run.info.run_name: (run.info.run_id, run.info.status) for run in client.search_runs(["1"])}
 
 
+def wait_for_checkpoint(process: subprocess.Popen[str], training: Path) -> None:
+    limit = time.monotonic() + 600
+    while not list((training / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_asked_to_stop_lets_its_trial_save_and_begins_no_other(start, shards, tmp_path, how):
+    folder = tmp_path / "runs" / "sweep_smoke-sweep"
+    process = start("sweep", "sweep_smoke", f"data.shards={shards}", "sweep.at_once=1", "train.max_steps=5000",
+                    "train.checkpoint_every=5", "tracking.uri=")  # fmt: skip
+    wait_for_checkpoint(process, folder / "trial-00-global_tokens-2-train")
+    process.send_signal(how)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 3, said
+    assert [(trial["number"], trial["status"]) for trial in ledger(folder)] == [(0, "running")]
+    for name in ("", "trial-00-global_tokens-2", "trial-00-global_tokens-2-train"):
+        assert json.loads((folder / name / "summary.json").read_text())["status"] == "stopped"
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
@@ -77,12 +102,7 @@ def test_a_killed_sweep_finishes_the_missing_trials_in_the_same_parent_and_child
             "tracking.system_metrics=false"]  # fmt: skip
     folder = tmp_path / "runs" / "sweep_smoke-sweep"
     process = start("sweep", *keys)
-    limit = time.monotonic() + 600
-    second = folder / "trial-01-global_tokens-4-train" / "checkpoints"
-    while not list(second.glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(0.1)
+    wait_for_checkpoint(process, folder / "trial-01-global_tokens-4-train")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = statuses(tmp_path)

@@ -1,8 +1,12 @@
+"""The trials of a sweep, how their stages are configured, and the ledger."""
+
+import json
+
 import pytest
 
 from pipeline.core.errors import BadInput
 from pipeline.core.presets import load_config
-from pipeline.sweeps.trials import Trial, cuts_in_words
+from pipeline.sweeps.trials import FAILED, FINISHED, RUNNING, Ledger, Trial
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokenizer import TaTok
 
@@ -44,7 +48,7 @@ def test_every_rule_has_an_evaluation_with_its_own_thresholds(plan):
     assert sweep.evaluation_of(trial, "relative", "").filter.threshold == sweep.config.filter.threshold
     counted = sweep.evaluation_of(trial, "count", "")
     assert (counted.filter.rule, counted.filter.threshold, counted.evaluate.thresholds) == ("count", 4, (4, 8))
-    assert cuts_in_words(sweep) == "relative 0.5; count 4, 8"
+    assert sweep.cuts_in_words == "relative 0.5; count 4, 8"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +84,9 @@ def test_trained_tokenizers_may_differ_in_architecture(shards, tmp_path):
     config = load_config(
         "smoke", [f"data.shards={shards}", f"sweep.checkpoints=[{', '.join(paths)}]", "sweep.cuts={count: [4]}"]
     )
-    from pipeline.sweeps.trials import Plan
+    from pipeline.sweeps.trials import SweepPlan
 
-    sweep = Plan.of(config, tmp_path / "sweep")
+    sweep = SweepPlan.of(config, tmp_path / "sweep")
     assert [trial.name for trial in sweep.trials()] == ["trial-00-m2", "trial-01-m5"]
     assert [sweep.config_of(trial).tokenizer.global_tokens for trial in sweep.trials()] == [2, 5]
     evaluation = sweep.evaluation_of(sweep.trials()[1], "count", paths[1])
@@ -95,3 +99,54 @@ def test_a_search_that_learns_lists_no_trials_but_samples_its_ends(plan):
     )
     assert (sweep.trials(), sweep.total) == ([], 7)
     assert [trial.values["train.learning_rate"] for trial in sweep.samples()] == [1e-4, 1e-2]
+
+
+@pytest.fixture
+def begun(plan):
+    sweep = plan()
+    sweep.folder.mkdir()
+    return sweep
+
+
+def test_what_was_noted_is_read_again(begun):
+    ledger = Ledger.open(begun)
+    first, second, third = begun.trials()
+    for trial in (second, first, third):
+        ledger.begin(trial)
+    ledger.begin(first)  # it goes on
+    ledger.end(0, FINISHED)
+    ledger.end(2, FAILED, "out of memory")
+    again = Ledger.open(begun)
+    assert [entry.trial for entry in again.of(FINISHED)] == [first]
+    assert [entry.trial for entry in again.of(RUNNING)] == [second]
+    assert [(entry.trial.number, entry.reason) for entry in again.of(FAILED)] == [(2, "out of memory")]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("sweep.seed=1", "sweep.seed is 1; expected 0, as this run was begun, or a new run.name"),
+        ("sweep.space={tokenizer.global_tokens: [2]}", "sweep.space is .* as this run was begun"),
+        ("sweep.cuts={relative: [0.5]}", "sweep.cuts is"),
+        ("train.max_steps=7", "train.max_steps is 7; expected 20, as this run was begun"),
+        ("train.learning_rate=0.5", "train.learning_rate is 0.5"),
+        ("tokenizer.codebook_size=32", "tokenizer.codebook_size is 32"),
+        ("evaluate.max_images=3", "evaluate.max_images is 3"),
+    ],
+)
+def test_a_sweep_that_was_begun_otherwise_does_not_go_on(begun, plan, change, sentence):
+    Ledger.open(begun).begin(begun.trials()[0])
+    with pytest.raises(BadInput, match=sentence):
+        Ledger.open(plan(change))
+
+
+def test_other_keys_may_change(begun, plan):
+    Ledger.open(begun).begin(begun.trials()[0])
+    Ledger.open(plan("sweep.at_once=1", "sweep.register=other", "train.num_workers=1", "evaluate.batch_size=8"))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", json.dumps({"format": "other", "version": 1, "begun": {}, "trials": []})])
+def test_a_damaged_ledger_is_refused(begun, text):
+    (begun.folder / "trials.json").write_text(text)
+    with pytest.raises(BadInput, match="is damaged; expected a file of format tatok-trials"):
+        Ledger.open(begun)

@@ -1,10 +1,13 @@
+"""What trials are worth, which one is the best, and the picture of all."""
+
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from pipeline.sweeps.report import Point, best_cut, best_trial, budget, leading, objective
+from pipeline.sweeps.report import TrialPoint, best_cut, best_trial, budget, leading, objective, sweep_plot
 
 numbers = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 1))
 
@@ -12,7 +15,7 @@ numbers = st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 1))
 def points(tokens, psnr, distance=None, rule="relative"):
     distance = distance or [9 - p / 10 for p in psnr]
     return [
-        Point("trial-00", 0, 4, rule, i / 10, t, 10 * t, 9 * t, p, d, 50.0)
+        TrialPoint("trial-00", 0, 4, rule, i / 10, t, 10 * t, 9 * t, p, d, 50.0)
         for i, (t, p, d) in enumerate(zip(tokens, psnr, distance, strict=True))
     ]
 
@@ -77,3 +80,22 @@ def test_bd_rate_compares_with_the_control(configure, tmp_path):
     assert objective(half[:3], config) is None  # too few points in what both reach
     assert best_trial({0: -50.0, 1: 3.0}, config) == 0
     assert best_cut(half, config) is None
+
+
+def test_many_trials_and_rules_fit_into_one_picture(tmp_path):
+    points = [
+        TrialPoint(f"trial-{t:02d}", t, 4, rule, 0.1 * i, 4.0 + t + 2 * i, 30.0 + 9 * i, 29.0, 20.0 + i, 9.0 - i, 50.0)
+        for t in range(9)
+        for rule in ("relative", "residual")
+        for i in range(3)
+    ]
+    sweep_plot(tmp_path / "made" / "plot.png", points, "rfd_compact_cifar10", best="trial-03")
+    with Image.open(tmp_path / "made" / "plot.png") as picture:
+        width, height = picture.size
+    assert width > 1500
+    assert height > 600
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="points are 0; expected at least 1"):
+        sweep_plot(tmp_path / "plot.png", [], "rfid")
