@@ -109,9 +109,9 @@ def rate_distortion_plot(path: Path, curves: Sequence[Curve], frechet_name: str 
     """
     figure = Figure(figsize=(15, 5.2), dpi=DPI, layout="constrained")
     psnr_tokens, psnr_bits, frechet_tokens = figure.subplots(1, 3)
-    _style(psnr_tokens, "tokens per image", "PSNR (dB)", "PSNR over tokens")
-    _style(psnr_bits, "bits per image", "PSNR (dB)", "PSNR over bits")
-    _style(frechet_tokens, "tokens per image", f"{frechet_name} (lower is better)", "Frechet distance over tokens")
+    style(psnr_tokens, "tokens per image", "PSNR (dB)", "PSNR over tokens")
+    style(psnr_bits, "bits per image", "PSNR (dB)", "PSNR over bits")
+    style(frechet_tokens, "tokens per image", f"{frechet_name} (lower is better)", "Frechet distance over tokens")
     for number, curve in enumerate(curves):
         look = _look(number)
         _draw(psnr_tokens, curve.tokens, curve.psnr, curve, look)
@@ -121,7 +121,7 @@ def rate_distortion_plot(path: Path, curves: Sequence[Curve], frechet_name: str 
     for axes in (psnr_tokens, psnr_bits, frechet_tokens):
         _spread(axes)
     _legend(figure, curves)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def token_histogram(path: Path, counts: np.ndarray, title: str) -> None:
@@ -134,7 +134,7 @@ def token_histogram(path: Path, counts: np.ndarray, title: str) -> None:
     """
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    _style(axes, "tokens per image", "images", title)
+    style(axes, "tokens per image", "images", title)
     least, most = int(counts.min()), int(counts.max())
     step = max(1, math.ceil((most - least + 1) / 60))  # whole tokens a bar, or bars would differ by rounding
     axes.hist(
@@ -147,7 +147,7 @@ def token_histogram(path: Path, counts: np.ndarray, title: str) -> None:
     axes.set_ylim(top=axes.get_ylim()[1] * 1.2)  # room for the legend
     if least == most:
         axes.set_xlim(least - 5, most + 5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def kept_patches_picture(path: Path, originals: np.ndarray, rows: Sequence[KeptRow]) -> None:
@@ -189,7 +189,8 @@ def kept_patches_picture(path: Path, originals: np.ndarray, rows: Sequence[KeptR
     _save_picture(canvas, path)
 
 
-def _style(axes: Axes, x: str, y: str, title: str) -> None:
+def style(axes: Axes, x: str, y: str, title: str) -> None:
+    """The look of all plots: labels, title, a pale grid."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_title(title, color=INK, fontsize=11, loc="left", fontweight="bold")
@@ -233,7 +234,8 @@ def _legend(figure: Figure, curves: Sequence[Curve]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=9)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG, written aside and renamed."""
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     _write(path, file.getvalue())
