@@ -1,8 +1,8 @@
 """Images per second of the evaluation stage, against the bare computation on pictures that are in memory.
 
 Contenders, on held-out pictures at the configured cut, each on as many threads as an actor has:
-- stage: Ray Data actors, as a job runs them; the rate is that of the ranges after the first, which has the start in it.
-  The others take the pictures of that first range: their rates do not depend on how many there are.
+- stage: Ray Data actors, as a job with several workers runs them; the rate is that of the ranges after the first, with
+  which it starts. The others take the pictures of that first range: their rates do not depend on how many there are.
 - evaluator: what an actor does (reading, encoding, cutting, decoding, every measurement), in this process.
 - bare: encode, rank and cut where the configuration cuts, decode, features.
 - bare_with_bits: that and the entropy-coded length of what is kept, a pass of q in each coding round.
@@ -27,8 +27,8 @@ from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.evaluation.actors import Bench
-    from pipeline.evaluation.measurements import Plan
+    from pipeline.evaluation.evaluator import Bench
+    from pipeline.evaluation.measurements import EvaluationPlan
     from tatok_model.tokenizer import TaTok
 
 STAGE, EVALUATOR, BARE, WITH_BITS = "stage", "evaluator", "bare", "bare_with_bits"
@@ -49,7 +49,7 @@ def check(config: Config) -> None:
 
 def run(run: Run) -> None:
     """Measure, and leave `report.md` with the table."""
-    from pipeline.evaluation.actors import Bench
+    from pipeline.evaluation.evaluator import Bench
 
     with harness.scratch(run) as folder:
         harness.take_pictures(run, folder, heldout_fraction=0.5)
@@ -59,7 +59,7 @@ def run(run: Run) -> None:
         harness.publish(run, partial(_measure, run, Bench.set_up(run), tokenizer))
 
 
-def plan_of(plan: "Plan", images: int) -> "Plan":
+def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
     """The evaluation's plan for as many whole ranges as the benchmark takes: of its own size where pictures suffice.
 
     At least so many images, where there are.
@@ -87,12 +87,9 @@ class StageRate:
 
     def __call__(self) -> float:
         """Images per second after the first range."""
-        from pipeline.evaluation.actors import measure_on_actors
-
-        bench, config = self.bench, self.bench.run.config
+        bench = self.bench
         started = time.perf_counter()
-        common = bench.plan, False, bench.device, config.evaluate.num_workers, bench.cuts
-        parts = measure_on_actors(self.tokenizer, bench.instruments, config.data.shards, *common)
+        parts = bench.parts_on_actors(self.tokenizer, originals=False, cuts=bench.cuts)
         times = [time.perf_counter() for _ in parts]
         self.first.append(times[0] - started)
         return (bench.plan.count - bench.plan.range_size) / (times[-1] - times[0])
@@ -122,7 +119,7 @@ def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
         "batch": str(bench.plan.batch_size),
         "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.max_tokens} tokens",
         "cut": f"{run.config.filter.rule} {run.config.filter.threshold:g}",
-        "extractor": bench.extractor.name,
+        "extractor": bench.extractors[0].name,
     }
     return findings(rates, Spread.of(stage.first[1:]), bench.plan.range_size, facts)
 
@@ -175,8 +172,8 @@ def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Cal
             if bits:
                 cuts.bits_coded(tokenizer, tokens)
             made = to_uint8(tokenizer.decode(tokens))
-            for extractor in evaluator.extractors.values():
-                extractor(made)
+            for network in evaluator.networks:
+                network(made)
         return plan.range_size / (harness.now(device) - started)
 
     return rate

@@ -109,7 +109,11 @@ def run(run: Run) -> None:
             quality = f" and {run.results['psnr']:.2f} dB (deviation {run.results['psnr_std']:.2f})"
         run.rewind_metrics(-1)  # a resumed run measures anew
         run.log(run.results, step=0)
-        _keep_filter(run, threshold)
+        section = config.filter
+        kept = {name: getattr(section, name) for name in ("score", "rounds", "rule", "threshold", "replay")}
+        path = run.folder / FILE
+        write_atomically(path, yaml.safe_dump({"filter": kept | {"threshold": threshold}}, sort_keys=False).encode())
+        run.outputs["filter"] = str(path)
         say(
             f"{run.results['tokens_per_image']:.1f} tokens (deviation {run.results['tokens_std']:.1f}){quality} on "
             f"average over {len(counts)} validation images: filter.rule={config.filter.rule} "
@@ -165,7 +169,7 @@ def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
         "line_near_share": float((off <= NEAR).mean()),
     }  # fmt: skip
     tokenizer.quality_lines = with_line(tokenizer.quality_lines, line)
-    pictures.give(line)
+    pictures.tokens = replace(pictures.tokens, ranking=replace(pictures.ranking, line=line))
     text = lines_json(tokenizer.quality_lines).encode()
     places = [run.folder / LINES_FILE]
     if not is_hub_id(run.config.tokenizer.checkpoint):
@@ -186,11 +190,7 @@ def fit(dropped: np.ndarray, kept: np.ndarray, errors: np.ndarray) -> tuple[floa
     """The three numbers of error = intercept + slope x dropped + kept slope x kept, by least squares in dB.
 
     In dB, because that is what will be asked for: the mean PSNR of images with equal predictions is what was predicted.
-
-    Args:
-        dropped: (n,) summed scores of the dropped tokens, in the score's unit.
-        kept: (n,) of the kept ones.
-        errors: (n,) mean squared errors of the pictures, above 0.
+    Given are (n,) summed scores of dropped and of kept tokens, and (n,) mean squared errors of the pictures, above 0.
     """
     from scipy.optimize import least_squares
 
@@ -202,15 +202,6 @@ def fit(dropped: np.ndarray, kept: np.ndarray, errors: np.ndarray) -> tuple[floa
     found = least_squares(lambda line: np.logaddexp.reduce(line[:, None] + terms) - targets, start).x
     intercept, slope, kept_slope = np.exp(found).tolist()
     return intercept, slope, min(kept_slope, 0.99 * slope)  # a model that keeping does not help has no line to speak of
-
-
-def _keep_filter(run: Run, threshold: float) -> None:
-    """Write `filter.yaml`."""
-    section = run.config.filter
-    found = {"score": section.score, "rounds": section.rounds, "rule": section.rule, "threshold": threshold}
-    path = run.folder / FILE
-    write_atomically(path, yaml.safe_dump({"filter": {**found, "replay": section.replay}}, sort_keys=False).encode())
-    run.outputs["filter"] = str(path)
 
 
 class _Ranked:
@@ -251,10 +242,6 @@ class _Ranked:
             raise ValueError("the tokens were not ranked")
         return self.tokens.ranking
 
-    def give(self, line: QualityLine) -> None:
-        """Let the rankings be cut by `quality`."""
-        self.tokens = replace(self.tokens, ranking=replace(self.ranking, line=line))
-
     def highest(self, rule: str) -> float:
         """Above every threshold of a rule that makes a difference."""
         units = self.ranking.score_units
@@ -277,9 +264,8 @@ class _Ranked:
         """
         some = self.tokens[self._rows.tolist()]
         units = self.ranking.score_units[self._rows].double().numpy() / self.ranking.resolution
-        after = units.sum(1, keepdims=True) - np.pad(
-            units.cumsum(1), ((0, 0), (1, 0))
-        )  # (n, N + 1): left after t tokens
+        said = np.pad(units.cumsum(1), ((0, 0), (1, 0)))  # (n, N + 1): by t tokens
+        after = units.sum(1, keepdims=True) - said  # left after t tokens
         dropped, kept, errors = [], [], []
         for share in SHARES:
             cut = some.cut("residual", max(0.0, float(after[:, round(share * units.shape[1])].mean())))

@@ -1,32 +1,63 @@
-"""The tokenizer of `evaluate.blind_checkpoint`: the evaluated one with an entropy model that sees no global tokens.
-
-Its sizes are compared before anything is made, its weights before anything is measured.
-"""
+"""What an evaluation refuses before anything is made, and what it can know of baselines by then; reads no pictures."""
 
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from pipeline.core.checkpoints import SHAPING, find, read_architecture
+from pipeline.core.checkpoints import SHAPING, read_architecture
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.files import sha256_file
-from pipeline.core.run import Run
+from pipeline.data.checks import check_files, check_global_counts, check_pictures
+from pipeline.data.shards import read_manifest
+from pipeline.generator.generated_files import Generated, read_generated
+from pipeline.tokens.token_manifest import check_stream, read_token_manifest
 from tatok_model.filtering_rules import CHECK_BITS, SCORES, fixes_length, keeps_all
 
-if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from tatok_model.tokenizer import TaTok
-
-# Whether baselines can be made at a tokenizer's bits, known before anything is measured where cuts fix the length.
-
+FILES = ("evaluate.inception_weights", "evaluate.reference", "evaluate.lpips_backbone", "evaluate.lpips_heads")
+BLIND = "evaluate.blind_checkpoint"  # the evaluated tokenizer with an entropy model that sees no global tokens
 PATCHES, IMAGES = 400_000, 10_000  # at most, for the fit of k-means
+
+
+def check_networks(config: Config) -> None:
+    """Refuse files of feature networks, of reference statistics or of LPIPS that are not there.
+
+    Raises:
+        BadInput: naming the first that is missing.
+    """
+    check_files(config, *FILES)
+    if config.evaluate.extractor.endswith(".safetensors"):
+        check_files(config, "evaluate.extractor")
+    for path in config.evaluate.more_extractors:
+        if not Path(path).is_file():
+            raise BadInput(f"evaluate.more_extractors has {path!r}, which does not exist; expected a file")
+
+
+def check_information(config: Config) -> None:
+    """Refuse tokenizers that information cannot be measured with; reads no weights.
+
+    Raises:
+        BadInput: no entropy model or one that does not see the global tokens; no blind checkpoint where one is named,
+            or one that sees them or has another architecture.
+    """
+    if not config.evaluate.information:
+        return
+    tokenizer, path = config.tokenizer, config.evaluate.blind_checkpoint
+    if not tokenizer.has_entropy_model:
+        raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
+    if tokenizer.global_tokens and not tokenizer.entropy_globals:
+        raise BadInput("tokenizer.entropy_globals is false; expected true: evaluate.information asks for H(c | g)")
+    if not path:
+        return
+    found = read_architecture(path, BLIND)
+    if found.entropy_globals:
+        raise BadInput(f"{BLIND} sees the global tokens; expected tokenizer.entropy_globals: false")
+    for name in SHAPING:
+        wanted = getattr(tokenizer, name)
+        if name != "entropy_globals" and getattr(found, name) != wanted:
+            raise BadInput(f"{BLIND} has {name} {getattr(found, name)}; expected {wanted}, as tokenizer.checkpoint")
 
 
 def check_baselines(config: Config, training_images: int) -> None:
     """Refuse baselines that cannot be made; bits that vary between images are known only once they are measured.
-
-    Args:
-        config: which baselines, and the cut of the operating point.
-        training_images: in the shards.
 
     Raises:
         BadInput: no training picture, or as `check_kmeans`.
@@ -59,12 +90,7 @@ def fixed_bits(config: Config) -> float | None:
 
 
 def check_kmeans(bits: float, images: int, positions: int) -> None:
-    """Refuse codewords that cannot be fitted to the patches that there are.
-
-    Args:
-        bits: what an image may cost.
-        images: training pictures.
-        positions: N.
+    """Refuse codewords, for the bits that an image may cost, that cannot be fitted to the patches of training images.
 
     Raises:
         BadInput: fewer than two codewords, or more than patches.
@@ -88,72 +114,51 @@ def sampled(images: int, positions: int) -> tuple[int, int]:
     return used, min(-(-PATCHES // max(used, 1)), positions)
 
 
-KEY = "evaluate.blind_checkpoint"
-MODEL = "entropy_model."  # beginning of an entropy model's weights' names
-
-
-def check_information(config: Config) -> None:
-    """Refuse tokenizers that information cannot be measured with; reads no weights.
+def check_generated(config: Config) -> None:
+    """Refuse generated pictures that cannot be compared with those of the configuration.
 
     Raises:
-        BadInput: no entropy model or one that does not see the global tokens; no blind checkpoint where one is named,
-            or one that sees them or has another architecture.
+        BadInput: a folder that `jobs/generate.py` did not write or did not finish, pictures of another size than the
+            real ones or of other classes, tokens that another tokenizer made, a cut that they cannot have.
     """
-    if not config.evaluate.information:
+    generated = read_generated(config.evaluate.generated)
+    check_pictures(config)
+    check_global_counts(config)
+    size = generated.manifest.image_size
+    if size != config.data.image_size:
+        raise BadInput(
+            f"evaluate.generated {config.evaluate.generated!r} has pictures of {size} pixels; "
+            f"expected data.image_size, {config.data.image_size}"
+        )
+    _check_tokens(config, generated)
+    if config.data.shards:
+        check_classes(config, generated)
+
+
+def _check_tokens(config: Config, generated: Generated) -> None:
+    """Lengths are compared with those of the tokenizer whose tokens the generator writes."""
+    if not config.tokens.path:
         return
-    tokenizer, path = config.tokenizer, config.evaluate.blind_checkpoint
-    if not tokenizer.has_entropy_model:
-        raise BadInput("evaluate.information is true; expected a tokenizer with an entropy model")
-    if tokenizer.global_tokens and not tokenizer.entropy_globals:
-        raise BadInput("tokenizer.entropy_globals is false; expected true: evaluate.information asks for H(c | g)")
-    if not path:
-        return
-    found = read_architecture(path, KEY)
-    if found.entropy_globals:
-        raise BadInput(f"{KEY} sees the global tokens; expected tokenizer.entropy_globals: false")
-    for name in SHAPING:
-        wanted = getattr(tokenizer, name)
-        if name != "entropy_globals" and getattr(found, name) != wanted:
-            raise BadInput(f"{KEY} has {name} {getattr(found, name)}; expected {wanted}, as tokenizer.checkpoint")
+    stream = read_token_manifest(config.tokens.path).stream
+    check_stream(config, stream)
+    if stream.tokenizer_sha256 != generated.tokenizer_sha256:
+        raise BadInput(
+            f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
+            f"expected that of evaluate.generated {config.evaluate.generated!r}, {generated.tokenizer_sha256[:12]}..."
+        )
+    cut = config.filter.cut(bool(stream.score))
+    if generated.cut not in ("", cut):
+        raise BadInput(
+            f"filter cuts tokens.path by {cut}; expected {generated.cut}, whose lengths the generator of "
+            f"evaluate.generated {config.evaluate.generated!r} learned"
+        )
 
 
-def load_blind(run: Run, tokenizer: "TaTok") -> "TaTok | None":
-    """The second model, noted among the run's inputs; None where none is named.
-
-    Raises:
-        BadInput: there is none, or as `check_blind`.
-    """
-    from tatok_model.tokenizer import TaTok
-
-    path = run.config.evaluate.blind_checkpoint
-    if not path:
-        return None
-    folder = find(path, KEY)
-    blind = TaTok.from_pretrained(folder)
-    check_blind(tokenizer, blind)
-    run.inputs["blind"] = {"path": path, "sha256": sha256_file(folder / "model.safetensors")}
-    return blind
-
-
-def check_blind(tokenizer: "TaTok", blind: "TaTok") -> None:
-    """Refuse a second model that does not belong to the tokenizer.
-
-    Raises:
-        BadInput: it sees the global tokens, its entropy model has another size, or other weights than that model's
-            differ.
-    """
-    import torch
-
-    if blind.entropy_model is None or blind.config.entropy_globals:
-        raise BadInput(f"{KEY} sees the global tokens; expected tokenizer.entropy_globals: false")
-    for name in ("entropy_layers", "entropy_width"):
-        wanted, given = getattr(tokenizer.config, name), getattr(blind.config, name)
-        if given != wanted:
-            raise BadInput(f"{KEY} has {name} {given}; expected {wanted}, as tokenizer.checkpoint")
-    ours, theirs = (
-        {name: value for name, value in model.state_dict().items() if not name.startswith(MODEL)}
-        for model in (tokenizer, blind)
-    )
-    same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    if not same:
-        raise BadInput(f"{KEY} is another tokenizer; expected tokenizer.checkpoint, frozen")
+def check_classes(config: Config, generated: Generated) -> None:
+    """Refuse generated pictures of other classes than `data.shards` has."""
+    ours, found = read_manifest(config.data.shards).classes, generated.manifest.classes
+    if found and len(ours) != len(found):
+        raise BadInput(
+            f"evaluate.generated {config.evaluate.generated!r} has {len(found)} classes; "
+            f"expected {len(ours)}, those of data.shards"
+        )

@@ -1,55 +1,77 @@
-"""Measuring one range of images: a plain class that knows neither Ray nor MLflow.
+"""Measuring: the work on one range of pictures, and the ranges of a whole plan in this process or on Ray Data actors.
 
-Shapes: B images, R images of a range, H and W pixels.
+Shapes: B images, H and W pixels.
 """
 
+import io
+import logging
+import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from pipeline.evaluation.measurements import OPERATING, Cuts, Measurements, PerImage, Pictures, Plan, Point, Totals
-from pipeline.evaluation.picture_codecs import png_bytes
+from pipeline.core.checkpoints import load_lpips
+from pipeline.core.cluster import as_they_finish, connect, pick_device, pick_workers_device
+from pipeline.core.console import progress
+from pipeline.core.errors import Stopped
+from pipeline.core.run import Run
+from pipeline.data.shards import ShardDataset
+from pipeline.evaluation.measurements import (
+    Contents,
+    Cut,
+    CutLengths,
+    Cuts,
+    CutSums,
+    EvaluationPlan,
+    EvaluationTotals,
+    Measurements,
+    NetworkSums,
+    Shown,
+    make_plan,
+    score_split_of,
+    score_splits,
+)
+from pipeline.evaluation.reference import Extractor, load_extractors
 from pipeline.training.batches import read_ahead
 from tatok_model.codec.bytestream import Codec
 from tatok_model.codec.header import unseal
-from tatok_model.config import TokenizerConfig
 from tatok_model.losses import LPIPS
 from tatok_model.metrics.extractors.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics
-from tatok_model.metrics.images import ImageQuality, squared_error, to_uint8
+from tatok_model.metrics.images import squared_error, to_uint8
 from tatok_model.metrics.scores import CodeUsage, InceptionScore
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
-
-# Which images a reader could not replay: verified as `Codec` does when it writes streams, one image at a time.
+from tatok_model.vit import one_thread
 
 OPERATING_SAMPLE, CURVE_SAMPLE = 1024, 64  # images, evenly spread, that are verified at a cut: each is replayed alone
 
+T = TypeVar("T")
+
 
 class ReplayCheck:
-    """Verifies replay on a sample of the plan's images.
+    """Finds images that a reader could not replay, as `Codec` does when it writes streams, on a sample of the plan's.
 
     Args:
         tokenizer: where it will compute, in evaluation mode.
         plan: says how many images are measured.
     """
 
-    def __init__(self, tokenizer: TaTok, plan: Plan) -> None:
+    def __init__(self, tokenizer: TaTok, plan: EvaluationPlan) -> None:
         self._codec = Codec(tokenizer)
         self._operating, self._curve = (_spread(plan.count, most) for most in (OPERATING_SAMPLE, CURVE_SAMPLE))
 
     def states(self, tokens: Tokens, numbers: np.ndarray, operating: bool) -> tuple[np.ndarray, float]:
-        """Of (B,) images by their numbers in the plan: (B,) int64, 1 replayed, 0 not, -1 not verified; and seconds.
+        """Of one cut with replayed positions: (B,) int64, 1 replayed, 0 not, -1 not verified; and seconds.
 
-        Args:
-            tokens: one cut with replayed positions.
-            numbers: (B,) of the images.
-            operating: the cut is the operating point, of which more images are verified than of others.
+        `numbers` are (B,) in the plan; at the operating point more images are verified than at other cuts.
         """
         wanted = np.isin(numbers, self._operating if operating else self._curve).nonzero()[0]
         states = np.full(len(numbers), -1, dtype=np.int64)
@@ -68,238 +90,150 @@ def fallback_bits(tokens: Tokens) -> Tensor:
     return sent.bits(tokens.patch_counts, positions) - tokens.side.bits(tokens.patch_counts, positions)
 
 
-def charged(bits: np.ndarray, states: np.ndarray, extra: np.ndarray) -> np.ndarray:
-    """(B,) bits with fallbacks paid for: verified images as they are, others their share of what a fallback costs.
-
-    Args:
-        bits: (B,) as if every image were replayed.
-        states: (B,) as `ReplayCheck.states`.
-        extra: (B,) as `fallback_bits`.
-    """
-    return bits + np.where(states < 0, fallback_share(states), states == 0) * extra
-
-
-def fallback_share(states: np.ndarray) -> float:
-    """Of the verified images, how many were not replayed."""
-    verified = states[states >= 0]
-    return float((verified == 0).mean()) if len(verified) else 0.0
-
-
 def _spread(count: int, most: int) -> np.ndarray:
     return np.arange(min(count, most)) * count // min(count, most)
-
-
-T = TypeVar("T")
-
-
-class ImageCodec(Protocol):
-    """What can be evaluated: `TaTok`, or a baseline."""
-
-    config: TokenizerConfig
-
-    def encode(self, images: Tensor) -> Tokens:
-        """Of (B, 3, H, W) uint8."""
-        ...
-
-    def decode(self, tokens: Tokens) -> Tensor:
-        """(B, 3, H, W) floats in [0, 1]."""
-        ...
-
-
-class ImageSource(Protocol):
-    """Where images come from; `pipeline.data.shards.ShardDataset` is one."""
-
-    def images(self, indices: Any) -> np.ndarray:
-        """(B, H, W, 3) uint8."""
-        ...
 
 
 @dataclass(frozen=True)
 class Instruments:
     """The networks that measure."""
 
-    extractor: FeatureExtractor
+    networks: tuple[FeatureExtractor, ...]  # one a Frechet distance; the first gives the Inception score too
     lpips: LPIPS | None = None
-    more: tuple[FeatureExtractor, ...] = ()  # further Frechet distances
-
-    def extractors(self) -> dict[str, FeatureExtractor]:
-        """By the ending of their states' names: '' for the main one."""
-        return {"": self.extractor, **{f"@{network.name}": network for network in self.more}}
 
 
 class Evaluator:
-    """Encodes and decodes images and measures what became of them.
+    """Encodes and decodes images and measures what became of them; knows neither Ray nor MLflow.
 
     Args:
-        codec: an `nn.Module` too; it is moved to `device` and put into evaluation mode.
+        codec: `TaTok` or a baseline, an `nn.Module`; it is moved to `device` and put into evaluation mode.
         instruments: moved to `device`.
         plan: says which images belong to a range.
         originals: whether the originals' features are wanted too.
         device: where everything computes.
-        cuts: where the tokens of a `TaTok` are cut; None: they are decoded as they are encoded.
+        cuts: where tokens are cut.
     """
 
     def __init__(
         self,
         codec: Any,
         instruments: Instruments,
-        plan: Plan,
+        plan: EvaluationPlan,
         originals: bool,
         device: str | torch.device = "cpu",
         cuts: Cuts | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.codec: ImageCodec = codec.to(self.device).eval()
-        self.extractors = {key: network.to(self.device).eval() for key, network in instruments.extractors().items()}
+        self.codec = codec.to(self.device).eval()
+        self.networks = [network.to(self.device).eval() for network in instruments.networks]
         self.lpips = instruments.lpips.to(self.device) if instruments.lpips else None
-        self.plan, self.originals = plan, originals
-        self._splits = torch.from_numpy(plan.score_split_of())
-        self._shown = plan.shown()
-        self._cuts = cuts if isinstance(codec, TaTok) else None
-        self._threshold = None if self._cuts is None or self._cuts.keeps_all else self._cuts.filter.threshold
-        self._points = self._cuts.curve(codec) if self._cuts else []
-        replays = self._cuts is not None and self._cuts.filter.replay and codec.config.patch_tokens
+        self.plan, self.originals, self.cuts = plan, originals, cuts or Cuts()
+        self._splits = torch.from_numpy(score_split_of(plan.count))
+        self._curve = self.cuts.curve(codec)
+        replays = self.cuts.filter.replay and codec.config.patch_tokens
         self._replay = ReplayCheck(codec, plan) if replays else None
 
     def warm_up(self) -> None:
         """One whole batch of noise, so that the first timed batch pays for no set-up."""
         side, batch = self.codec.config.image_size, self.plan.batch_size
         noise = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
-        self._measure_batch(self._new(), noise, np.arange(batch))
+        self._measure_batch(self._empty(), noise, np.arange(batch))
 
-    def measure(self, source: ImageSource, start: int, stop: int) -> Measurements:
+    def measure(self, source: ShardDataset, start: int, stop: int) -> Measurements:
         """Measure the plan's images `start` to before `stop`; a thread reads the next batches meanwhile."""
-        found = self._new()
+        found = self._empty()
         started = time.perf_counter()
         batches = np.split(np.arange(start, stop), range(self.plan.batch_size, stop - start, self.plan.batch_size))
 
         def load(number: int) -> tuple[np.ndarray, np.ndarray]:
-            return source.images(self.plan.indices(batches[number])), batches[number]
+            return source.images(self.plan.indices(batches[number]).tolist()), batches[number]
 
         for images, numbers in read_ahead(load, 0, len(batches)):
             self._measure_batch(found, images, numbers)
-        found["totals"].merge(Totals(seconds=time.perf_counter() - started))
+        found.totals.seconds = time.perf_counter() - started
         return found
 
-    def _new(self) -> Measurements:
-        side = self.codec.config.image_size
-        found: dict[str, Any] = {"totals": Totals(), "pictures": Pictures(np.zeros((0, side, side, 3), np.uint8))}
-        for point in [OPERATING, *(f"{point.name}." for point in self._points)]:
-            found |= {f"{point}quality": ImageQuality(), f"{point}lengths": PerImage()}
-            found |= {f"{point}features{key}": FeatureStatistics(e.feature_dim) for key, e in self.extractors.items()}
-            if point:
-                found[f"{point}shown"] = PerImage()
-        found["score"] = self._new_score()
-        for kind, exists in (("global", self.codec.config.global_tokens), ("patch", self.codec.config.patch_tokens)):
-            if exists:
-                found[f"codes_{kind}"] = CodeUsage(self.codec.config.codebook_size)
-        if self._points:
-            found["images"] = PerImage()
-        if self.originals:
-            found |= {f"original_features{k}": FeatureStatistics(e.feature_dim) for k, e in self.extractors.items()}
-            found["original_score"] = self._new_score()
-        return Measurements(**found)
+    def measure_all(self, source: ShardDataset) -> Iterator[tuple[int, Measurements]]:
+        """Every range of the plan with its number, on one thread: sums must not depend on how many there are."""
+        for number, (start, stop) in enumerate(self.plan.ranges()):
+            with one_thread():
+                found = self.measure(source, start, stop)
+            yield number, found
 
-    def _new_score(self) -> InceptionScore:
-        return InceptionScore(self.extractors[""].classes, self.plan.score_splits)
+    def _empty(self) -> Measurements:
+        shape = self.codec.config
+        kinds = [kind for kind in ("global", "patch") if getattr(shape, f"{kind}_tokens")]
+        return Measurements(
+            {cut.name: CutSums(self._no_features()) for cut in (self.cuts.operating_point, *self._curve)},
+            {kind: CodeUsage(shape.codebook_size) for kind in kinds},
+            self._no_features() if self.originals else None,
+            Contents() if self._curve else None,
+        )
+
+    def _no_features(self) -> NetworkSums:
+        score = InceptionScore(self.networks[0].classes, score_splits(self.plan.count))
+        return NetworkSums(score, [FeatureStatistics(network.feature_dim) for network in self.networks])
 
     @torch.inference_mode()
     def _measure_batch(self, found: Measurements, batch: np.ndarray, numbers: np.ndarray) -> None:
-        """Add (B, H, W, 3) uint8 images whose numbers are (B,) to `found`."""
+        """Add (B, H, W, 3) uint8 images whose numbers in the plan are (B,)."""
         images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self.device)
         encoded, encode_seconds = self._timed(lambda: self.codec.encode(images))
-        ranked, rank_seconds = self._timed(lambda: self._rank(encoded, images))
-        tokens = self._cuts.operating(ranked) if self._cuts else ranked
+        ranked, rank_seconds = self._timed(lambda: self.cuts.rank(self.codec, encoded, images))
+        tokens = self.cuts.operating(ranked)
         decoded, decode_seconds = self._timed(lambda: self.codec.decode(tokens))
         pictures = to_uint8(decoded)
-        replay_seconds = self._add_cut(found, Point(OPERATING, self._threshold), images, tokens, pictures, numbers)
-        self._add_features(found, "", pictures, numbers)
-        if self.originals:
-            self._add_features(found, "original_", images, numbers)
-        for kind, indices in (("global", tokens.kept_globals()), ("patch", tokens.patch_indices[tokens.kept_mask])):
-            if f"codes_{kind}" in found:
-                found[f"codes_{kind}"].update(indices)
-        totals = Totals()
+        totals = EvaluationTotals()
+        totals.replay = self._add_cut(found, self.cuts.operating_point, images, tokens, pictures, numbers)
+        if len(images) == self.plan.batch_size:
+            totals.timed, totals.encode, totals.decode = len(images), encode_seconds, decode_seconds
+            totals.rank = rank_seconds if ranked.ranking is not None else 0.0
         if self.lpips is not None:
-            totals.values["lpips"] = float(self.lpips(images.float() / 255, pictures.float() / 255).double().sum())
-        if len(images) == self.plan.batch_size:  # a rate belongs to a batch size: shorter batches are left out
-            totals.values |= {"timed": len(images), "encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
-            if ranked.ranking is not None:
-                totals.values["rank_seconds"] = rank_seconds
-        if tokens.side.positions == "replayed":
-            totals.values["replay_seconds"] = replay_seconds
-        found["totals"].merge(totals)
-        wanted = torch.from_numpy(np.isin(numbers, self._shown)).to(self.device)
-        found["pictures"].merge(Pictures(_channels_last(pictures[wanted])))
-        for point in self._points:
-            self._measure_point(found, point, images, ranked, wanted, numbers)
-        if self._points:
-            found["images"].merge(_contents(batch, ranked))
-
-    def _rank(self, tokens: Tokens, images: Tensor) -> Tokens:
-        return self._cuts.rank(self._as_tokenizer(), tokens, images) if self._cuts else tokens
-
-    def _measure_point(
-        self,
-        found: Measurements,
-        point: Point,
-        images: Tensor,
-        ranked: Tokens,
-        wanted: Tensor,
-        numbers: np.ndarray,
-    ) -> None:
-        """Add one point of the curve; (B,) bool `wanted` are the pictures to show."""
-        if self._cuts is None:
-            return
-        tokens = self._cuts.at(ranked, point)
-        pictures = to_uint8(self.codec.decode(tokens))
-        self._add_cut(found, point, images, tokens, pictures, numbers)
-        self._add_features(found, f"{point.name}.", pictures)
-        shown = PerImage(
-            pictures=_channels_last(pictures[wanted]),
-            kept_mask=tokens.kept_mask[wanted].cpu().numpy(),
-            tokens=tokens.counts()[wanted].cpu().numpy(),
-        )
-        found[f"{point.name}.shown"].merge(shown)
+            totals.lpips = float(self.lpips(images.float() / 255, pictures.float() / 255).double().sum())
+        found.totals.merge(totals)
+        for kind, usage in found.codes.items():
+            usage.update(tokens.kept_globals() if kind == "global" else tokens.patch_indices[tokens.kept_mask])
+        if found.originals:
+            self._add_features(found.originals, images, numbers)
+        for cut in self._curve:
+            tokens = self.cuts.at(ranked, cut)
+            self._add_cut(found, cut, images, tokens, to_uint8(self.codec.decode(tokens)), numbers)
+        if found.contents:
+            found.contents.merge(_contents(batch, ranked))
 
     def _add_cut(
-        self, found: Measurements, point: Point, images: Tensor, tokens: Tokens, pictures: Tensor, numbers: np.ndarray
+        self, found: Measurements, cut: Cut, images: Tensor, tokens: Tokens, pictures: Tensor, numbers: np.ndarray
     ) -> float:
-        """Quality and lengths at one cut; returns how many seconds it took to replay positions."""
-        prefix = f"{point.name}." if point.name else ""
-        found[f"{prefix}quality"].update(images, pictures)
-        fixed = tokens.bits(self.codec.config.bits_per_token)
-        coded = self._cuts.bits_coded(self._as_tokenizer(), tokens) if self._cuts else fixed
-        values = {
-            "tokens": tokens.counts(),
-            "patch_tokens": tokens.patch_counts,
-            "bits_fixed": fixed,
-            "bits_coded": coded,
-            "squared_error": squared_error(images, pictures),
-        }
-        rate = self._cuts.rate_bits(self._as_tokenizer(), tokens, point.threshold) if self._cuts else None
-        if rate is not None:
-            values["rate_bits"] = rate
-        seconds = 0.0
+        """Add (B, 3, H, W) uint8 reconstructions of one cut; returns how many seconds it took to replay positions."""
+        sums = found.cuts[cut.name]
+        sums.quality.update(images, pictures)
+        seconds, states, extra = 0.0, None, None
         if self._replay is not None and tokens.side.positions == "replayed":
-            states, seconds = self._replay.states(tokens, numbers, operating=not prefix)
-            values |= {"replay_state": torch.from_numpy(states), "fallback_bits": fallback_bits(tokens)}
-        found[f"{prefix}lengths"].merge(PerImage(**{name: value.cpu().numpy() for name, value in values.items()}))
+            states, seconds = self._replay.states(tokens, numbers, cut == self.cuts.operating_point)
+            extra = _array(fallback_bits(tokens))
+        rate = self.cuts.rate_bits(self.codec, tokens, cut)
+        lengths = CutLengths(
+            tokens=_array(tokens.counts()),
+            bits_fixed=_array(tokens.bits(self.codec.config.bits_per_token)),
+            bits_coded=_array(self.cuts.bits_coded(self.codec, tokens)),
+            squared_error=_array(squared_error(images, pictures)),
+            rate_bits=None if rate is None else _array(rate),
+            replay_state=states,
+            fallback_bits=extra,
+        )
+        sums.lengths.merge(lengths)
+        self._add_features(sums.networks, pictures, numbers)
+        shown = torch.from_numpy(np.isin(numbers, self.plan.shown())).to(self.device)
+        drawn = pictures[shown].permute(0, 2, 3, 1), tokens.kept_mask[shown], tokens.counts()[shown]
+        sums.shown.merge(Shown(*(_array(values) for values in drawn)))
         return seconds
 
-    def _add_features(
-        self, found: Measurements, prefix: str, images: Tensor, numbers: np.ndarray | None = None
-    ) -> None:
-        """For every Frechet distance and, where the (B,) numbers of the images are given, for the Inception score."""
-        for key, extractor in self.extractors.items():
-            features, logits = extractor(images)
-            found[f"{prefix}features{key}"].update(features)
-            if not key and numbers is not None:
-                found[f"{prefix}score"].update(logits, self._splits[numbers])
-
-    def _as_tokenizer(self) -> TaTok:
-        """The codec where there are cuts: only a `TaTok` has them."""
-        return cast(TaTok, self.codec)
+    def _add_features(self, sums: NetworkSums, images: Tensor, numbers: np.ndarray) -> None:
+        for number, (network, statistics) in enumerate(zip(self.networks, sums.features, strict=True)):
+            features, logits = network(images)
+            statistics.update(features)
+            if number == 0:
+                sums.score.update(logits, self._splits[numbers])
 
     def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
         """The result, and how long the device took for it."""
@@ -314,43 +248,152 @@ class Evaluator:
             torch.cuda.synchronize(self.device)
 
 
-def measure_here(evaluator: Evaluator, source: ImageSource) -> Iterator[tuple[int, Measurements]]:
-    """Every range of the evaluator's plan with its number, in this process."""
-    for number, (start, stop) in enumerate(evaluator.plan.ranges()):
-        yield number, evaluator.measure(source, start, stop)
+def _array(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()
+
+
+def _contents(batch: np.ndarray, ranked: Tokens) -> Contents:
+    """Of (B, H, W, 3) uint8 images."""
+    sizes = []
+    for picture in batch:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG", optimize=True)
+        sizes.append(len(file.getvalue()))
+    score = None if ranked.ranking is None else _array(ranked.ranking.score_units.sum(1)) / ranked.ranking.resolution
+    return Contents(np.array(sizes, dtype=np.int64), score)
+
+
+# A whole plan.
+
+
+class EvaluationActor:
+    """Lives in a process of its own: models are loaded and warmed up once, then ranges come in.
+
+    Args:
+        shared: reference to the arguments of `Evaluator`, which the driver has loaded.
+        shards: folder of the shards, which every node has to see.
+    """
+
+    def __init__(self, shared: Any, shards: str) -> None:
+        import ray
+
+        self._pictures = ShardDataset(shards, "heldout")
+        self._evaluator = Evaluator(*ray.get(shared))
+        self._evaluator.warm_up()
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        """Measure one range; the row that comes back holds its sums as bytes."""
+        found = self._evaluator.measure(self._pictures, row["start"], row["stop"])
+        return {"number": row["number"], "measurements": pickle.dumps(found)}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that measuring needs besides what is measured: a tokenizer and its baselines stand on one bench."""
+
+    run: Run
+    pictures: ShardDataset  # the held-out split
+    plan: EvaluationPlan
+    extractors: list[Extractor]  # behind the Frechet distances; the first is the main one
+    instruments: Instruments
+    device: str
+    alone: bool  # one worker does it all, in this process
+
+    @classmethod
+    def set_up(cls, run: Run) -> "Bench":
+        """As `run.config` says; `data.shards` names existing shards.
+
+        Raises:
+            BadInput: too few held-out pictures, unusable weights, more workers than the cluster has room for.
+        """
+        config, section = run.config, run.config.evaluate
+        pictures = ShardDataset(config.data.shards, "heldout")
+        extractors = load_extractors(section)
+        plan = make_plan(len(pictures), extractors[0].network.feature_dim, section)
+        files = section.lpips_backbone, section.lpips_heads
+        lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
+        instruments = Instruments(tuple(extractor.network for extractor in extractors), lpips)
+        alone = min(section.num_workers, len(plan.ranges())) == 1 and "RAY_ADDRESS" not in os.environ
+        if alone:
+            device = pick_device("evaluate", section.device).type
+        else:
+            device = pick_workers_device("evaluate", section.device, section.num_workers)
+        return cls(run, pictures, plan, extractors, instruments, device, alone)
+
+    @property
+    def cuts(self) -> Cuts:
+        """As configured."""
+        return Cuts(self.run.config.filter, self.run.config.evaluate.thresholds)
+
+    @property
+    def pixels(self) -> int:
+        """Of an image, height times width."""
+        return self.run.config.data.image_size**2
+
+    def originals_shown(self) -> np.ndarray:
+        """(B, H, W, 3) uint8: the pictures of `EvaluationPlan.shown`."""
+        return self.pictures.images(self.plan.indices(self.plan.shown()).tolist())
+
+    def measure(self, label: str, codec: Any, originals: bool, cuts: Cuts) -> Measurements:
+        """Measure a codec on every picture of the plan; arguments as of `Evaluator`.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        parts = (self.parts_here if self.alone else self.parts_on_actors)(codec, originals, cuts)
+        with progress(label, self.plan.count, "images") as shown:
+
+            def followed() -> Iterator[tuple[int, Measurements]]:
+                for number, part in parts:
+                    shown.advance(part.images)
+                    if self.run.should_stop:
+                        raise Stopped("evaluation was asked to stop; --resume measures anew")
+                    yield number, part
+
+            return merged(followed(), self.plan.count)
+
+    def parts_here(self, codec: Any, originals: bool, cuts: Cuts) -> Iterator[tuple[int, Measurements]]:
+        """Every range of the plan with its number, in this process."""
+        evaluator = Evaluator(codec, self.instruments, self.plan, originals, self.device, cuts)
+        with one_thread():
+            evaluator.warm_up()
+        yield from evaluator.measure_all(self.pictures)
+
+    def parts_on_actors(self, codec: Any, originals: bool, cuts: Cuts) -> Iterator[tuple[int, Measurements]]:
+        """Every range of the plan with its number, as actors finish them."""
+        ray = connect()
+        ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would warn that its progress bars are off
+        shared = ray.put((codec, self.instruments, self.plan, originals, self.device, cuts))
+        ranges = [{"number": i, "start": start, "stop": stop} for i, (start, stop) in enumerate(self.plan.ranges())]
+        rows = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map(  # one block is one range
+            EvaluationActor,
+            fn_constructor_args=(shared, self.run.config.data.shards),
+            compute=ray.data.ActorPoolStrategy(size=min(self.run.config.evaluate.num_workers, len(ranges))),
+            num_cpus=1,
+            num_gpus=1 if self.device == "cuda" else 0,
+        )
+        for row in as_they_finish(rows):
+            yield row["number"], pickle.loads(row["measurements"])
 
 
 def merged(parts: Iterator[tuple[int, Measurements]], expected: int) -> Measurements:
-    """All ranges as one, in the order of their numbers, whatever the order they come in.
+    """All ranges as one, added in the order of their numbers, whatever the order they come in.
 
     Raises:
         RuntimeError: the ranges do not hold `expected` images: one is missing.
     """
     total: Measurements | None = None
     waiting: dict[int, Measurements] = {}
-    done = 0
+    following = 0
     for number, part in parts:
         waiting[number] = part
-        while done in waiting:
-            next_part = waiting.pop(done)
+        while following in waiting:
             if total is None:
-                total = next_part
+                total = waiting.pop(following)
             else:
-                total.merge(next_part)
-            done += 1
-    images = total.images if total else 0
-    if total is None or images != expected:
-        raise RuntimeError(f"{images} images were measured; expected {expected}")
+                total.merge(waiting.pop(following))
+            following += 1
+    if total is None or total.images != expected:
+        raise RuntimeError(f"{total.images if total else 0} images were measured; expected {expected}")
     return total
-
-
-def _channels_last(pictures: Tensor) -> np.ndarray:
-    return pictures.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _contents(batch: np.ndarray, ranked: Tokens) -> PerImage:
-    """How much there is to say of (B, H, W, 3) uint8 images: the size as PNG, the scores of all patch tokens."""
-    found: dict[str, np.ndarray] = {"png_bytes": np.array([png_bytes(image) for image in batch], dtype=np.int64)}
-    if ranked.ranking is not None:
-        found["total_score"] = ranked.ranking.score_units.sum(1).cpu().numpy() / ranked.ranking.resolution
-    return PerImage(**found)

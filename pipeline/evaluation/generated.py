@@ -1,53 +1,256 @@
 """Generated pictures against real ones: distances, scores, classes, lengths, neighbours.
 
-Held-out pictures are what generated ones are compared with; training pictures are only looked for as neighbours.
+Behind `evaluate.generated` of `jobs/evaluate.py`. Held-out pictures are what generated ones are compared with; training
+pictures are only looked for as neighbours.
 
-Shapes: B pictures, F features.
+Shapes: B pictures, R real pictures, F features, C classes.
 """
 
-import io
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.core.config import Config
 from pipeline.core.console import Row
 from pipeline.core.errors import BadInput
-from pipeline.core.files import sha256_file, write_atomically
-from pipeline.core.plots import COLOURS, DPI, INK, PALE, save_rows
+from pipeline.core.plots import COLOURS, DPI, save_figure, save_rows, style
 from pipeline.core.run import Run
-from pipeline.data.shards import SPLITS, ShardDataset
+from pipeline.data.shards import SPLITS, ShardDataset, read_manifest
+from pipeline.evaluation.evaluation_checks import check_classes
 from pipeline.evaluation.generated_features import FeatureSet, measure_features
-from pipeline.evaluation.measurements import SHUFFLE_SEED, SPLIT_IMAGES, Plan, make_plan
+from pipeline.evaluation.measurements import SHUFFLE_SEED, make_plan, score_split_of, score_splits
 from pipeline.evaluation.reference import (
+    Distance,
     Extractor,
     Reference,
-    cache_path,
     describe,
-    load_extractor,
-    load_more,
-    read_cached,
-    read_given,
+    known_reference,
+    load_extractors,
+    new_reference,
 )
-from pipeline.evaluation.results import distance_warnings
-from pipeline.generator.generated_files import Generated
+from pipeline.evaluation.results import distance_warnings, report
+from pipeline.generator.generated_files import Generated, read_generated
 from pipeline.generator.token_data import TokenDataset
-from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
+from pipeline.tracking import Tracker
+from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.manifold import nearest, precision_recall
 from tatok_model.metrics.scores import InceptionScore
 
-# Numbers of generated pictures: how they are called, how they are had from logits, what stands beside them.
-
 NEIGHBOURS = 3  # k of precision and recall
+MANIFOLD_IMAGES = 10_000  # of each kind at most, for precision and recall
+TRAIN_IMAGES = 50_000  # training pictures at most, evenly spread, among which neighbours are sought
+SHOWN_NEIGHBOURS = 4  # training pictures beside a generated one
+BARS = 60  # at most, of the plot of lengths
+VIEW = re.compile(r"@(flip|crop\d+)$")  # ending of the id of a picture's mirror image or shifted copy
+
+
+def evaluate_generated(run: Run) -> None:
+    """Measure, and leave a report and pictures in the run folder; `data.shards` names existing shards.
+
+    Raises:
+        BadInput: other classes than the shards have, too few pictures, unusable weights or reference statistics.
+        Stopped: the run was asked to stop; features that were computed are kept.
+    """
+    config = run.config
+    generated = read_generated(config.evaluate.generated)
+    check_classes(config, generated)
+    shards = read_manifest(config.data.shards)
+    run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
+    run.inputs["generated"] = {"path": config.evaluate.generated, "sha256": generated.manifest.fingerprint}
+    comparison = GeneratedComparison(run, generated)
+    facts = comparison.facts()
+    with Tracker.start(run, facts) as tracker:
+        run.results = comparison.measure()
+        run.rewind_metrics(-1)  # a resumed run measures anew
+        run.log(run.results, step=0)
+        for name, path in comparison.draw().items():
+            run.outputs[name] = str(path)
+            tracker.picture(path, name, 0)
+        title = f"{config.preset}: {generated.images} generated images"
+        told = warnings(run.results, comparison.distance, comparison.compared_lengths)
+        report(run, title, list(rows(run.results, comparison.main, generated)), told, facts, tracker)
+
+
+class GeneratedComparison:
+    """What is compared with what, as `run.config` says, and what was found.
+
+    Raises:
+        BadInput: too few pictures, unusable weights.
+    """
+
+    distance: Distance  # the main one; known once measured
+    neighbours: tuple[np.ndarray, np.ndarray] | None = None  # places: made (B,), train (B, 4)
+
+    def __init__(self, run: Run, generated: Generated) -> None:
+        self.run, self.generated, config = run, generated, run.config
+        self.made = ShardDataset(generated.folder, "heldout")
+        self.heldout, self.train = (ShardDataset(config.data.shards, split) for split in ("heldout", "train"))
+        self.extractors = load_extractors(config.evaluate)
+        self.main = self.extractors[0]  # of the main distance, scores, precision and recall, neighbours
+        self.plan = make_plan(len(self.heldout), self.main.network.feature_dim, config.evaluate)
+        self.compared_lengths = bool(config.tokens.path)
+        places = f"evaluate.generated {str(generated.folder)!r}", "the held-out split"
+        for place, count in zip(places, (len(self.made), self.plan.count), strict=True):
+            if count <= NEIGHBOURS:
+                raise BadInput(f"{place} has {count} pictures; expected at least {NEIGHBOURS + 1}")
+
+    @cached_property
+    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.generated.lengths()
+
+    @cached_property
+    def _real_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        return real_lengths(self.run.config)
+
+    def measure(self) -> dict[str, float]:
+        """Every metric by its name in summary.json.
+
+        Raises:
+            BadInput: kept or given statistics are of other images or another network, token files that cannot be read.
+            Stopped: the run was asked to stop; features that were computed are kept.
+        """
+        results: dict[str, float] = {"images": len(self.made), "images_real": self.plan.count}
+        pairs = [(extractor, *self._features(extractor)) for extractor in self.extractors]
+        for extractor, made, real in pairs:
+            distance = Distance(extractor, self._reference(extractor, real))
+            results[distance_name(extractor)] = distance.of(statistics(made.features))
+            if extractor is self.main:
+                self.distance = distance
+        _, made, real = pairs[0]
+        results[self.main.score_name] = inception_score(made.logits)
+        results[f"{self.main.score_name}_real"] = inception_score(real.logits)
+        results |= self._manifold(made, real)
+        for pair in pairs:
+            results |= self._classes(*pair)
+        counts = self._lengths[0]
+        if self.compared_lengths:
+            results |= compare_lengths(*self._lengths, *self._real_lengths)
+        else:
+            results |= {"tokens_per_image": float(counts.mean()), "tokens_std": float(counts.std())}
+        results |= self._memorised(made, real)
+        return results | self.generated.speed
+
+    def facts(self) -> dict[str, str]:
+        """What the numbers depend on: tags of the MLflow run, and the end of the report."""
+        meta = describe(self.heldout.manifest, self.plan, self.main)
+        config, generated = self.run.config, self.generated
+        sampling = ", ".join(f"{name} {value}" for name, value in generated.sampling.items())
+        return {
+            "generated": str(generated.folder),
+            "generated_fingerprint": generated.manifest.fingerprint,
+            "generator_sha256": generated.generator_sha256,
+            "tokenizer_sha256": generated.tokenizer_sha256,
+            "sampling": f"seed {generated.seed}, {sampling}",
+            "data_fingerprint": meta["data"],
+            "reference": config.evaluate.reference or f"{meta['images']} held-out originals",
+            "extractor": meta["extractor"],
+            "extractor_sha256": meta["weights_sha256"],
+            "extractor_resize": meta["extractor_resize"],
+            "comparable": str(self.main.comparable).lower(),
+            "score_splits": str(score_splits(len(self.made))),
+            "manifold": f"k = {NEIGHBOURS}, at most {MANIFOLD_IMAGES} images of each kind",
+            "crop": meta["crop"],
+            "uint8": meta["uint8"],
+            "real_lengths": config.tokens.path or "not compared",
+            "cut": f"{config.filter.rule} {config.filter.threshold:g}",
+            "workers": str(config.evaluate.num_workers),
+        }
+
+    def draw(self) -> dict[str, Path]:
+        """Pictures by name: generated ones beside their nearest training pictures, and lengths where compared."""
+        folder, found = self.run.folder / "pictures", {}
+        if self.compared_lengths:
+            found["token_lengths"] = folder / "token_lengths.png"
+            title = f"Tokens of {len(self.made)} generated and {len(self._real_lengths[0])} real images"
+            length_plot(found["token_lengths"], self._lengths[0], self._real_lengths[0], title)
+        if self.neighbours is not None:
+            samples, beside = (
+                source.images(places.ravel().tolist())
+                for source, places in zip((self.made, self.train), self.neighbours, strict=True)
+            )
+            rows = beside.reshape(len(samples), -1, *samples.shape[1:])
+            found["nearest_train"] = folder / "nearest_train.png"
+            save_rows(found["nearest_train"], list(np.concatenate([samples[:, None], rows], axis=1)))
+        return found
+
+    def _features(self, extractor: Extractor, mirrored: bool = False) -> tuple[FeatureSet, FeatureSet]:
+        """Of generated and of held-out pictures."""
+        run, place, shards = self.run, str(self.generated.folder), self.run.config.data.shards
+        name = f"{extractor.name}, mirrored" if mirrored else extractor.name
+        own = run.folder / "features" / name.replace(", ", "-")
+        made = measure_features(run, f"generated, {name}", self.made, len(self.made), place, extractor, own, mirrored)
+        count = self.plan.count
+        real = measure_features(run, f"held-out, {name}", self.heldout, count, shards, extractor, None, mirrored)
+        return made, real
+
+    def _reference(self, extractor: Extractor, real: FeatureSet) -> Reference:
+        """Statistics of the originals: given for the main extractor, kept by an earlier run, or new and kept."""
+        meta, main = describe(self.heldout.manifest, self.plan, extractor), extractor is self.main
+        known = known_reference(self.run, meta, extractor, main)
+        if known is not None:
+            return known
+        return new_reference(self.run, meta, extractor, main, statistics(real.features), inception_score(real.logits))
+
+    def _manifold(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
+        count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: balls shrink as a set grows
+        shares = precision_recall(drawn(real.features, count), drawn(made.features, count), NEIGHBOURS)
+        return {**dict(zip(manifold_names(self.main), shares, strict=True)), "images_manifold": count}
+
+    def _classes(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
+        """Of an extractor that was trained on the classes that the data set has; nothing of another one."""
+        ours = tuple(name.lower() for name in self.heldout.manifest.classes)
+        if not ours or extractor.network.class_names != ours:
+            return {}
+        ending = "" if extractor is self.main else f"_{extractor.name}"
+        found = class_accuracies(made.logits, made.labels, f"class_accuracy{ending}")
+        return found | class_accuracies(real.logits, real.labels, f"class_accuracy_real{ending}")
+
+    def _memorised(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
+        """How near generated and held-out pictures, mirrored or not, are to training pictures; keeps the nearest."""
+        count, shown = min(len(self.train), TRAIN_IMAGES), self.run.config.evaluate.nearest
+        if not shown or count < SHOWN_NEIGHBOURS:
+            return {}
+        label, shards = f"training, {self.main.name}", self.run.config.data.shards
+        train = measure_features(self.run, label, self.train, count, shards, self.main)
+        made_mirrored, real_mirrored = self._features(self.main, mirrored=True)
+        distances, indices = nearest_either_way(made, made_mirrored, train, SHOWN_NEIGHBOURS)
+        closest = distances[:, 0].argsort(stable=True)[:shown]
+        self.neighbours = made.places[closest.numpy()], train.places[indices[closest].numpy()]
+        ours = float(distances[:, 0].median())
+        theirs = float(nearest_either_way(real, real_mirrored, train)[0].median())
+        found = {"nearest_train": ours, "nearest_train_real": theirs, "images_train": count}
+        return found if theirs == 0 else {**found, "memorisation_ratio": ours / theirs}
+
+
+def nearest_either_way(
+    plain: FeatureSet, mirrored: FeatureSet, train: FeatureSet, k: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `nearest`, for each picture or its mirror image, whichever has the nearer neighbour."""
+    ours, theirs = (nearest(made.features, train.features, k) for made in (plain, mirrored))
+    nearer = theirs[0][:, :1] < ours[0][:, :1]
+    return torch.where(nearer, theirs[0], ours[0]), torch.where(nearer, theirs[1], ours[1])
+
+
+def statistics(features: torch.Tensor) -> FeatureStatistics:
+    """Mean and covariance of (B, F)."""
+    found = FeatureStatistics(features.shape[1])
+    found.update(features)
+    return found
+
+
+def drawn(features: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of (B, F) rows, drawn at random: generated pictures go through the classes in turn."""
+    return features[np.random.default_rng(SHUFFLE_SEED).permutation(len(features))[:count]]
+
+
+# Names, scores and notes.
 
 
 def distance_name(extractor: Extractor) -> str:
@@ -63,25 +266,15 @@ def manifold_names(extractor: Extractor) -> tuple[str, str]:
 
 def inception_score(logits: torch.Tensor) -> float:
     """Of (B, C) logits, dealt by seed 2020 into splits of 5,000, as the evaluator of tokenizers does."""
-    splits = score_splits(len(logits))
-    score = InceptionScore(logits.shape[1], splits)
-    shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(len(logits))
-    score.update(logits, torch.from_numpy(shuffled * splits // len(logits)))
+    score = InceptionScore(logits.shape[1], score_splits(len(logits)))
+    score.update(logits, torch.from_numpy(score_split_of(len(logits))))
     return score.result()
-
-
-def score_splits(images: int) -> int:
-    """Into how many equal splits the Inception score deals the pictures."""
-    return max(1, images // SPLIT_IMAGES)
 
 
 def class_accuracies(logits: torch.Tensor, labels: np.ndarray, name: str) -> dict[str, float]:
     """Share of pictures that a classifier puts into their class, and that of the class with the lowest share.
 
-    Args:
-        logits: (B, C).
-        labels: (B,) classes, -1 for none; pictures without one do not count.
-        name: what the share is called.
+    Logits are (B, C), labels (B,) classes; pictures without one, -1, do not count.
     """
     known = labels >= 0
     if not known.any():
@@ -92,12 +285,9 @@ def class_accuracies(logits: torch.Tensor, labels: np.ndarray, name: str) -> dic
     return {name: float(hits.mean()), f"{name}_worst": shares[worst], f"{name}_worst_class": worst}
 
 
-def warnings(
-    results: dict[str, float], reference: Reference, extractor: Extractor, compared_lengths: bool
-) -> list[str]:
+def warnings(results: dict[str, float], distance: Distance, compared_lengths: bool) -> list[str]:
     """What a reader must know before comparing the numbers with others."""
-    n, told = int(results["images"]), (reference, extractor.comparable, "generators")
-    found = distance_warnings(distance_name(extractor), n, *told)
+    found = distance_warnings(distance_name(distance.extractor), int(results["images"]), distance, "generators")
     if not compared_lengths:
         found.append("token lengths were not compared with real ones: tokens.path is empty")
     return found
@@ -149,9 +339,7 @@ def _note_by_form(name: str) -> str:
     return ""
 
 
-# Are generated token sequences as long as real ones? Means, deviations, Kolmogorov-Smirnov distances.
-
-VIEW = re.compile(r"@(flip|crop\d+)$")  # ending of the id of a picture's mirror image or shifted copy
+# Are generated token sequences as long as real ones?
 
 
 def real_lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -176,22 +364,16 @@ def real_lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
 def compare_lengths(
     counts: np.ndarray, labels: np.ndarray, real_counts: np.ndarray, real_labels: np.ndarray
 ) -> dict[str, float]:
-    """Generated against real lengths, by their names in summary.json.
+    """Generated against real lengths, by their names in summary.json; classes that both sides have pictures of.
 
-    Classes count that both sides have pictures of.
-
-    Args:
-        counts: (B,) tokens of each generated picture.
-        labels: (B,) classes that were asked for, -1 for none.
-        real_counts: (R,).
-        real_labels: (R,).
+    Counts are (B,) and (R,) tokens of each picture, labels its class or the one that was asked for, -1 for none.
     """
     found = {
         "tokens_per_image": float(counts.mean()),
         "tokens_per_image_real": float(real_counts.mean()),
         "tokens_std": float(counts.std()),
         "tokens_std_real": float(real_counts.std()),
-        "tokens_mean_difference": _difference(counts, real_counts),
+        "tokens_mean_difference": float(counts.mean() / real_counts.mean() - 1),
         "tokens_ks": ks_distance(counts, real_counts),
     }
     classes = np.intersect1d(labels[labels >= 0], real_labels)
@@ -200,7 +382,8 @@ def compare_lengths(
         distances = [ks_distance(*pair) for pair in pairs]
         found["tokens_ks_worst"] = max(distances)
         found["tokens_ks_worst_class"] = int(classes[np.argmax(distances)])
-        found["tokens_mean_difference_worst"] = max((_difference(*pair) for pair in pairs), key=abs)
+        differences = [float(ours.mean() / theirs.mean() - 1) for ours, theirs in pairs]
+        found["tokens_mean_difference_worst"] = max(differences, key=abs)
     return found
 
 
@@ -211,35 +394,14 @@ def ks_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(below[0] - below[1]).max())
 
 
-def _difference(counts: np.ndarray, real_counts: np.ndarray) -> float:
-    """Of the means, relative to the real one."""
-    return float(counts.mean() / real_counts.mean() - 1)
-
-
-# Lengths of generated and of real token sequences in one figure.
-
-BARS = 60  # at most
-
-
 def length_plot(path: Path, generated: np.ndarray, real: np.ndarray, title: str) -> None:
-    """Which share of pictures has how many tokens, as PNG: real ones filled, generated ones as a line over them.
-
-    Args:
-        path: of the picture; written aside and renamed.
-        generated: (B,) tokens of each generated picture.
-        real: (R,) of each real one.
-        title: what was compared.
-
-    Raises:
-        ValueError: there is no picture of a kind.
-    """
-    if generated.ndim != 1 or real.ndim != 1 or not len(generated) or not len(real):
-        raise ValueError(f"lengths are {generated.shape} and {real.shape}; expected (B,) and (R,), at least 1 of each")
+    """Which share of pictures has how many tokens, as PNG: (R,) real ones filled, (B,) generated ones as a line."""
     least, most = int(min(generated.min(), real.min())), int(max(generated.max(), real.max()))
     step = max(1, math.ceil((most - least + 1) / BARS))  # whole tokens a bar, or bars would differ by rounding
     edges = np.arange(least, most + 1 + step, step) - 0.5
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
+    style(axes, "tokens per image", "share of images", title)
     looks: list[tuple[np.ndarray, str, dict[str, Any]]] = [
         (real, "real", {"color": COLOURS[0], "alpha": 0.55, "linewidth": 0}),
         (generated, "generated", {"color": COLOURS[1], "histtype": "step", "linewidth": 2}),
@@ -247,230 +409,6 @@ def length_plot(path: Path, generated: np.ndarray, real: np.ndarray, title: str)
     for values, name, look in looks:
         label = f"{name}: mean {values.mean():.1f}, standard deviation {values.std():.1f}"
         axes.hist(values, bins=edges.tolist(), weights=np.full(len(values), 1 / len(values)), label=label, **look)
-    axes.set_xlabel("tokens per image", color=INK)
-    axes.set_ylabel("share of images", color=INK)
-    axes.set_title(title, color=INK, fontsize=11, loc="left", fontweight="bold")
-    axes.grid(color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.2)  # room for the legend
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, file.getvalue())
-
-
-MANIFOLD_IMAGES = 10_000  # of each kind at most, for precision and recall
-TRAIN_IMAGES = 50_000  # training pictures at most, evenly spread, among which neighbours are sought
-SHOWN_NEIGHBOURS = 4  # training pictures beside a generated one
-
-
-@dataclass
-class Comparison:
-    """One evaluation: what is compared with what, and what was found."""
-
-    run: Run
-    generated: Generated
-    made: ShardDataset
-    heldout: ShardDataset
-    train: ShardDataset
-    plan: Plan  # of the held-out pictures
-    extractor: Extractor  # behind the main distance, scores, precision and recall, neighbours
-    more: list[Extractor]  # behind further distances
-    reference: Reference = field(init=False)  # of the main extractor; known once measured
-    neighbours: tuple[np.ndarray, np.ndarray] | None = field(
-        init=False, default=None
-    )  # places: made (B,), train (B, 4)
-
-    @classmethod
-    def set_up(cls, run: Run, generated: Generated) -> "Comparison":
-        """As `run.config` says; `data.shards` names existing shards.
-
-        Raises:
-            BadInput: too few pictures, unusable weights.
-        """
-        config = run.config
-        made = ShardDataset(generated.folder, "heldout")
-        heldout, train = (ShardDataset(config.data.shards, split) for split in ("heldout", "train"))
-        extractor = load_extractor(config.evaluate)
-        plan = make_plan(len(heldout), extractor.network.feature_dim, config.evaluate)
-        for key, count in (
-            (f"evaluate.generated {str(generated.folder)!r}", len(made)),
-            ("the held-out split", plan.count),
-        ):
-            if count <= NEIGHBOURS:
-                raise BadInput(f"{key} has {count} pictures; expected at least {NEIGHBOURS + 1}")
-        return cls(run, generated, made, heldout, train, plan, extractor, load_more(config.evaluate))
-
-    @property
-    def compared_lengths(self) -> bool:
-        """Whether there are real lengths to compare with."""
-        return bool(self.run.config.tokens.path)
-
-    @cached_property
-    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.generated.lengths()
-
-    @cached_property
-    def _real_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        return real_lengths(self.run.config)
-
-    def measure(self) -> dict[str, float]:
-        """Every metric by its name in summary.json.
-
-        Raises:
-            BadInput: kept or given statistics are of other images or another network, token files that cannot be read.
-            Stopped: the run was asked to stop; features that were computed are kept.
-        """
-        results: dict[str, float] = {"images": len(self.made), "images_real": self.plan.count}
-        pairs = [(extractor, *self._features(extractor)) for extractor in (self.extractor, *self.more)]
-        for pair in pairs:
-            results[distance_name(pair[0])] = self._distance(*pair)
-        _, made, real = pairs[0]
-        results |= self._scores(made, real)
-        results |= self._manifold(made, real)
-        for pair in pairs:
-            results |= self._classes(*pair)
-        results |= self._token_lengths()
-        results |= self._memorised(made, real)
-        return results | self.generated.speed
-
-    def facts(self) -> dict[str, str]:
-        """What the numbers depend on: tags of the MLflow run, and the end of the report."""
-        meta = describe(self.heldout.manifest, self.plan, self.extractor)
-        config, generated = self.run.config, self.generated
-        sampling = ", ".join(f"{name} {value}" for name, value in generated.sampling.items())
-        return {
-            "generated": str(generated.folder),
-            "generated_fingerprint": generated.manifest.fingerprint,
-            "generator_sha256": generated.generator_sha256,
-            "tokenizer_sha256": generated.tokenizer_sha256,
-            "sampling": f"seed {generated.seed}, {sampling}",
-            "data_fingerprint": meta["data"],
-            "reference": config.evaluate.reference or f"{meta['images']} held-out originals",
-            "extractor": meta["extractor"],
-            "extractor_sha256": meta["weights_sha256"],
-            "extractor_resize": meta["extractor_resize"],
-            "comparable": str(self.extractor.comparable).lower(),
-            "score_splits": str(score_splits(len(self.made))),
-            "manifold": f"k = {NEIGHBOURS}, at most {MANIFOLD_IMAGES} images of each kind",
-            "crop": meta["crop"],
-            "uint8": meta["uint8"],
-            "real_lengths": config.tokens.path or "not compared",
-            "cut": f"{config.filter.rule} {config.filter.threshold:g}",
-            "workers": str(config.evaluate.num_workers),
-        }
-
-    def draw(self) -> dict[str, Path]:
-        """Pictures by name: generated ones beside their nearest training pictures, and lengths where compared."""
-        folder, found = self.run.folder / "pictures", {}
-        if self.compared_lengths:
-            found["token_lengths"] = folder / "token_lengths.png"
-            title = f"Tokens of {len(self.made)} generated and {len(self._real_lengths[0])} real images"
-            length_plot(found["token_lengths"], self._lengths[0], self._real_lengths[0], title)
-        if self.neighbours is not None:
-            samples, beside = (
-                source.images(places.ravel().tolist())
-                for source, places in zip((self.made, self.train), self.neighbours, strict=True)
-            )
-            rows = beside.reshape(len(samples), -1, *samples.shape[1:])
-            found["nearest_train"] = folder / "nearest_train.png"
-            save_rows(found["nearest_train"], list(np.concatenate([samples[:, None], rows], axis=1)))
-        return found
-
-    def _features(self, extractor: Extractor, mirrored: bool = False) -> tuple[FeatureSet, FeatureSet]:
-        """Of generated and of held-out pictures."""
-        run, place, shards = self.run, str(self.generated.folder), self.run.config.data.shards
-        name = f"{extractor.name}, mirrored" if mirrored else extractor.name
-        own = run.folder / "features" / name.replace(", ", "-")
-        made = measure_features(run, f"generated, {name}", self.made, len(self.made), place, extractor, own, mirrored)
-        count = self.plan.count
-        real = measure_features(run, f"held-out, {name}", self.heldout, count, shards, extractor, None, mirrored)
-        return made, real
-
-    def _distance(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> float:
-        reference = self._reference(extractor, real)
-        if extractor is self.extractor:
-            self.reference = reference
-        ours = statistics(made.features)
-        return frechet_distance(ours.mean(), ours.covariance(), reference.mu, reference.sigma)
-
-    def _reference(self, extractor: Extractor, real: FeatureSet) -> Reference:
-        """Statistics of the originals: given for the main extractor, kept by an earlier run, or new and kept."""
-        meta, width = describe(self.heldout.manifest, self.plan, extractor), extractor.network.feature_dim
-        main = extractor is self.extractor
-        given = self.run.config.evaluate.reference if main else ""
-        path = Path(given or cache_path(self.run.config.run.output, meta))
-        name = "reference" if main else f"reference_{extractor.name}"
-        found = read_given(str(path), meta, width) if given else read_cached(path, meta, width)
-        if found is not None:
-            self.run.inputs[name] = {"path": str(path), "sha256": sha256_file(path)}
-            return found
-        score = inception_score(real.logits) if main else None
-        found = Reference.of(statistics(real.features), score, meta)
-        found.save(path)
-        self.run.outputs[name] = str(path)
-        return found
-
-    def _scores(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        name = self.extractor.score_name
-        return {name: inception_score(made.logits), f"{name}_real": inception_score(real.logits)}
-
-    def _manifold(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: balls shrink as a set grows
-        shares = precision_recall(drawn(real.features, count), drawn(made.features, count), NEIGHBOURS)
-        return {**dict(zip(manifold_names(self.extractor), shares, strict=True)), "images_manifold": count}
-
-    def _classes(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """Of an extractor that was trained on the classes that the data set has; nothing of another one."""
-        ours = tuple(name.lower() for name in self.heldout.manifest.classes)
-        if not ours or extractor.network.class_names != ours:
-            return {}
-        ending = "" if extractor is self.extractor else f"_{extractor.name}"
-        found = class_accuracies(made.logits, made.labels, f"class_accuracy{ending}")
-        return found | class_accuracies(real.logits, real.labels, f"class_accuracy_real{ending}")
-
-    def _token_lengths(self) -> dict[str, float]:
-        if self.compared_lengths:
-            return compare_lengths(*self._lengths, *self._real_lengths)
-        counts = self._lengths[0]
-        return {"tokens_per_image": float(counts.mean()), "tokens_std": float(counts.std())}
-
-    def _memorised(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """How near generated and held-out pictures, mirrored or not, are to training pictures; keeps the nearest."""
-        count, shown = min(len(self.train), TRAIN_IMAGES), self.run.config.evaluate.nearest
-        if not shown or count < SHOWN_NEIGHBOURS:
-            return {}
-        label, shards = f"training, {self.extractor.name}", self.run.config.data.shards
-        train = measure_features(self.run, label, self.train, count, shards, self.extractor)
-        made_mirrored, real_mirrored = self._features(self.extractor, mirrored=True)
-        distances, indices = nearest_either_way(made, made_mirrored, train, SHOWN_NEIGHBOURS)
-        closest = distances[:, 0].argsort(stable=True)[:shown]
-        self.neighbours = made.places[closest.numpy()], train.places[indices[closest].numpy()]
-        ours = float(distances[:, 0].median())
-        theirs = float(nearest_either_way(real, real_mirrored, train)[0].median())
-        found = {"nearest_train": ours, "nearest_train_real": theirs, "images_train": count}
-        return found if theirs == 0 else {**found, "memorisation_ratio": ours / theirs}
-
-
-def nearest_either_way(
-    plain: FeatureSet, mirrored: FeatureSet, train: FeatureSet, k: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `nearest`, for each picture or its mirror image, whichever has the nearer neighbour."""
-    ours, theirs = (nearest(made.features, train.features, k) for made in (plain, mirrored))
-    nearer = theirs[0][:, :1] < ours[0][:, :1]
-    return torch.where(nearer, theirs[0], ours[0]), torch.where(nearer, theirs[1], ours[1])
-
-
-def statistics(features: torch.Tensor) -> FeatureStatistics:
-    """Mean and covariance of (B, F)."""
-    found = FeatureStatistics(features.shape[1])
-    found.update(features)
-    return found
-
-
-def drawn(features: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of (B, F) rows, drawn at random: generated pictures go through the classes in turn."""
-    return features[np.random.default_rng(SHUFFLE_SEED).permutation(len(features))[:count]]
+    save_figure(figure, path)

@@ -1,8 +1,13 @@
-"""What was measured on some of the images: sums that merge, and pass between processes as bytes."""
+"""What is measured, where and on which pictures.
 
-import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+    EvaluationPlan  which held-out pictures, in which ranges: a worker measures one range after the other
+    Cuts            where the tokens of a picture are cut: at the operating point, and at the points of a curve
+    Measurements    what was found on some pictures: one `CutSums` for every cut. Ranges add up in the plan's order.
+
+Shapes: B images, H and W pixels, N patch positions.
+"""
+
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -16,86 +21,7 @@ from tatok_model.filtering_rules import SCORES
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import ImageQuality
 from tatok_model.metrics.scores import CodeUsage, InceptionScore
-from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
-
-# At which cuts a tokenizer is measured: the configured operating point, and the points of a rate-distortion curve.
-
-OPERATING, ALL = "", "all"  # names of points; those of the curve are curve00, curve01, ...
-
-
-@dataclass(frozen=True)
-class Point:
-    """One cut."""
-
-    name: str
-    threshold: float | None  # of the filter's rule; None: everything is kept
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """What is done with the tokens of a batch before they are decoded.
-
-    Attributes:
-        filter: score, rounds and rule, and the threshold of the operating point.
-        thresholds: of the curve, for the same rule.
-    """
-
-    filter: FilterConfig
-    thresholds: tuple[float, ...] = ()
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether the operating point is that of a tokenizer without a filter."""
-        return self.filter.rule == "relative" and self.filter.threshold == 1
-
-    def curve(self, codec: TaTok) -> list[Point]:
-        """The points of the curve; last, where an entropy model can code them, all tokens: the control `all_coded`."""
-        points = [Point(f"curve{number:02d}", threshold) for number, threshold in enumerate(self.thresholds)]
-        return [*points, Point(ALL, None)] if points and codec.entropy_model is not None else points
-
-    def rank(self, codec: TaTok, tokens: Tokens, images: Tensor) -> Tokens:
-        """Tokens that can be cut at every point; images (B, 3, H, W) uint8."""
-        if not codec.config.patch_tokens or (self.keeps_all and not self.thresholds):
-            return tokens
-        return codec.rank(tokens, self.filter.score, self.filter.rounds, images)
-
-    def operating(self, tokens: Tokens) -> Tokens:
-        """Ranked tokens, cut as configured."""
-        if self.keeps_all:
-            return tokens
-        return self.at(tokens, Point(OPERATING, self.filter.threshold))
-
-    def at(self, tokens: Tokens, point: Point) -> Tokens:
-        """Ranked tokens, cut at one point. Without patch tokens, a count is of leading global tokens."""
-        if point.threshold is None:
-            return tokens
-        if tokens.ranking is None:
-            return tokens.cut_globals(int(point.threshold))
-        return tokens.cut(self.filter.rule, point.threshold, self.filter.replay)
-
-    def rate_bits(self, codec: TaTok, tokens: Tokens, threshold: float | None) -> Tensor | None:
-        """(B,) float64: R(theta) of tokens cut at one water level; None where that is not how they were cut."""
-        ranking, section = tokens.ranking, self.filter
-        if ranking is None or section.rule != "marginal" or not threshold or not SCORES[ranking.score].in_signal:
-            return None
-        codes = codec.code_vectors()[1]
-        dimensions = 0 if codes is None else codes.shape[1]
-        return rate_bits(ranking.score_units, tokens.patch_counts, threshold, ranking.resolution, dimensions)
-
-    def bits_coded(self, codec: TaTok, tokens: Tokens) -> Tensor:
-        """(B,) float64: bits with patch codes entropy-coded by q; everything else as in `bits_fixed`."""
-        fixed = tokens.bits(codec.config.bits_per_token)
-        if codec.entropy_model is None:
-            return fixed
-        if tokens.side.positions == "replayed" and tokens.ranking is not None:
-            schedule = ranking_schedule(tokens.ranking)
-        else:
-            schedule = grid_schedule(tokens.kept_mask, self.filter.coding_rounds)
-        return fixed - tokens.patch_counts * codec.config.bits_per_token + codec.code_lengths(tokens, schedule)
-
-
-# Which pictures are measured, cut into ranges before any work.
 
 SPLIT_IMAGES = 5000  # images in a split of the Inception score, as in ADM's evaluator
 SHUFFLE_SEED = 2020  # of the deal of images into those splits: shards may be sorted by class
@@ -104,7 +30,7 @@ NARROW_FEATURES = 512
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """Measured pictures are numbered 0 to count - 1; `indices` says which of the split they are."""
 
     count: int  # pictures measured
@@ -126,24 +52,19 @@ class Plan:
         """Numbers of the pictures to show."""
         return np.arange(self.grid) * self.count // max(self.grid, 1)
 
-    @property
-    def score_splits(self) -> int:
-        """Into how many equal splits the Inception score deals the pictures."""
-        return max(1, self.count // SPLIT_IMAGES)
 
-    def score_split_of(self) -> np.ndarray:
-        """(count,) int64, the split of the Inception score that each picture belongs to."""
-        shuffled = np.random.default_rng(SHUFFLE_SEED).permutation(self.count)
-        return shuffled * self.score_splits // self.count
+def score_splits(images: int) -> int:
+    """Into how many equal splits the Inception score deals so many pictures."""
+    return max(1, images // SPLIT_IMAGES)
 
 
-def make_plan(total: int, feature_dim: int, config: EvaluateConfig) -> Plan:
-    """The plan for a split of `total` pictures.
+def score_split_of(images: int) -> np.ndarray:
+    """(images,) int64, the split of the Inception score that each picture belongs to."""
+    return np.random.default_rng(SHUFFLE_SEED).permutation(images) * score_splits(images) // images
 
-    Args:
-        total: pictures in the split.
-        feature_dim: F of the extractor; wide states are returned less often.
-        config: how many pictures, in which batches.
+
+def make_plan(total: int, feature_dim: int, config: EvaluateConfig) -> EvaluationPlan:
+    """The plan for a split of `total` pictures; wide features, of `feature_dim` numbers, are returned less often.
 
     Raises:
         BadInput: fewer than two pictures, of which no covariance can be taken.
@@ -153,139 +74,202 @@ def make_plan(total: int, feature_dim: int, config: EvaluateConfig) -> Plan:
         raise BadInput(f"{count} held-out pictures would be measured; expected at least 2 for a Frechet distance")
     batch = min(config.batch_size, count)
     wanted = NARROW if feature_dim <= NARROW_FEATURES else WIDE
-    return Plan(count, total, batch, -(-wanted // batch) * batch, min(config.grid_images, count))
+    return EvaluationPlan(count, total, batch, -(-wanted // batch) * batch, min(config.grid_images, count))
 
 
-class Totals:
-    """Named sums."""
-
-    def __init__(self, **values: float) -> None:
-        self.values = values
-
-    def merge(self, other: "Totals") -> None:
-        """Add another part's sums."""
-        for name, value in other.values.items():
-            self.values[name] = self.values.get(name, 0.0) + value
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state: one () per name."""
-        return {name: np.array(value) for name, value in self.values.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """The inverse of `to_arrays`."""
-        return cls(**{name: float(value) for name, value in arrays.items()})
+OPERATING, ALL = "operating", "all"  # names of cuts; those of a curve are curve00, curve01, ...
 
 
-class Pictures:
-    """Reconstructions that will be shown: (B, H, W, 3) uint8, in the order of their images."""
+@dataclass(frozen=True)
+class Cut:
+    """Where tokens are cut."""
 
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    def merge(self, other: "Pictures") -> None:
-        """Append a later part's pictures."""
-        self.images = np.concatenate([self.images, other.images])
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state: images (B, H, W, 3)."""
-        return {"images": self.images}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """The inverse of `to_arrays`."""
-        return cls(arrays["images"])
+    name: str
+    threshold: float | None  # of the filter's rule; None: everything is kept
 
 
-class PerImage:
-    """Named values of each image, in the order of the images: (B, ...) arrays of equal length."""
+@dataclass(frozen=True)
+class Cuts:
+    """What is done with the tokens of a batch before they are decoded. Codecs are `TaTok` or a baseline.
 
-    def __init__(self, **arrays: np.ndarray) -> None:
-        self.arrays = arrays
+    Attributes:
+        filter: score, rounds and rule, and the threshold of the operating point.
+        thresholds: of the curve, for the same rule.
+    """
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    thresholds: tuple[float, ...] = ()
 
-    def merge(self, later: "PerImage") -> None:
-        """Append a later part's values."""
-        pairs = {name: (self.arrays.get(name), array) for name, array in later.arrays.items()}
-        self.arrays = {name: new if old is None else np.concatenate([old, new]) for name, (old, new) in pairs.items()}
+    @property
+    def operating_point(self) -> Cut:
+        """The configured cut; a relative threshold of 1 is a tokenizer without a filter."""
+        keeps_all = self.filter.rule == "relative" and self.filter.threshold == 1
+        return Cut(OPERATING, None if keeps_all else self.filter.threshold)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state: one array per name."""
-        return self.arrays
+    def curve(self, codec: Any) -> list[Cut]:
+        """The points of the curve; last, where an entropy model can code them, all tokens: the control `all_coded`."""
+        points = [Cut(f"curve{number:02d}", threshold) for number, threshold in enumerate(self.thresholds)]
+        return [*points, Cut(ALL, None)] if points and codec.entropy_model is not None else points
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-        """The inverse of `to_arrays`."""
-        return cls(**arrays)
+    def rank(self, codec: Any, tokens: Tokens, images: Tensor) -> Tokens:
+        """Tokens that can be cut at every point; images (B, 3, H, W) uint8."""
+        if not codec.config.patch_tokens or (self.operating_point.threshold is None and not self.thresholds):
+            return tokens
+        return codec.rank(tokens, self.filter.score, self.filter.rounds, images)
+
+    def operating(self, tokens: Tokens) -> Tokens:
+        """Ranked tokens, cut as configured."""
+        return self.at(tokens, self.operating_point)
+
+    def at(self, tokens: Tokens, cut: Cut) -> Tokens:
+        """Ranked tokens, cut at one point. Without patch tokens, a count is of leading global tokens."""
+        if cut.threshold is None:
+            return tokens
+        if tokens.ranking is None:
+            return tokens.cut_globals(int(cut.threshold))
+        return tokens.cut(self.filter.rule, cut.threshold, self.filter.replay)
+
+    def rate_bits(self, codec: Any, tokens: Tokens, cut: Cut) -> Tensor | None:
+        """(B,) float64: R(theta) of tokens cut at one water level; None where that is not how they were cut."""
+        ranking, threshold = tokens.ranking, cut.threshold
+        if ranking is None or self.filter.rule != "marginal" or not threshold or not SCORES[ranking.score].in_signal:
+            return None
+        codes = codec.code_vectors()[1]
+        dimensions = 0 if codes is None else codes.shape[1]
+        return rate_bits(ranking.score_units, tokens.patch_counts, threshold, ranking.resolution, dimensions)
+
+    def bits_coded(self, codec: Any, tokens: Tokens) -> Tensor:
+        """(B,) float64: bits with patch codes entropy-coded by q; everything else as in `bits_fixed`."""
+        fixed = tokens.bits(codec.config.bits_per_token)
+        if codec.entropy_model is None:
+            return fixed
+        if tokens.side.positions == "replayed" and tokens.ranking is not None:
+            schedule = ranking_schedule(tokens.ranking)
+        else:
+            schedule = grid_schedule(tokens.kept_mask, self.filter.coding_rounds)
+        return fixed - tokens.patch_counts * codec.config.bits_per_token + codec.code_lengths(tokens, schedule)
 
 
-KINDS: dict[str, Any] = {
-    "features": FeatureStatistics,  # of reconstructions
-    "original_features": FeatureStatistics,  # only while there are no reference statistics
-    "score": InceptionScore,
-    "original_score": InceptionScore,
-    "quality": ImageQuality,
-    "codes_global": CodeUsage,
-    "codes_patch": CodeUsage,
-    "totals": Totals,
-    "pictures": Pictures,
-    "lengths": PerImage,  # tokens, patch_tokens, bits_fixed, bits_coded, squared_error; at one water level rate_bits;
-    # where positions are replayed replay_state, fallback_bits
-    "images": PerImage,  # png_bytes, total_score: what a picture holds, whatever is kept of it
-    "shown": PerImage,  # pictures, kept_mask: of the pictures that are shown
-}
+class Sums:
+    """Base of dataclasses of sums over images: `merge` adds what was measured on later images, field by field."""
+
+    def merge(self, later: Self) -> None:
+        """Add `later`, in place; sums of floats depend on their order."""
+        for name, theirs in vars(later).items():
+            setattr(self, name, _added(getattr(self, name), theirs))
 
 
-def kind_of(name: str) -> Any:
-    """The class of a state: names may carry a point of the curve before a dot, and an extractor after an @."""
-    return KINDS[name.rsplit(".", maxsplit=1)[-1].split("@", maxsplit=1)[0]]
+def _added(ours: Any, theirs: Any) -> Any:
+    """Numbers are added, (B, ...) values of images joined, other sums merged one by one; None was not measured."""
+    if ours is None or theirs is None:
+        return theirs if ours is None else ours
+    if isinstance(ours, int | float):
+        return ours + theirs
+    if isinstance(ours, np.ndarray):
+        return np.concatenate([ours, theirs]) if len(ours) else theirs
+    if isinstance(ours, list):
+        return [_added(one, other) for one, other in zip(ours, theirs, strict=True)]
+    if isinstance(ours, dict):
+        return {name: _added(one, theirs[name]) for name, one in ours.items()}
+    ours.merge(theirs)
+    return ours
 
 
-class Measurements:
-    """One state per name, see `kind_of`; names that were not measured are missing."""
+def no_values() -> np.ndarray:
+    """Of no image."""
+    return np.zeros(0)
 
-    def __init__(self, **states: Any) -> None:
-        self.states = states
 
-    def __getitem__(self, name: str) -> Any:
-        return self.states[name]
+@dataclass
+class CutLengths(Sums):
+    """What the tokens that a cut keeps cost, and what became of the picture."""
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.states
+    tokens: np.ndarray = field(default_factory=no_values)  # int64
+    bits_fixed: np.ndarray = field(default_factory=no_values)  # log2 K a token; replay taken for granted
+    bits_coded: np.ndarray = field(default_factory=no_values)  # patch codes entropy-coded
+    squared_error: np.ndarray = field(default_factory=no_values)  # int64, grey levels squared
+    rate_bits: np.ndarray | None = None  # where tokens were cut at one water level
+    replay_state: np.ndarray | None = None  # where positions are replayed: 1 replayed, 0 not, -1 not verified
+    fallback_bits: np.ndarray | None = None  # how many bits more than replayed positions sent ones cost
+
+    def charged(self, bits: np.ndarray) -> np.ndarray:
+        """(B,) bits with fallbacks paid for: verified images as they are, others their share of what one costs."""
+        if self.replay_state is None:
+            return bits
+        share = np.where(self.replay_state < 0, self.fallback_share, self.replay_state == 0)
+        return bits + share * self.fallback_bits
+
+    @property
+    def fallback_share(self) -> float:
+        """Of the verified images, how many were not replayed."""
+        verified = self.replay_state[self.replay_state >= 0] if self.replay_state is not None else np.zeros(0)
+        return float((verified == 0).mean()) if len(verified) else 0.0
+
+
+@dataclass
+class Shown(Sums):
+    """The pictures of `EvaluationPlan.shown`, as decoded from what a cut keeps."""
+
+    pictures: np.ndarray = field(default_factory=no_values)  # (B, H, W, 3) uint8
+    kept_mask: np.ndarray = field(default_factory=no_values)  # (B, N) bool
+    tokens: np.ndarray = field(default_factory=no_values)  # (B,) int64
+
+
+@dataclass
+class Contents(Sums):
+    """How much there is to say of a picture, whatever is kept of it."""
+
+    png_bytes: np.ndarray = field(default_factory=no_values)  # size of the smallest PNG
+    total_score: np.ndarray | None = None  # of all patch tokens, where they are ranked
+
+
+@dataclass
+class EvaluationTotals(Sums):
+    """Sums over images. Rates belong to a batch size: seconds to encode, rank and decode are those of whole batches."""
+
+    seconds: float = 0.0  # reading, coding, measuring
+    timed: int = 0  # images in whole batches
+    encode: float = 0.0
+    rank: float = 0.0
+    decode: float = 0.0  # at the operating point
+    replay: float = 0.0  # verifying replayed positions at the operating point
+    lpips: float | None = None  # at the operating point; None: not measured
+
+
+@dataclass
+class NetworkSums(Sums):
+    """What feature networks say of some pictures."""
+
+    score: InceptionScore  # by the main network
+    features: list[FeatureStatistics]  # by each network, the main one first
+
+
+@dataclass
+class CutSums(Sums):
+    """Everything that is measured at one cut."""
+
+    networks: NetworkSums  # of the reconstructions
+    quality: ImageQuality = field(default_factory=ImageQuality)
+    lengths: CutLengths = field(default_factory=CutLengths)
+    shown: Shown = field(default_factory=Shown)
+
+
+@dataclass
+class Measurements(Sums):
+    """What was measured on some pictures of the plan."""
+
+    cuts: dict[str, CutSums]  # by the names of `Cut`, the operating point first
+    codes: dict[str, CodeUsage]  # of global and patch tokens, by kind, at the operating point
+    originals: NetworkSums | None = None  # only while there are no reference statistics
+    contents: Contents | None = None  # only where there is a curve
+    totals: EvaluationTotals = field(default_factory=EvaluationTotals)
+
+    @property
+    def operating(self) -> CutSums:
+        """At the configured cut."""
+        return self.cuts[OPERATING]
 
     @property
     def images(self) -> int:
-        """How many images were measured."""
-        return int(self["features"].n)
-
-    def merge(self, later: "Measurements") -> None:
-        """Add what was measured on the images after these; sums of floats depend on their order.
-
-        Raises:
-            ValueError: the two did not measure the same things.
-        """
-        if self.states.keys() != later.states.keys():
-            raise ValueError(f"cannot merge {sorted(later.states)} into {sorted(self.states)}")
-        for name, state in later.states.items():
-            self[name].merge(state)
-
-    def to_bytes(self) -> bytes:
-        """As an uncompressed npz with one array per `name/part`."""
-        arrays = {
-            f"{name}/{part}": array for name, state in self.states.items() for part, array in state.to_arrays().items()
-        }
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        return file.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """The inverse of `to_bytes`."""
-        parts: dict[str, dict[str, np.ndarray]] = {}
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            for key in arrays.files:
-                name, part = key.split("/")
-                parts.setdefault(name, {})[part] = arrays[key]
-        return cls(**{name: kind_of(name).from_arrays(arrays) for name, arrays in parts.items()})
+        """How many were measured."""
+        return int(self.operating.networks.features[0].n)

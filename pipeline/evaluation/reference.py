@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import numpy as np
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file, write_atomically
+from pipeline.core.run import Run
 from pipeline.data.shards import Manifest
-from pipeline.evaluation.measurements import Plan
+from pipeline.evaluation.measurements import EvaluationPlan
 from tatok_model.metrics.extractors.extractor import FeatureExtractor, TrainableExtractor
 from tatok_model.metrics.extractors.inception import Inception2015
 from tatok_model.metrics.extractors.small_networks import (
@@ -29,7 +31,7 @@ from tatok_model.metrics.extractors.small_networks import (
     CompactExtractor,
     load_trained,
 )
-from tatok_model.metrics.frechet import FeatureStatistics
+from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
 from tatok_model.metrics.images import UINT8_RULE
 
 # The network behind the Frechet distance: which one it is, where its weights are, what its numbers are called.
@@ -73,6 +75,37 @@ class Extractor:
         return f"bilinear antialiased to {side} pixels"
 
 
+def load_extractors(config: EvaluateConfig) -> list[Extractor]:
+    """The network of `evaluate.extractor`, the main one, and those of `evaluate.more_extractors`, with their weights.
+
+    Raises:
+        BadInput: a file is not what its key asks for (the FID Inception, one that `jobs/train_extractor.py` wrote, a
+            CIFAR ResNet), or `evaluate.more_extractors` names a network twice.
+    """
+    found = [_main_extractor(config)]
+    for path in config.more_extractors:
+        load = load_trained if path.endswith(TRAINED) else CifarResNet.from_file
+        network = _loaded("evaluate.more_extractors", load, path)
+        if network.name in [extractor.name for extractor in found[1:]]:
+            raise BadInput(
+                f"evaluate.more_extractors has {path!r}, a second {network.name}; expected different networks"
+            )
+        found.append(Extractor(network, network.weights_sha256))
+    return found
+
+
+def _main_extractor(config: EvaluateConfig) -> Extractor:
+    network: Any
+    if config.extractor.endswith(TRAINED):
+        network = _loaded("evaluate.extractor", load_trained, config.extractor)
+        return Extractor(network, network.weights_sha256)
+    if extractor_name(config) == SHIPPED_NAME:
+        network = CompactExtractor.shipped()
+        return Extractor(network, network.weights_sha256)
+    network = _loaded("evaluate.inception_weights", Inception2015.from_file, config.inception_weights)
+    return Extractor(network, sha256_file(Path(config.inception_weights)))
+
+
 def extractor_name(config: EvaluateConfig) -> str:
     """What `evaluate.extractor` means; `auto` is Inception when its weights are given."""
     if config.extractor == "auto":
@@ -80,48 +113,11 @@ def extractor_name(config: EvaluateConfig) -> str:
     return config.extractor
 
 
-def load_extractor(config: EvaluateConfig) -> Extractor:
-    """The network that the configuration asks for, with its weights.
-
-    Raises:
-        BadInput: `evaluate.inception_weights` is not the file of the FID Inception, or `evaluate.extractor` none that
-            `jobs/train_extractor.py` wrote.
-    """
-    if config.extractor.endswith(TRAINED):
-        try:
-            trained = load_trained(config.extractor)
-        except (FileNotFoundError, ValueError) as error:
-            raise BadInput(f"evaluate.extractor: {error}") from None
-        return Extractor(trained, trained.weights_sha256)
-    if extractor_name(config) == SHIPPED_NAME:
-        compact = CompactExtractor.shipped()
-        return Extractor(compact, compact.weights_sha256)
+def _loaded(key: str, load: Callable[[str], Any], path: str) -> Any:
     try:
-        network = Inception2015.from_file(config.inception_weights)
+        return load(path)
     except (FileNotFoundError, ValueError) as error:
-        raise BadInput(f"evaluate.inception_weights: {error}") from None
-    return Extractor(network, sha256_file(Path(config.inception_weights)))
-
-
-def load_more(config: EvaluateConfig) -> list[Extractor]:
-    """The networks of further Frechet distances.
-
-    Raises:
-        BadInput: a file of `evaluate.more_extractors` is neither one that `jobs/train_extractor.py` wrote nor that of a
-            CIFAR ResNet, or a network is named twice.
-    """
-    found: list[Extractor] = []
-    for path in config.more_extractors:
-        try:
-            network = load_trained(path) if path.endswith(TRAINED) else CifarResNet.from_file(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise BadInput(f"evaluate.more_extractors: {error}") from None
-        if network.name in [extractor.name for extractor in found]:
-            raise BadInput(
-                f"evaluate.more_extractors has {path!r}, a second {network.name}; expected different networks"
-            )
-        found.append(Extractor(network, network.weights_sha256))
-    return found
+        raise BadInput(f"{key}: {error}") from None
 
 
 PICTURE_KEYS = ("image_size", "encoding", "quality")  # of the manifest's configuration: they decide pixels
@@ -153,7 +149,57 @@ class Reference:
         write_atomically(path, file.getvalue())
 
 
-def describe(manifest: Manifest, plan: Plan, extractor: Extractor) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Distance:
+    """One Frechet distance: by which network, from which originals."""
+
+    extractor: Extractor
+    reference: Reference
+
+    @property
+    def name(self) -> str:
+        """Rfid or rfd_<extractor>."""
+        return self.extractor.distance_name
+
+    def of(self, features: FeatureStatistics) -> float:
+        """Of pictures with these features; arithmetic may leave a tiny negative one: 0."""
+        to = self.reference
+        return max(0.0, frechet_distance(features.mean(), features.covariance(), to.mu, to.sigma))
+
+
+def known_reference(run: Run, meta: dict[str, Any], extractor: Extractor, main: bool) -> Reference | None:
+    """What an earlier run kept, or for the main extractor what `evaluate.reference` names; None: it is to be measured.
+
+    It is noted among the run's inputs; `meta` is as `describe`.
+
+    Raises:
+        BadInput: as `read_reference`.
+    """
+    given = run.config.evaluate.reference if main else ""
+    path = Path(given) if given else cache_path(run.config.run.output, meta)
+    if not given and not path.exists():
+        return None
+    reference = read_reference(str(path), meta, extractor.network.feature_dim, given=bool(given))
+    run.inputs[_reference_name(extractor, main)] = {"path": str(path), "sha256": sha256_file(path)}
+    return reference
+
+
+def new_reference(
+    run: Run, meta: dict[str, Any], extractor: Extractor, main: bool, features: FeatureStatistics, score: float
+) -> Reference:
+    """What was measured on the originals, kept for later runs and noted among the run's outputs."""
+    reference = Reference.of(features, score if main else None, meta)
+    path = cache_path(run.config.run.output, meta)
+    reference.save(path)
+    run.outputs[_reference_name(extractor, main)] = str(path)
+    return reference
+
+
+def _reference_name(extractor: Extractor, main: bool) -> str:
+    return "reference" if main else f"reference_{extractor.name}"
+
+
+def describe(manifest: Manifest, plan: EvaluationPlan, extractor: Extractor) -> dict[str, Any]:
     """Everything that statistics of the held-out originals depend on."""
     return {
         "data": manifest.fingerprint,
@@ -174,36 +220,17 @@ def cache_path(output: str, meta: dict[str, Any]) -> Path:
     return Path(output) / "reference" / f"{meta['extractor']}-{key}.npz"
 
 
-def read_cached(path: Path, meta: dict[str, Any], feature_dim: int) -> Reference | None:
-    """What was kept at `path`, None when nothing was.
-
-    Raises:
-        BadInput: the file is not what `meta` describes, or as `read`.
-    """
-    if not path.exists():
-        return None
-    found = read(str(path), feature_dim)
-    _check_meta(str(path), found.meta or {}, meta)
-    return found
-
-
-def read_given(path: str, meta: dict[str, Any], feature_dim: int) -> Reference:
-    """Statistics that `evaluate.reference` names; ours have to fit but for the number of images.
-
-    Raises:
-        BadInput: they are of other images or another network, or as `read`.
-    """
-    found = read(path, feature_dim)
-    if found.meta is not None:
-        _check_meta(path, {**found.meta, "images": meta["images"]}, meta)
-    return found
-
-
-def read(path: str, feature_dim: int) -> Reference:
+def read_reference(path: str, wanted: dict[str, Any], feature_dim: int, given: bool = False) -> Reference:
     """An npz with `mu` and `sigma`, and more if it is ours.
 
+    Args:
+        path: of the file.
+        wanted: of what it has to be, as `describe`.
+        feature_dim: F.
+        given: by `evaluate.reference`: it may be of another number of images, or not say of what it is.
+
     Raises:
-        BadInput: it is no such file, or not of `feature_dim` features.
+        BadInput: it is no such file, not of `feature_dim` features, or of other images or another network.
     """
     try:
         with open(path, "rb") as raw:  # np.load leaves a file open that it cannot read
@@ -223,13 +250,12 @@ def read(path: str, feature_dim: int) -> Reference:
         )
     n = int(arrays["n"]) if "n" in arrays else None
     score = float(arrays["inception_score"]) if "inception_score" in arrays else None
-    return Reference(mu, sigma, n, score, meta)
-
-
-def _check_meta(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if found.get(key) != value:
+    checked = [] if given and meta is None else [key for key in wanted if not (given and key == "images")]
+    for key in checked:
+        found, value = (meta or {}).get(key), wanted[key]
+        if found != value:
             raise BadInput(
-                f"reference statistics {path!r} are of {key} {found.get(key)!r}; expected {value!r}: "
+                f"reference statistics {path!r} are of {key} {found!r}; expected {value!r}: "
                 "delete the file, or name others with evaluate.reference"
             )
+    return Reference(mu, sigma, n, score, meta)

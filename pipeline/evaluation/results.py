@@ -1,65 +1,105 @@
-"""From sums to named numbers, and what to say beside each."""
+"""From sums to named numbers, and what to say beside each; what a run with a curve leaves besides.
 
+    images.parquet                     a row per image: what it holds, and at each cut its tokens, bits and error
+    pictures/rate_distortion.png       distortion against tokens and bits
+    pictures/token_histogram.png       tokens per image at the operating point
+    pictures/kept_patches.png          which patches are kept at three thresholds, and what is decoded from them
+
+Shapes: B images.
+"""
+
+import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.core.console import SMALL, Row
-from pipeline.core.files import sha256_file
+from pipeline.core.console import SMALL, Row, columns, format_value, markdown, say, terminal_table
+from pipeline.core.files import write_atomically
+from pipeline.core.plots import Curve, KeptRow, kept_patches_picture, rate_distortion_plot, token_histogram
 from pipeline.core.run import Run
-from pipeline.evaluation.actors import Bench
-from pipeline.evaluation.evaluator import charged, fallback_share
-from pipeline.evaluation.measurements import Measurements, PerImage, Plan
-from pipeline.evaluation.reference import Extractor, Reference, cache_path, describe, read_cached, read_given
-from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
+from pipeline.evaluation.evaluator import Bench
+from pipeline.evaluation.measurements import Cut, CutSums, Measurements, NetworkSums
+from pipeline.evaluation.reference import Distance, Extractor, describe, known_reference, new_reference
+from pipeline.tracking import Tracker
 from tatok_model.metrics.rate_distortion import spearman, spearman_interval
 
-# The rate-distortion curve of a tokenizer: what was measured at each cut, as named numbers and as rows of a table.
-
 SEED = 0  # of bootstrap intervals
-COLUMNS = ("threshold", "tokens_per_image", "bits_fixed", "bits_coded", "psnr", "ssim")  # of the table, then distances
+COLUMNS = ("tokens_per_image", "bits_fixed", "bits_coded", "psnr", "ssim")  # of the table, then distances
+BASELINE = "baseline_kmeans_"
+CurveResults = list[tuple[Cut, dict[str, float]]]  # the points of a curve in order, with their metrics
 
 
-@dataclass(frozen=True)
-class Distance:
-    """One Frechet distance."""
+def measured_with_distances(run: Run, bench: Bench, tokenizer: object) -> tuple[Measurements, list[Distance]]:
+    """Measure the tokenizer, and the originals too where a distance's statistics of them are not known yet.
 
-    key: str  # ending of the states' names, see `Instruments.extractors`
-    name: str  # rfid or rfd_<extractor>
-    reference: Reference
-
-
-def cut_results(found: Measurements, prefix: str, distances: list[Distance], pixels: int) -> dict[str, float]:
-    """Every metric of one cut by its name.
-
-    Args:
-        found: on all images.
-        prefix: '' for the operating point, `curve00.` and so on for points of the curve.
-        distances: Frechet distances to report.
-        pixels: of an image, height times width.
+    Raises:
+        BadInput: kept or given statistics are of other images or another network.
+        Stopped: the run was asked to stop.
     """
-    lengths = found[f"{prefix}lengths"]
-    results = dict(found[f"{prefix}quality"].results())
-    for distance in distances:
-        results[distance.name] = frechet(found[f"{prefix}features{distance.key}"], distance.reference)
-    results |= length_results(lengths["tokens"], bits_of(lengths, "bits_fixed"), bits_of(lengths, "bits_coded"), pixels)
-    if "rate_bits" in lengths.arrays:
-        results["rate_bits"] = _mean(lengths["rate_bits"])
-    if "replay_state" in lengths.arrays:
-        states = lengths["replay_state"]
-        results["replay_checked_images"] = float((states >= 0).sum())
-        results["replay_fallback_share"] = fallback_share(states)
+    metas = [describe(bench.pictures.manifest, bench.plan, extractor) for extractor in bench.extractors]
+    numbered = list(enumerate(bench.extractors))
+    known = [known_reference(run, metas[i], extractor, main=i == 0) for i, extractor in numbered]
+    found = bench.measure("evaluate", tokenizer, None in known, bench.cuts)
+    originals = cast(NetworkSums, found.originals)  # measured where a reference is missing
+    distances = []
+    for i, extractor in numbered:
+        reference = known[i]
+        if reference is None:
+            measured = originals.features[i], originals.score.result()
+            reference = new_reference(run, metas[i], extractor, i == 0, *measured)
+        distances.append(Distance(extractor, reference))
+    return found, distances
+
+
+def tokenizer_results(found: Measurements, distances: list[Distance], pixels: int, batch_size: int) -> dict[str, float]:
+    """Every metric of a tokenizer at its operating point, by its name in summary.json.
+
+    Distances are those to report, the main one first; an image has so many pixels, height times width.
+    """
+    totals, n, main = found.totals, found.images, distances[0]
+    results: dict[str, float] = {"images": n, "batch_size": batch_size}
+    results |= cut_results(found.operating, distances, pixels)
+    results |= content_results(found)
+    if totals.lpips is not None:
+        results["lpips"] = totals.lpips / n
+    results[main.extractor.score_name] = found.operating.networks.score.result()
+    if main.reference.inception_score is not None:
+        results[f"{main.extractor.score_name}_originals"] = main.reference.inception_score
+    for kind, usage in found.codes.items():
+        results[f"codebook_usage_{kind}"] = usage.usage
+        results[f"codebook_perplexity_{kind}"] = usage.perplexity
+    for name, seconds in (("encode", totals.encode), ("rank", totals.rank), ("decode", totals.decode)):
+        if seconds:  # nothing is ranked where everything is kept
+            results[f"{name}_images_per_second"] = totals.timed / seconds
+    if totals.replay:
+        results["replay_images_per_second"] = results["replay_checked_images"] / totals.replay
+    results["images_per_second"] = n / totals.seconds
     return results
 
 
-def bits_of(lengths: PerImage, name: str) -> np.ndarray:
-    """(B,) bits_fixed or bits_coded of each image; those that a reader cannot replay pay for their positions."""
-    if "replay_state" not in lengths.arrays:
-        return lengths[name]
-    return charged(lengths[name], lengths["replay_state"], lengths["fallback_bits"])
+def cut_results(sums: CutSums, distances: list[Distance], pixels: int) -> dict[str, float]:
+    """Every metric of one cut by its name; arguments as of `tokenizer_results`."""
+    lengths = sums.lengths
+    results = sums.quality.results() | distance_results(sums, distances)
+    results |= length_results(
+        lengths.tokens, lengths.charged(lengths.bits_fixed), lengths.charged(lengths.bits_coded), pixels
+    )
+    if lengths.rate_bits is not None:
+        results["rate_bits"] = _mean(lengths.rate_bits)
+    if lengths.replay_state is not None:
+        results["replay_checked_images"] = float((lengths.replay_state >= 0).sum())
+        results["replay_fallback_share"] = lengths.fallback_share
+    return results
+
+
+def distance_results(sums: CutSums, distances: list[Distance]) -> dict[str, float]:
+    """Frechet distances between reconstructions and originals."""
+    return {one.name: one.of(features) for one, features in zip(distances, sums.networks.features, strict=True)}
 
 
 def length_results(tokens: np.ndarray, bits_fixed: np.ndarray, bits_coded: np.ndarray, pixels: int) -> dict[str, float]:
@@ -82,9 +122,11 @@ def length_results(tokens: np.ndarray, bits_fixed: np.ndarray, bits_coded: np.nd
 
 def content_results(found: Measurements) -> dict[str, float]:
     """Whether lengths, or at one length errors, follow what a picture holds: Spearman's rho with its size as PNG."""
-    content, lengths = found["images"]["png_bytes"], found["lengths"]
-    varies = bool(lengths["tokens"].std() > 0)
-    name, values = ("tokens", lengths["tokens"]) if varies else ("error", lengths["squared_error"])
+    if found.contents is None:
+        return {}
+    content, lengths = found.contents.png_bytes, found.operating.lengths
+    varies = bool(lengths.tokens.std() > 0)
+    name, values = ("tokens", lengths.tokens) if varies else ("error", lengths.squared_error)
     if len(content) < 3 or values.std() == 0 or content.std() == 0:
         return {}
     low, high = spearman_interval(values, content, SEED)
@@ -92,18 +134,12 @@ def content_results(found: Measurements) -> dict[str, float]:
     return {key: spearman(values, content), f"{key}_low": low, f"{key}_high": high}
 
 
-def frechet(features: FeatureStatistics, reference: Reference) -> float:
-    """Frechet distance between reconstructions and originals; arithmetic may leave a tiny negative one: 0."""
-    return max(0.0, frechet_distance(features.mean(), features.covariance(), reference.mu, reference.sigma))
-
-
-def table(points: list[tuple[str, dict[str, float]]], distances: list[str]) -> list[list[str]]:
-    """Header and a line for each named cut, for people."""
-    from pipeline.core.console import format_value
-
-    columns = [*COLUMNS[1:], *distances]
-    header = ["cut", *(name.replace("_per_image", "") for name in columns)]
-    return [header, *([label, *(format_value(values[name]) for name in columns)] for label, values in points)]
+def baseline_results(sums: CutSums, distances: list[Distance]) -> dict[str, float]:
+    """What a baseline is compared by."""
+    quality = sums.quality.results()
+    results = {name: quality[name] for name in ("psnr", "psnr_pooled", "ssim")} | distance_results(sums, distances)
+    results["bits_per_image"] = float(sums.lengths.bits_fixed.mean())
+    return {f"{BASELINE}{name}": value for name, value in results.items()}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -111,156 +147,46 @@ def _mean(values: np.ndarray) -> float:
     return math.fsum(values) / len(values)
 
 
-# Which Frechet distances an evaluation reports, and the statistics of originals that they are measured against.
+# What is said beside the numbers.
 
 
-def measured_with_distances(run: Run, bench: Bench, tokenizer: object) -> tuple[Measurements, list[Distance]]:
-    """Measure the tokenizer, and the originals too where their statistics are not known yet.
+def distance_warnings(name: str, images: int, distance: Distance, compared: str) -> list[str]:
+    """What a reader must know before comparing a Frechet distance, over so many images, with others.
 
-    Returns:
-        What was measured; the Frechet distances to report, the main one first.
-
-    Raises:
-        BadInput: kept or given statistics are of other images or another network.
-        Stopped: the run was asked to stop.
+    `compared` is what it tells apart, in the plural.
     """
-    extractors = {"": bench.extractor, **{f"@{extractor.name}": extractor for extractor in bench.more}}
-    known = {key: known_reference(run, bench, extractor) for key, extractor in extractors.items()}
-    found = bench.measure("evaluate", tokenizer, originals=None in known.values())
-    distances = []
-    for key, extractor in extractors.items():
-        reference = known[key] or new_reference(run, bench, found, key, extractor)
-        distances.append(Distance(key, extractor.distance_name, reference))
-    return found, distances
-
-
-def known_reference(run: Run, bench: Bench, extractor: Extractor) -> Reference | None:
-    """Statistics of the originals that were given for the main extractor, or kept by an earlier run."""
-    meta = describe(bench.manifest, bench.plan, extractor)
-    width = extractor.network.feature_dim
-    given = run.config.evaluate.reference if extractor is bench.extractor else ""
-    path = Path(given or cache_path(run.config.run.output, meta))
-    reference = read_given(str(path), meta, width) if given else read_cached(path, meta, width)
-    if reference is not None:
-        run.inputs[_reference_name(bench, extractor)] = {"path": str(path), "sha256": sha256_file(path)}
-    return reference
-
-
-def new_reference(run: Run, bench: Bench, found: Measurements, key: str, extractor: Extractor) -> Reference:
-    """Statistics of the originals, kept for later runs."""
-    meta = describe(bench.manifest, bench.plan, extractor)
-    score = found["original_score"].result() if extractor is bench.extractor else None
-    reference = Reference.of(found[f"original_features{key}"], score, meta)
-    path = cache_path(run.config.run.output, meta)
-    reference.save(path)
-    run.outputs[_reference_name(bench, extractor)] = str(path)
-    return reference
-
-
-def _reference_name(bench: Bench, extractor: Extractor) -> str:
-    return "reference" if extractor is bench.extractor else f"reference_{extractor.name}"
-
-
-BASELINE = "baseline_kmeans_"
-
-
-def tokenizer_results(
-    found: Measurements, distances: list[Distance], reference: Reference, extractor: Extractor, pixels: int, plan: Plan
-) -> dict[str, float]:
-    """Every metric of a tokenizer at its operating point, by its name in summary.json.
-
-    Args:
-        found: on all images of the plan.
-        distances: Frechet distances, the main one first.
-        reference: statistics of the originals, for the main extractor.
-        extractor: the main one.
-        pixels: of an image, height times width.
-        plan: for the batch size that the rates belong to.
-    """
-    totals, n = found["totals"].values, found.images
-    results: dict[str, float] = {"images": n, "batch_size": plan.batch_size}
-    results |= cut_results(found, "", distances, pixels)
-    if "images" in found:
-        results |= content_results(found)
-    if "lpips" in totals:
-        results["lpips"] = totals["lpips"] / n
-    results[extractor.score_name] = found["score"].result()
-    if reference.inception_score is not None:
-        results[f"{extractor.score_name}_originals"] = reference.inception_score
-    for kind in ("global", "patch"):
-        if f"codes_{kind}" in found:
-            results[f"codebook_usage_{kind}"] = found[f"codes_{kind}"].usage
-            results[f"codebook_perplexity_{kind}"] = found[f"codes_{kind}"].perplexity
-    for name in ("encode", "rank", "decode"):
-        if f"{name}_seconds" in totals:  # nothing is ranked where everything is kept
-            results[f"{name}_images_per_second"] = totals["timed"] / totals[f"{name}_seconds"]
-    if totals.get("replay_seconds"):
-        results["replay_images_per_second"] = results["replay_checked_images"] / totals["replay_seconds"]
-    results["images_per_second"] = n / totals["seconds"]
-    return results
-
-
-def curve_results(
-    found: Measurements, names: list[str], distances: list[Distance], pixels: int
-) -> list[dict[str, float]]:
-    """Every metric of each point of the curve, in the order of `names`."""
-    return [cut_results(found, f"{name}.", distances, pixels) for name in names]
-
-
-def baseline_results(found: Measurements, distances: list[Distance]) -> dict[str, float]:
-    """What a baseline is compared by."""
-    quality, lengths = found["quality"].results(), found["lengths"]
-    return {
-        f"{BASELINE}psnr": quality["psnr"],
-        f"{BASELINE}psnr_pooled": quality["psnr_pooled"],
-        f"{BASELINE}ssim": quality["ssim"],
-        **{f"{BASELINE}{one.name}": frechet(found[f"features{one.key}"], one.reference) for one in distances},
-        f"{BASELINE}bits_per_image": float(lengths["bits_fixed"].mean()),
-    }
-
-
-def warnings(results: dict[str, float], reference: Reference, extractor: Extractor) -> list[str]:
-    """What a reader must know before comparing the numbers with others."""
-    n, told = int(results["images"]), (reference, extractor.comparable, "tokenizers")
-    return distance_warnings(extractor.distance_name, n, *told)
-
-
-def distance_warnings(name: str, images: int, reference: Reference, comparable: bool, compared: str) -> list[str]:
-    """What a reader must know of a Frechet distance.
-
-    Args:
-        name: of the metric.
-        images: how many were measured.
-        reference: what they are compared with.
-        comparable: whether its numbers may stand beside published ones.
-        compared: what the distance tells apart, in the plural.
-    """
-    found = []
+    found, reference = [], distance.reference
     if images < SMALL:
         found.append(f"{name} over {images} images: below {SMALL} it is biased upwards by about 1/N and says little")
     if reference.meta is None:
         found.append(f"{name} is against a reference that does not say how its images were cropped and resized")
     if reference.n is not None and reference.n != images:
         found.append(f"{name} compares {images} images with statistics of {reference.n}: its bias depends on both")
-    if not comparable:
+    if not distance.extractor.comparable:
         found.append(f"{name} compares {compared} of this project and is no FID: do not set it beside published ones")
     return found
+
+
+def table(curve: CurveResults, rule: str, distances: list[Distance]) -> list[list[str]]:
+    """Header and a line for each point of a curve, for people; empty where there is no curve."""
+    names = [*COLUMNS, *(distance.name for distance in distances)]
+    lines = [["cut", *(name.replace("_per_image", "") for name in names)]] if curve else []
+    for point, values in curve:
+        label = "all" if point.threshold is None else f"{rule} {point.threshold:g}"
+        lines.append([label, *(format_value(values[name]) for name in names)])
+    return lines
 
 
 def rows(results: dict[str, float], extractor: Extractor, device: str) -> Iterator[Row]:
     """The table: every result with a note, in the order they are in."""
     notes = _notes(results, extractor, device)
     for name, value in results.items():
-        yield Row(name, value, notes.get(name) or notes.get(_bare(name), ""))
-
-
-def _bare(name: str) -> str:
-    """Without the beginning that says which baseline."""
-    return name.split("_", 2)[2] if name.startswith("baseline_") else name
+        bare = name.split("_", 2)[2] if name.startswith("baseline_") else name  # without which baseline it is of
+        yield Row(name, value, notes.get(name) or notes.get(bare, ""))
 
 
 def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict[str, str]:
-    place = "one CPU core" if device == "cpu" else "one GPU"  # what each actor reserves
+    place = "one CPU core" if device == "cpu" else "one GPU"  # what each worker has
     rate = f"one worker on {place}, batch {results['batch_size']:.0f}, after warm-up"
     return {
         "images": "held-out",
@@ -294,3 +220,100 @@ def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict
         "images_per_second": "one worker: reading, coding, measuring",
         f"{BASELINE}psnr": "dB, patch k-means of at most the same bits",
     }
+
+
+# What is left in the run folder beside the numbers.
+
+
+def report(
+    run: Run,
+    title: str,
+    lines: list[Row],
+    told: list[str],
+    facts: dict[str, str],
+    tracker: Tracker,
+    cuts: list[list[str]] | None = None,
+) -> None:
+    """Show the table with its warnings, and below it that of the `cuts`; keep both with the facts as `report.md`."""
+    path = run.folder / "report.md"
+    write_atomically(path, markdown(title, lines, told, facts, cuts).encode())
+    run.outputs["report"] = str(path)
+    tracker.artifact(path)
+    say(terminal_table(title, lines, told))
+    if cuts:
+        say("\n" + columns(cuts))
+
+
+def keep_curve(
+    run: Run, bench: Bench, found: Measurements, curve: CurveResults, distance: str, tracker: Tracker
+) -> None:
+    """Write a table of images, plots and a picture into the run folder; `distance` names the main Frechet distance."""
+    path = run.folder / "images.parquet"
+    write_atomically(path, _images_table(bench, found))
+    run.outputs["images"] = str(path)
+    tracker.artifact(path)
+    folder = run.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    drawn = ["rate_distortion", "token_histogram", *(["kept_patches"] if bench.plan.grid else [])]
+    files = {name: folder / f"{name}.png" for name in drawn}
+    _draw_curve(run, files["rate_distortion"], curve, distance)
+    title = f"Tokens per image, {run.config.filter.rule} {run.config.filter.threshold:g}"
+    token_histogram(files["token_histogram"], found.operating.lengths.tokens, title)
+    if bench.plan.grid:
+        _draw_kept(run, bench, files["kept_patches"], found, curve)
+    for name, file in files.items():
+        run.outputs[name] = str(file)
+        tracker.picture(file, name, 0)
+        tracker.artifact(file, "pictures")
+        say(f"{name.replace('_', ' ')}: {file}")
+
+
+def _images_table(bench: Bench, found: Measurements) -> bytes:
+    """Parquet: id, label, png_bytes, total_score, then `operating_tokens`, ..., `curve00_tokens`, ..."""
+    places = bench.plan.indices(np.arange(bench.plan.count)).tolist()
+    table: dict[str, object] = {"id": bench.pictures.ids(places), "label": bench.pictures.labels(places)}
+    table |= {name: values for name, values in vars(found.contents).items() if values is not None}
+    for name, sums in found.cuts.items():
+        lengths = sums.lengths
+        table[f"{name}_tokens"] = lengths.tokens
+        table[f"{name}_squared_error"] = lengths.squared_error
+        table[f"{name}_bits_fixed"] = lengths.charged(lengths.bits_fixed)
+        table[f"{name}_bits_coded"] = lengths.charged(lengths.bits_coded)
+        worst = 255**2 * 3 * bench.pixels
+        table[f"{name}_psnr"] = 10 * np.log10(worst / np.maximum(lengths.squared_error, 1))  # as `images.psnr`
+    file = io.BytesIO()
+    pq.write_table(pa.table(table), file, compression="ZSTD")
+    return file.getvalue()
+
+
+def _draw_curve(run: Run, path: Path, points: CurveResults, distance: str) -> None:
+    section = run.config.filter
+
+    def series(name: str) -> list[float]:
+        return [values[name] for _, values in points]
+
+    label = f"{section.score}, {section.rule}" if run.config.tokenizer.patch_tokens else "global tokens"
+    operating = [number for number, (point, _) in enumerate(points) if point.threshold == section.threshold]
+    lines = [
+        Curve(
+            label, series("tokens_per_image"), series("bits_fixed"), series("psnr"), series(distance),
+            bits_coded=series("bits_coded"), operating_point=operating[0] if operating else None,
+        )
+    ]  # fmt: skip
+    for codec in ("jpeg", "webp"):
+        if f"baseline_{codec}_curve00_psnr" in run.results:
+            prefixes = [f"baseline_{codec}_{point.name}_" for point, _ in points]
+            bits = [run.results[f"{prefix}bits_per_image"] for prefix in prefixes]
+            lines.append(Curve(codec, (), bits, [run.results[f"{prefix}psnr"] for prefix in prefixes]))
+    rate_distortion_plot(path, lines, distance)
+
+
+def _draw_kept(run: Run, bench: Bench, path: Path, found: Measurements, curve: CurveResults) -> None:
+    cuts = [point for point, _ in curve if point.threshold is not None]
+    chosen = sorted({0, len(cuts) // 2, len(cuts) - 1})
+    rows = []
+    for point in (cuts[number] for number in chosen):
+        shown = found.cuts[point.name].shown
+        label = f"{run.config.filter.rule} {point.threshold:g}"
+        rows.append(KeptRow(label, shown.kept_mask, shown.tokens, shown.pictures))
+    kept_patches_picture(path, bench.originals_shown(), rows)

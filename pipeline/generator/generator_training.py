@@ -16,13 +16,13 @@ from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config, GenerateConfig, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.run import Run
-from pipeline.evaluation.measurements import Totals
 from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config
 from pipeline.generator.generate import class_rows
 from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset
 from pipeline.tokens.decoder import decoded_pictures
 from pipeline.tokens.token_manifest import check_tokenizer
 from pipeline.training import distributed
+from pipeline.training.distributed import Totals
 from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
 from pipeline.training.resume import go_on, values_of

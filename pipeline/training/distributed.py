@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +48,27 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that is spread over the workers (FSDP2), which all have to ask; others as they are."""
     gathered = getattr(tensor, "full_tensor", None)  # of a DTensor, whose import costs a second that few need
     return tensor if gathered is None else gathered()
+
+
+class Totals:
+    """Named sums."""
+
+    def __init__(self, **values: float) -> None:
+        self.values = values
+
+    def merge(self, other: "Totals") -> None:
+        """Add another part's sums."""
+        for name, value in other.values.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state: one () per name."""
+        return {name: np.array(value) for name, value in self.values.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Totals":
+        """The inverse of `to_arrays`."""
+        return cls(**{name: float(value) for name, value in arrays.items()})
 
 
 def merged(part: T) -> T:

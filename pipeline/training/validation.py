@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.measurements import Totals
 from pipeline.training import distributed
 from pipeline.training.batches import Pictures
+from pipeline.training.distributed import Totals
 from tatok_model.codec.payload import grid_schedule
 from tatok_model.metrics.extractors.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance

@@ -23,7 +23,7 @@ from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run, read_metrics, read_summary
 from pipeline.data.shards import read_manifest
-from pipeline.evaluation.reference import load_extractor, load_more
+from pipeline.evaluation.reference import load_extractors
 from pipeline.training import train_extractor
 from pipeline.training.extractor_training import Labelled, augment, measure, one_cycle, read_labelled
 from tatok_model.metrics.extractors.small_networks import SHIPPED, CompactExtractor, load_trained
@@ -227,13 +227,13 @@ def test_shards_serve_both_architectures_and_decide_size_and_classes(
         metadata = file.metadata()
     assert (metadata["architecture"], metadata["classes"], metadata["image_size"]) == (architecture, "2", "32")
     assert run.inputs["train"]["sha256"] == run.inputs["test"]["sha256"] == read_manifest(shards).fingerprint
-    loaded = load_extractor(EvaluateConfig(extractor=run.outputs["extractor"]))
+    (loaded,) = load_extractors(EvaluateConfig(extractor=run.outputs["extractor"]))
     assert loaded.distance_name == f"rfd_{architecture}_32px"
     assert loaded.protocol == "bilinear antialiased to 32 pixels"
     assert not loaded.comparable
     assert loaded.weights_sha256 == hashlib.sha256(Path(run.outputs["extractor"]).read_bytes()).hexdigest()
-    more_extractors = load_more(EvaluateConfig(more_extractors=(run.outputs["extractor"],)))
-    assert [one.name for one in more_extractors] == [loaded.name]
+    _, again = load_extractors(EvaluateConfig(more_extractors=(run.outputs["extractor"],)))
+    assert again.name == loaded.name
 
 
 def test_checking_does_not_load_torch(two_colours: Path) -> None:

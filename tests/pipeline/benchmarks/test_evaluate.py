@@ -11,9 +11,8 @@ from pipeline.benchmarks.evaluate_speed import bare, evaluator_rate, findings, p
 from pipeline.benchmarks.harness import Spread
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
-from pipeline.evaluation.actors import Bench
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.measurements import Plan
+from pipeline.evaluation.evaluator import Bench, Evaluator
+from pipeline.evaluation.measurements import EvaluationPlan
 from tatok_model.tokenizer import TaTok
 
 
@@ -26,14 +25,14 @@ def config(tiny, noise_shards):
     ("count", "images", "expected"), [(10000, 256, 1800), (10000, 5000, 4800), (900, 256, 900), (890, 256, 600)]
 )
 def test_ranges_are_those_of_an_evaluation_where_pictures_suffice(count, images, expected):
-    found = plan_of(Plan(count, 10000, 100, 600, 8), images)
+    found = plan_of(EvaluationPlan(count, 10000, 100, 600, 8), images)
     assert (found.count, found.range_size, len(found.ranges())) == (expected, expected // 3, 3)
     assert found.range_size % found.batch_size == 0
 
 
 def test_too_few_pictures_are_refused():
     with pytest.raises(BadInput, match="200 held-out pictures would be measured; expected at least 300"):
-        plan_of(Plan(200, 200, 100, 600, 8), 256)
+        plan_of(EvaluationPlan(200, 200, 100, 600, 8), 256)
 
 
 def test_the_bare_computation_sees_each_picture_of_a_range_and_codes_lengths_when_asked(

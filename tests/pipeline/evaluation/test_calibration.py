@@ -1,6 +1,5 @@
 """Finding a threshold for a wanted mean, of tokens or of dB, and the line that predicts dB."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import yaml
 
 from pipeline.core.checkpoints import check_quality, load_tokenizer
 from pipeline.core.errors import BadInput, Stopped
-from pipeline.core.presets import load_config
-from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation import calibrate
 from tatok_model.filtering_rules import QualityLine, read_lines
@@ -20,22 +17,9 @@ from tatok_model.tokenizer import TaTok
 
 
 @pytest.fixture
-def calibrating(tmp_path: Path, shards: Path, tokenizer: TaTok) -> Iterator[Any]:
+def calibrating(opened: Any) -> Any:
     """`calibrating("filter.key=value")` makes a run of the stage that has not begun."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    runs = []
-
-    def make(*overrides: str) -> Run:
-        shape = [f"tokenizer.{k}={v}" for k, v in {"patch_size": 4, "global_tokens": 2, "quantizer": "fsq"}.items()]
-        shape += ["tokenizer.codebook_dim=16", "tokenizer.fsq_levels=[4,4]", "data.image_size=16"]
-        places = [f"run.output={tmp_path}", f"data.shards={shards}", f"tokenizer.checkpoint={tmp_path / 'tokenizer'}"]
-        config = load_config("smoke", [*shape, *places, "tracking.uri=", "evaluate.batch_size=8", *overrides])
-        runs.append(Run.open("calibrate", config, f"run-{len(runs)}", resume=False))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
+    return lambda *overrides: opened("calibrate", "evaluate.batch_size=8", *overrides)
 
 
 @pytest.mark.parametrize("rule", ["residual", "relative", "count", "marginal"])

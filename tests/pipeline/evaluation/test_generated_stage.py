@@ -1,6 +1,5 @@
 """The whole path with a tokenizer of 16 codes and pictures of 32 pixels: tokens, generated pictures, their numbers."""
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ from PIL import Image
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
-from pipeline.core.presets import load_config
 from pipeline.core.run import Run
-from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
+from pipeline.data.shards import ShardDataset
 from pipeline.evaluation import evaluate, generated_features
 from pipeline.evaluation.generated import drawn, real_lengths
 from pipeline.evaluation.generated_features import FeatureWork, FeatureWorker
@@ -26,7 +24,6 @@ from pipeline.tokens import tokenize as tokenizing
 from pipeline.tokens.token_manifest import RowRange
 from tatok_model.config import GeneratorConfig, TokenizerConfig
 from tatok_model.generation.generator import Generator
-from tatok_model.metrics.extractors.extractor import CIFAR10
 from tatok_model.metrics.extractors.small_networks import CompactExtractor
 from tatok_model.metrics.manifold import precision_recall
 from tatok_model.tokenizer import TaTok
@@ -34,36 +31,17 @@ from tatok_model.tokenizer import TaTok
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings
 
 SIDE = 32
-ROWS = {"train": 24, "heldout": 20}
-CLASSES = CIFAR10
 SHAPE = {"patch_size": 8, "global_tokens": 2, "quantizer": "fsq", "codebook_size": 16}
 STAGES: dict[str, ModuleType] = {"tokenize_images": tokenizing, "generate": generate, "evaluate": evaluate}
 
 Started = Callable[..., Run]
 
 
-def write_split(folder: Path, split: str) -> Split:
-    """Made photographs of ten classes."""
-    with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
-        for number in range(ROWS[split]):
-            coarse = np.random.default_rng([number, len(split)]).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            file = io.BytesIO()
-            Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, "PNG")
-            row = {"id": f"{split}/{number}", "image": file.getvalue(), "height": SIDE, "width": SIDE}
-            writer.add({**row, "label": number % 10, "label_name": CLASSES[number % 10]})
-    assert writer.shard is not None
-    return Split(writer.shard.rows, (writer.shard,))
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, classified_shards: Path) -> Path:
     """A folder with `shards`, `tokenizer` and `generator`."""
     folder = tmp_path_factory.mktemp("generated")
-    (folder / "shards" / "shards").mkdir(parents=True)
-    splits = {split: write_split(folder / "shards", split) for split in ROWS}
-    config = {"image_size": SIDE, "encoding": "png", "quality": 95}
-    manifest = Manifest(SIDE, config, "made", CLASSES, splits, 0, fingerprint(splits))
-    (folder / "shards" / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    (folder / "shards").symlink_to(classified_shards)
     torch.manual_seed(0)
     TaTok(TokenizerConfig(SIDE, fsq_levels=(4, 4), **SHAPE)).save_pretrained(folder / "tokenizer")  # type: ignore[arg-type]
     sha256 = sha256_file(folder / "tokenizer/model.safetensors")
@@ -74,24 +52,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def configure(made: Path) -> Callable[..., Config]:
-    def make(*more: str) -> Config:
-        shape = [f"tokenizer.{key}={value}" for key, value in SHAPE.items()]
-        shape += ["tokenizer.codebook_dim=16", "tokenizer.fsq_levels=[4,4]", f"data.image_size={SIDE}", "tracking.uri="]
-        places = [f"run.output={made}/runs", f"data.shards={made}/shards", f"tokenizer.checkpoint={made}/tokenizer"]
-        places += [f"generator.checkpoint={made}/generator", "filter.rule=relative", "filter.threshold=0.6"]
-        return load_config("smoke", [*shape, *places, "evaluate.batch_size=8", *more])
-
-    return make
+def configured(made: Path, configure: Callable[..., Config]) -> Callable[..., Config]:
+    shape = [f"tokenizer.{key}={value}" for key, value in SHAPE.items()]
+    shape += [f"data.image_size={SIDE}", f"run.output={made}/runs", f"data.shards={made}/shards"]
+    shape += [f"tokenizer.checkpoint={made}/tokenizer", f"generator.checkpoint={made}/generator"]
+    shape += ["filter.rule=relative", "filter.threshold=0.6", "evaluate.batch_size=8"]
+    return lambda *more: configure(*shape, *more)
 
 
 @pytest.fixture(scope="module")
-def begin(opened_runs: Any, configure: Callable[..., Config]) -> Iterator[Started]:
+def begin(opened_runs: Any, configured: Callable[..., Config]) -> Iterator[Started]:
     """`begin("evaluate", "name", "section.key=value")` makes a run, checked, that has not begun."""
     with opened_runs() as open_run:
 
         def begin(kind: str, name: str, *more: str) -> Run:
-            return open_run(kind, STAGES[kind], configure(*more), name, resume=True)
+            return open_run(kind, STAGES[kind], configured(*more), name, resume=True)
 
         yield begin
 
@@ -168,7 +143,7 @@ def test_what_was_computed_serves_the_next_run(
 
 def test_mirrored_features_are_those_of_the_mirrored_picture(made: Path, tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
-    task = RowRange(0, "train", 0, 0, 4, 4, ROWS["train"])
+    task = RowRange(0, "train", 0, 0, 4, 4, 24)
     work = FeatureWork(tmp_path, "key", str(made / "shards"), 4, mirrored=True)
     network = CompactExtractor().eval().requires_grad_(False)
     FeatureWorker(network, work, "cpu").make(task)
@@ -210,12 +185,12 @@ def test_statistics_of_others_serve_as_reference(finished: Started, generated: P
 
 
 def test_real_lengths_are_those_of_pictures_and_not_of_their_views(
-    finished: Started, configure: Callable[..., Config], tokens: Path
+    finished: Started, configured: Callable[..., Config], tokens: Path
 ) -> None:
-    plain, labels = real_lengths(configure(f"tokens.path={tokens}"))
+    plain, labels = real_lengths(configured(f"tokens.path={tokens}"))
     assert sorted(labels.tolist()) == sorted([*(i % 10 for i in range(24)), *(i % 10 for i in range(20))])
     more = finished("tokenize_images", "views", "tokens.flip=true")
-    counts, _ = real_lengths(configure(f"tokens.path={more.folder}"))
+    counts, _ = real_lengths(configured(f"tokens.path={more.folder}"))
     assert sorted(counts.tolist()) == sorted(plain.tolist())
 
 
@@ -234,9 +209,9 @@ def test_a_stopped_evaluation_keeps_what_it_computed(
     assert file.stat().st_mtime_ns == before
 
 
-def test_it_is_named_after_what_it_measures(configure: Callable[..., Config], generated: Path) -> None:
-    assert evaluate.default_name(configure(f"evaluate.generated={generated}")) == "smoke-evaluate-generated"
-    assert evaluate.default_name(configure()) == "smoke-evaluate"
+def test_it_is_named_after_what_it_measures(configured: Callable[..., Config], generated: Path) -> None:
+    assert evaluate.default_name(configured(f"evaluate.generated={generated}")) == "smoke-evaluate-generated"
+    assert evaluate.default_name(configured()) == "smoke-evaluate"
 
 
 def test_a_folder_that_generate_did_not_finish_is_refused(begin: Started, made: Path) -> None:

@@ -1,6 +1,7 @@
 """Which tokenizer is evaluated, and what is refused before anything is read or after it was loaded."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,21 +20,10 @@ from pipeline.evaluation import evaluate
 from tatok_model.losses import BACKBONES
 from tatok_model.tokenizer import TaTok
 
-SHAPE = [
-    "data.image_size=16",
-    "tokenizer.patch_size=4",
-    "tokenizer.global_tokens=2",
-    "tokenizer.quantizer=fsq",
-    "tokenizer.codebook_size=16",
-    "tokenizer.codebook_dim=16",
-    "tokenizer.fsq_levels=[4,4]",
-    "tracking.uri=",
-]  # that of the made tokenizer
-
 
 @pytest.fixture
-def config(tmp_path: Path, shards: Path) -> Config:
-    return load_config("smoke", [*SHAPE, f"run.output={tmp_path}", f"data.shards={shards}"])
+def config(tmp_path: Path, configure: Callable[..., Config]) -> Config:
+    return configure(f"run.output={tmp_path}")
 
 
 def given(config: Config, section: str, **values: Any) -> Config:

@@ -13,7 +13,7 @@ from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import BadInput
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.measurements import make_plan
-from pipeline.evaluation.reference import Extractor, Reference, cache_path, describe, read_cached, read_given
+from pipeline.evaluation.reference import Extractor, Reference, cache_path, describe, read_reference
 from tatok_model.metrics.frechet import FeatureStatistics
 
 WIDTH = 3
@@ -33,10 +33,8 @@ def reference(meta: dict[str, Any]) -> Reference:
 
 def test_what_was_kept_is_found_again(tmp_path: Path, reference: Reference, meta: dict[str, Any]) -> None:
     path = cache_path(str(tmp_path), meta)
-    assert read_cached(path, meta, WIDTH) is None
     reference.save(path)
-    found = read_cached(path, meta, WIDTH)
-    assert found is not None
+    found = read_reference(str(path), meta, WIDTH)
     assert np.array_equal(found.mu, reference.mu)
     assert np.array_equal(found.sigma, reference.sigma)
     assert (found.n, found.inception_score, found.meta) == (20, 1.5, meta)
@@ -54,7 +52,7 @@ def test_statistics_of_something_else_are_kept_elsewhere_and_refused_here(
     path = cache_path(str(tmp_path), meta)
     dataclasses.replace(reference, meta=other).save(path)
     with pytest.raises(BadInput, match=f"are of {key} {value!r}; expected"):
-        read_cached(path, meta, WIDTH)
+        read_reference(str(path), meta, WIDTH)
 
 
 def test_the_key_knows_the_data_the_crop_and_the_network(meta: dict[str, Any]) -> None:
@@ -69,15 +67,15 @@ def test_statistics_that_were_given_may_be_of_another_number_of_images(
 ) -> None:
     path = tmp_path / "given.npz"
     reference.save(path)
-    assert read_given(str(path), {**meta, "images": 10}, WIDTH).n == 20
+    assert read_reference(str(path), {**meta, "images": 10}, WIDTH, given=True).n == 20
     with pytest.raises(BadInput, match="are of extractor 'compact_cifar10'; expected 'inception2015'"):
-        read_given(str(path), {**meta, "extractor": "inception2015"}, WIDTH)
+        read_reference(str(path), {**meta, "extractor": "inception2015"}, WIDTH, given=True)
 
 
 def test_adm_files_hold_only_mu_and_sigma(tmp_path: Path, meta: dict[str, Any]) -> None:
     path = tmp_path / "adm.npz"
     np.savez(path, mu=np.zeros(WIDTH, np.float32), sigma=np.eye(WIDTH, dtype=np.float32), arr_0=np.zeros(9))
-    found = read_given(str(path), meta, WIDTH)
+    found = read_reference(str(path), meta, WIDTH, given=True)
     assert found.mu.dtype == found.sigma.dtype == np.float64
     assert (found.n, found.inception_score, found.meta) == (None, None, None)
 
@@ -86,7 +84,7 @@ def test_statistics_of_another_width_are_refused(tmp_path: Path, meta: dict[str,
     path = tmp_path / "wide.npz"
     np.savez(path, mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(BadInput, match=r"mu \(5,\) and sigma \(5, 5\); expected \(3,\)"):
-        read_given(str(path), meta, WIDTH)
+        read_reference(str(path), meta, WIDTH, given=True)
 
 
 @pytest.mark.parametrize("content", ["nothing", "text", "array", "no sigma", "torn"])
@@ -103,4 +101,4 @@ def test_a_file_that_holds_no_statistics_is_refused(tmp_path: Path, meta: dict[s
     else:
         path.write_text("" if content == "nothing" else "statistics")
     with pytest.raises(BadInput, match="expected an npz with mu and sigma"):
-        read_given(str(path), meta, WIDTH)
+        read_reference(str(path), meta, WIDTH, given=True)

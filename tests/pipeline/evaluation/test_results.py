@@ -11,34 +11,43 @@ from pipeline.core.config import EvaluateConfig
 from pipeline.core.console import format_value, markdown, terminal_table
 from pipeline.core.errors import BadInput
 from pipeline.data.shards import ShardDataset
-from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
-from pipeline.evaluation.measurements import Measurements, Plan
-from pipeline.evaluation.reference import Extractor, Reference, extractor_name, load_extractor, load_more
-from pipeline.evaluation.results import Distance, baseline_results, rows, tokenizer_results, warnings
+from pipeline.evaluation.evaluator import Evaluator, Instruments, merged
+from pipeline.evaluation.measurements import OPERATING, Contents, Cut, CutLengths, EvaluationPlan, Measurements
+from pipeline.evaluation.reference import Distance, Extractor, Reference, extractor_name, load_extractors
+from pipeline.evaluation.results import (
+    baseline_results,
+    content_results,
+    distance_warnings,
+    length_results,
+    rows,
+    table,
+    tokenizer_results,
+)
 from tatok_model.metrics.extractors.inception import Inception2015
 from tatok_model.metrics.extractors.small_networks import ResNet20, ResNet56
 from tatok_model.tokenizer import TaTok
 
-PLAN = Plan(count=30, total=30, batch_size=8, range_size=32, grid=2)
+PLAN = EvaluationPlan(count=30, total=30, batch_size=8, range_size=32, grid=2)
 
 
 @pytest.fixture(scope="module")
 def found(tokenizer: TaTok, instruments: Instruments, heldout: ShardDataset) -> Measurements:
-    return merged(measure_here(Evaluator(tokenizer, instruments, PLAN, originals=True), heldout), 30)
+    return merged(Evaluator(tokenizer, instruments, PLAN, originals=True).measure_all(heldout), 30)
 
 
 @pytest.fixture(scope="module")
 def reference(found: Measurements) -> Reference:
-    return Reference.of(found["original_features"], found["original_score"].result(), {"images": 30})
+    return Reference.of(found.originals.features[0], found.originals.score.result(), {"images": 30})
 
 
 @pytest.fixture(scope="module")
-def results(found: Measurements, reference: Reference, extractor: Extractor) -> dict[str, float]:
-    return tokenizer_results(found, distances(reference), reference, extractor, 16 * 16, PLAN)
+def distance(reference: Reference, extractor: Extractor) -> Distance:
+    return Distance(extractor, reference)
 
 
-def distances(reference: Reference) -> list[Distance]:
-    return [Distance("", "rfd_compact_cifar10", reference)]
+@pytest.fixture(scope="module")
+def results(found: Measurements, distance: Distance) -> dict[str, float]:
+    return tokenizer_results(found, [distance], 16 * 16, PLAN.batch_size)
 
 
 def inception() -> Extractor:
@@ -60,18 +69,18 @@ def test_a_tokenizer_gets_every_number_under_its_name(results: dict[str, float])
     assert results["rfd_compact_cifar10"] > 0
 
 
-def test_pictures_are_at_no_distance_from_themselves(found: Measurements, reference: Reference) -> None:
-    same = Measurements(**{**found.states, "features": found["original_features"]})
-    assert baseline_results(same, distances(reference))["baseline_kmeans_rfd_compact_cifar10"] < 1e-6
+def test_pictures_are_at_no_distance_from_themselves(found: Measurements, distance: Distance) -> None:
+    same = replace(found.operating, networks=found.originals)
+    assert baseline_results(same, [distance])["baseline_kmeans_rfd_compact_cifar10"] < 1e-6
 
 
 def test_codebooks_that_a_tokenizer_does_not_have_are_not_reported(
-    tokenizer: TaTok, instruments: Instruments, reference: Reference, extractor: Extractor, heldout: ShardDataset
+    tokenizer: TaTok, instruments: Instruments, distance: Distance, heldout: ShardDataset
 ) -> None:
     for lacking, shape in (("patch", {"patch_tokens": False}), ("global", {"global_tokens": 0})):
         other = TaTok(replace(tokenizer.config, **shape))
-        measured = merged(measure_here(Evaluator(other, instruments, PLAN, originals=False), heldout), 30)
-        names = tokenizer_results(measured, distances(reference), reference, extractor, 256, PLAN)
+        measured = merged(Evaluator(other, instruments, PLAN, originals=False).measure_all(heldout), 30)
+        names = tokenizer_results(measured, [distance], 256, PLAN.batch_size)
         assert f"codebook_usage_{lacking}" not in names
         assert sum(name.startswith("codebook_usage") for name in names) == 1
 
@@ -90,7 +99,7 @@ def test_the_extractor_is_inception_when_its_weights_are_given() -> None:
 
 
 def test_the_shipped_extractor_loads_with_its_checksum() -> None:
-    loaded = load_extractor(EvaluateConfig())
+    (loaded,) = load_extractors(EvaluateConfig())
     assert loaded.name == "compact_cifar10"
     assert len(loaded.weights_sha256) == 64
 
@@ -100,7 +109,7 @@ def test_other_weights_than_inception_s_are_refused(tmp_path_factory: pytest.Tem
     path.write_bytes(b"other")
     for file in (str(path), "/nowhere.pth"):
         with pytest.raises(BadInput, match="evaluate.inception_weights: .*6726825d"):
-            load_extractor(EvaluateConfig(inception_weights=file))
+            load_extractors(EvaluateConfig(inception_weights=file))
 
 
 def test_further_extractors_are_known_by_their_files(tmp_path: Path) -> None:
@@ -108,36 +117,37 @@ def test_further_extractors_are_known_by_their_files(tmp_path: Path) -> None:
         stored = {f"module.{key}": value for key, value in network.state_dict().items()}
         torch.save({"state_dict": stored}, tmp_path / name)
     paths = tuple(str(tmp_path / name) for name in ("a.th", "b.th"))
-    more = load_more(EvaluateConfig(more_extractors=paths))
+    more = load_extractors(EvaluateConfig(more_extractors=paths))[1:]
     assert [one.distance_name for one in more] == ["rfd_resnet20_cifar10", "rfd_resnet56_cifar10"]
     assert [one.comparable for one in more] == [False, False]
     assert {one.protocol for one in more} == {"bilinear antialiased to 32 pixels"}
     assert len({one.weights_sha256 for one in more}) == 2
     with pytest.raises(BadInput, match="a second resnet20_cifar10; expected different networks"):
-        load_more(EvaluateConfig(more_extractors=(paths[0], paths[0])))
+        load_extractors(EvaluateConfig(more_extractors=(paths[0], paths[0])))
     (tmp_path / "c.th").write_bytes(b"other")
     with pytest.raises(BadInput, match="evaluate.more_extractors: .*is no file of PyTorch weights"):
-        load_more(EvaluateConfig(more_extractors=(str(tmp_path / "c.th"),)))
+        load_extractors(EvaluateConfig(more_extractors=(str(tmp_path / "c.th"),)))
 
 
-def test_readers_are_warned_of_what_cannot_be_compared(
-    results: dict[str, float], reference: Reference, extractor: Extractor
-) -> None:
-    few, foreign = warnings(results, reference, extractor)
+def test_readers_are_warned_of_what_cannot_be_compared(reference: Reference, distance: Distance) -> None:
+    few, foreign = distance_warnings("rfd", 30, distance, "tokenizers")
     assert "over 30 images: below 2048" in few
     assert "is no FID" in foreign
-    many = {**results, "images": 50_000}
-    told = warnings(many, replace(reference, n=10_000, meta=None), inception())
+
+    def warned(distance: Distance) -> list[str]:
+        return distance_warnings("rfid", 50_000, distance, "tokenizers")
+
+    told = warned(Distance(inception(), replace(reference, n=10_000, meta=None)))
     assert len(told) == 2
     assert "does not say how its images were cropped" in told[0]
     assert "compares 50000 images with statistics of 10000" in told[1]
-    assert warnings(many, replace(reference, n=50_000), inception()) == []
+    assert warned(Distance(inception(), replace(reference, n=50_000))) == []
 
 
 def test_the_table_shows_every_number_and_every_warning(results: dict[str, float], extractor: Extractor) -> None:
-    table = list(rows({**results, "baseline_kmeans_psnr": 24.17}, extractor, "cpu"))
-    shown = terminal_table("smoke", table, ["few images"])
-    page = markdown("smoke", table, ["few images"], {"device": "cpu"})
+    lines = list(rows({**results, "baseline_kmeans_psnr": 24.17}, extractor, "cpu"))
+    shown = terminal_table("smoke", lines, ["few images"])
+    page = markdown("smoke", lines, ["few images"], {"device": "cpu"})
     for name in results:
         assert name in shown
         assert f"| {name} |" in page
@@ -152,3 +162,35 @@ def test_values_are_rounded_for_reading() -> None:
     assert [format_value(v) for v in (64.0, 0.33173, 12345.6, 1e-7)] == ["64", "0.3317", "12346", "1e-07"]
     assert format_value(float(np.float64(2.0))) == "2"
     assert torch.tensor(0.0).item() == float(format_value(0.0))
+
+
+def test_lengths_are_means_and_percentiles() -> None:
+    tokens = torch.arange(1, 102).numpy()
+    found = length_results(tokens, tokens * 10.0, tokens * 9.0, pixels=100)
+    assert (found["tokens_per_image"], found["tokens_p05"], found["tokens_p50"], found["tokens_p95"]) == (51, 6, 51, 96)
+    assert found["generator_steps"] == 51
+    assert (found["bits_per_pixel"], found["bits_coded_per_pixel"]) == pytest.approx((5.1, 4.59))
+
+
+def measured(found: Measurements, tokens: list[int], errors: list[int]) -> Measurements:
+    lengths = CutLengths(tokens=np.array(tokens), squared_error=np.array(errors))
+    cuts = {OPERATING: replace(found.operating, lengths=lengths)}
+    return replace(found, cuts=cuts, contents=Contents(np.array([100, 200, 300, 400])))
+
+
+def test_lengths_that_follow_the_content_are_told_by_rank_correlation(found: Measurements) -> None:
+    rho = content_results(measured(found, [3, 5, 8, 9], [1, 1, 1, 1]))
+    assert rho["spearman_tokens_png"] == pytest.approx(1)
+    assert rho["spearman_tokens_png_low"] <= rho["spearman_tokens_png_high"] <= 1
+
+
+def test_at_one_length_errors_are_told_instead(found: Measurements) -> None:
+    assert content_results(measured(found, [5] * 4, [9, 7, 4, 1]))["spearman_error_png"] == pytest.approx(-1)
+    assert content_results(measured(found, [5] * 4, [7] * 4)) == {}
+
+
+def test_the_table_has_a_line_for_each_cut(distance: Distance) -> None:
+    values = dict.fromkeys(("tokens_per_image", "bits_fixed", "bits_coded", "psnr", "ssim", distance.name), 1.5)
+    header, *lines = table([(Cut("curve00", 4), values), (Cut("all", None), values)], "count", [distance])
+    assert header == ["cut", "tokens", "bits_fixed", "bits_coded", "psnr", "ssim", "rfd_compact_cifar10"]
+    assert lines == [["count 4", *["1.5"] * 6], ["all", *["1.5"] * 6]]

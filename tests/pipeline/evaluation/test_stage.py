@@ -1,8 +1,7 @@
-"""The stage as a whole, on a local Ray."""
+"""The stage as a whole."""
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +13,6 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import BadInput, Stopped
-from pipeline.core.presets import load_config
-from pipeline.core.run import Run
 from pipeline.evaluation import evaluate, measurements
 from tatok_model.tokenizer import TaTok
 
@@ -31,32 +28,19 @@ RATES = (
 
 
 @pytest.fixture
-def evaluation(tmp_path: Path, shards: Path, tokenizer: TaTok) -> Iterator[Any]:
-    """`evaluation("name", "evaluate.key=value")` makes a run of the stage that has not begun."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    runs = []
-
-    def make(name: str, *overrides: str) -> Run:
-        shape = [f"tokenizer.{k}={v}" for k, v in {"patch_size": 4, "global_tokens": 2, "quantizer": "fsq"}.items()]
-        shape += ["tokenizer.codebook_dim=16", "tokenizer.fsq_levels=[4,4]", "data.image_size=16"]
-        places = [f"run.output={tmp_path}", f"data.shards={shards}", f"tokenizer.checkpoint={tmp_path / 'tokenizer'}"]
-        config = load_config("smoke", [*shape, *places, "tracking.uri=", "evaluate.batch_size=4", *overrides])
-        runs.append(Run.open("evaluate", config, name, resume=False))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
+def evaluation(opened: Any) -> Any:
+    """`evaluation("evaluate.key=value")` makes a run of the stage that has not begun."""
+    return lambda *overrides: opened("evaluate", "evaluate.batch_size=4", *overrides)
 
 
 @pytest.mark.slow
-def test_one_and_two_actors_find_the_same_to_the_last_bit(
-    ray_session: ModuleType, evaluation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_worker_in_this_process_and_two_actors_find_the_same_to_the_last_bit(
+    ray_session: ModuleType, evaluation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measurements, "NARROW", 8)  # four ranges of the 30 pictures
     found = []
     for workers in (1, 2):
-        run = evaluation(f"of-{workers}", f"evaluate.num_workers={workers}", "evaluate.baselines=[kmeans]")
+        run = evaluation(f"evaluate.num_workers={workers}", "evaluate.baselines=[kmeans]")
         evaluate.run(run)
         found.append({name: value for name, value in run.results.items() if name not in RATES})
         assert ("reference" in run.outputs, "reference" in run.inputs) == (workers == 1, workers == 2), "cached"
@@ -70,9 +54,9 @@ def test_one_and_two_actors_find_the_same_to_the_last_bit(
     assert "| rfd_compact_cifar10 |" in Path(run.outputs["report"]).read_text()
 
 
-def test_a_curve_is_measured_from_one_ranking(ray_session: ModuleType, evaluation: Any) -> None:
+def test_a_curve_is_measured_from_one_ranking(evaluation: Any) -> None:
     cut = ["filter.rule=count", "filter.threshold=8", "evaluate.thresholds=[4,8,16]", "evaluate.baselines=[jpeg]"]
-    run = evaluation("curve", *cut)
+    run = evaluation(*cut)
     evaluate.run(run)
     found = run.results
     assert [found[f"curve{number:02d}_tokens_per_image"] for number in range(3)] == [6, 10, 18]
@@ -96,11 +80,11 @@ def test_a_curve_is_measured_from_one_ranking(ray_session: ModuleType, evaluatio
 
 
 def test_counts_of_global_tokens_are_cut_where_there_are_no_patch_tokens(
-    ray_session: ModuleType, evaluation: Any, tokenizer: TaTok, tmp_path: Path
+    evaluation: Any, tokenizer: TaTok, tmp_path: Path
 ) -> None:
     TaTok(replace(tokenizer.config, patch_tokens=False)).save_pretrained(tmp_path / "global")
     only = ["tokenizer.patch_tokens=false", f"tokenizer.checkpoint={tmp_path / 'global'}"]
-    run = evaluation("nested", *only, "filter.rule=count", "filter.threshold=2", "evaluate.thresholds=[1,2]")
+    run = evaluation(*only, "filter.rule=count", "filter.threshold=2", "evaluate.thresholds=[1,2]")
     evaluate.run(run)
     assert [run.results[f"curve0{number}_tokens_per_image"] for number in range(2)] == [1, 2]
     assert run.results["curve00_bits_coded"] == run.results["curve00_bits_fixed"] == 4
@@ -123,17 +107,17 @@ def test_counts_of_global_tokens_are_cut_where_there_are_no_patch_tokens(
 )
 def test_cuts_that_global_tokens_do_not_have_are_refused(evaluation: Any, overrides: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        evaluate.check(evaluation("refused", "tokenizer.patch_tokens=false", *overrides).config)
+        evaluate.check(evaluation("tokenizer.patch_tokens=false", *overrides).config)
 
 
 def test_a_ranking_without_an_entropy_model_is_refused(evaluation: Any) -> None:
     cut = ["tokenizer.entropy_layers=0", "filter.threshold=0.5"]
     with pytest.raises(BadInput, match=r"filter\.score is 'distortion' with tokenizer\.entropy_layers 0"):
-        evaluate.check(evaluation("none", *cut).config)
+        evaluate.check(evaluation(*cut).config)
 
 
-def test_an_evaluation_that_is_asked_to_stop_stops(ray_session: ModuleType, evaluation: Any) -> None:
-    run = evaluation("stopped")
+def test_an_evaluation_that_is_asked_to_stop_stops(evaluation: Any) -> None:
+    run = evaluation()
     run.request_stop()
     with pytest.raises(Stopped, match="asked to stop"):
         evaluate.run(run)
