@@ -37,8 +37,8 @@ from pipeline.data.shards import MEMORY_BYTES
 from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.training.batches import Batch, Batches
-    from pipeline.training.tokenizer_training import Objective
+    from pipeline.training.order import Batch, Batches
+    from pipeline.training.tokenizer_training import TokenizerObjective
 
 MEMORY, FILES, MOCK = "in_memory", "from_files", "mock"
 BYTES_IN_MEMORY = {MEMORY: MEMORY_BYTES, FILES: 0}
@@ -151,15 +151,17 @@ def _findings(
     return Findings(table, ratios, numbers, facts)
 
 
-def _rate(contender: Contender, objective: "Objective", same: "Batch", steps: int, device: Any) -> float:
+def _rate(contender: Contender, objective: "TokenizerObjective", same: "Batch", steps: int, device: Any) -> float:
     """Pictures per second through that many steps."""
+    from pipeline.training.loop import take_step
+
     start, asked = contender.next_step, time.perf_counter()
     began = asked
     batches = contender.batches.between(start, start + steps) if contender.batches else _mock(same, steps)
     for number, batch in enumerate(batches):
         waited = time.perf_counter() - asked
         (contender.waits if number else contender.firsts).append(waited)
-        objective.step(batch)
+        take_step(objective, batch)
         asked = time.perf_counter()
     if device.type == "cuda":
         import torch
@@ -182,8 +184,7 @@ def batches_of(config: Config, memory_bytes: int) -> "Batches":
         memory_bytes: up to this size the split is kept in memory.
     """
     from pipeline.data.shards import ShardDataset
-    from pipeline.training.batches import Batches
-    from pipeline.training.order import SampleOrder
+    from pipeline.training.order import Batches, SampleOrder
     from tatok_model.kept_sets import LANES
 
     train = config.train
@@ -217,10 +218,10 @@ def read_epoch(config: Config, memory_bytes: int | None) -> float:
     return steps * config.train.global_batch_size / (time.perf_counter() - started)
 
 
-def _objective(config: Config, folder: Path, device: Any) -> "Objective":
-    from pipeline.training.tokenizer_training import Objective, starting_state
+def _objective(config: Config, folder: Path, device: Any) -> "TokenizerObjective":
+    from pipeline.training.tokenizer_training import TokenizerObjective, starting_state
     from tatok_model.losses import ReconstructionLoss
 
     state = starting_state(config, folder / "checkpoints", device)
     losses = ReconstructionLoss(config.losses).to(device)
-    return Objective(state, losses, device, uses_bf16(config.train.precision, device), lambda module: module)
+    return TokenizerObjective(state, losses, device, uses_bf16(config.train.precision, device), lambda module: module)

@@ -133,7 +133,7 @@ def run(run: Run) -> None:
         BadInput: the cluster has no room for a worker.
         Stopped: the run was asked to stop.
     """
-    from pipeline.training.workers import run_workers
+    from pipeline.training.train import run_workers
 
     with scratch(run) as folder:
         take_pictures(run, folder, heldout_fraction=0.1)

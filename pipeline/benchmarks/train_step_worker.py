@@ -34,8 +34,7 @@ from pipeline.core.config import Config
 from pipeline.core.run import Run, read_metrics
 from pipeline.data.shards import ShardDataset
 from pipeline.training import tokenizer_training
-from pipeline.training.batches import Batch, Batches
-from pipeline.training.order import SampleOrder
+from pipeline.training.order import Batch, Batches, SampleOrder
 from pipeline.training.state import make_optimizer
 from tatok_model.config import KeptSetConfig
 from tatok_model.entropy import EntropyModel

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.evaluation.measurements import OPERATING, Cuts, Measurements, PerImage, Pictures, Plan, Point, Totals
 from pipeline.evaluation.picture_codecs import png_bytes
-from pipeline.training.batches import read_ahead
+from pipeline.training.order import read_ahead
 from tatok_model.codec.bytestream import Codec
 from tatok_model.codec.header import unseal
 from tatok_model.config import TokenizerConfig

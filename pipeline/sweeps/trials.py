@@ -253,7 +253,7 @@ class Ledger:
 
 
 def _begun(plan: Plan) -> dict[str, Any]:
-    from pipeline.training.resume import values_of
+    from pipeline.training.state import values_of
 
     values = plan.config.to_dict()
     named = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in DECIDES}

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.batches import Batches
-from pipeline.training.order import SampleOrder
+from pipeline.training.order import Batches, SampleOrder
 
 
 class Made:

@@ -116,7 +116,7 @@ from ray.cluster_utils import Cluster
 from pipeline.core.cluster import connect
 from pipeline.core.config import config_from_dict
 from pipeline.core.run import Run
-from pipeline.training import stage
+from pipeline.training import train as stage
 
 folder, at = Path(os.environ["FOLDER"]), int(os.environ["AT"])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

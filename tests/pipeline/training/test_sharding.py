@@ -26,7 +26,7 @@ import torch
 from torch import distributed
 from pipeline.core.config import config_from_dict
 from pipeline.core.run import Run
-from pipeline.training.workers import _for_workers
+from pipeline.training.train import _for_workers
 from pipeline.training.tokenizer_training import work
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
