@@ -1,6 +1,4 @@
-"""However a global batch is divided, into micro-batches or over workers, a step is the same and so is what is logged."""
-
-import dataclasses
+"""A step and what is logged are the same however a batch is divided, into micro-batches or over workers."""
 
 import pytest
 import torch
@@ -20,15 +18,12 @@ GAN = {"gan": 0.1, "lecam": 0.01, "gan_start_step": 1}
 
 @pytest.fixture
 def steps(configure, shards):
-    """`steps(accumulation, ranks)` takes three steps on the same pictures; returns the objective and each step's terms.
-
-    With several ranks each one's part of a batch is a micro-batch of one process: what their DDP averages.
-    """
+    """`steps(accumulation)` takes three steps on the same pictures; returns the objective and each step's terms."""
     pictures = ShardDataset(shards, "train")
 
-    def take(accumulation=1, **sections):
+    def take(accumulation):
         train = {"global_batch_size": 16, "accumulation": accumulation}
-        config = configure(tokenizer=FSQ, losses=GAN, train=train, **sections)
+        config = configure(tokenizer=FSQ, losses=GAN, train=train)
         state = TokenizerState(config, CPU)
         objective = TokenizerObjective(state, ReconstructionLoss(config.losses), CPU, False, lambda module: module)
         batches = Batches(pictures, SampleOrder(len(pictures), 0, 16), 0, 1, True, draws=20)
@@ -56,10 +51,9 @@ def test_four_micro_batches_log_and_train_what_one_does(steps):
 def test_the_discriminator_sees_every_micro_batch(steps, monkeypatch):
     objective, _ = steps(4)
     seen = []
-    real = objective.state.adversary._wrapped.forward
-    monkeypatch.setattr(
-        objective.state.adversary._wrapped, "forward", lambda images: seen.append(images) or real(images)
-    )
+    network = objective.state.adversary._wrapped
+    real = network.forward
+    monkeypatch.setattr(network, "forward", lambda images: seen.append(images) or real(images))
     images, uniforms = torch.randint(0, 256, (8, 3, 32, 32)).to(torch.uint8), torch.rand(8, 20)
     for part in zip(images.split(2), uniforms.split(2), strict=True):
         objective.forward(part)
@@ -98,5 +92,5 @@ def test_a_mean_of_one_part_is_logged_to_the_bit():
     value = torch.tensor(0.1)
     mean = distributed.Mean.of(value, 7)
     assert means({"loss": mean}) == {"loss": float(value)}
-    halves = dataclasses.replace(mean) + distributed.Mean.of(torch.tensor(0.4), 1)
+    halves = mean + distributed.Mean.of(torch.tensor(0.4), 1)
     assert float(halves.sum / halves.count) == pytest.approx((0.7 + 0.4) / 8)

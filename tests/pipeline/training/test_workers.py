@@ -1,6 +1,7 @@
 """Two Ray Train workers against one process, at the same global batch."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ STEPS = {"max_steps": 12, "log_every": 1, "checkpoint_every": 0, "validate_every
 def losses(run):
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([line["metrics"]["train/l2"] for line in lines if "train/l2" in line["metrics"]])
+
+
+def said_by_a_worker(capfd, text):
+    """How often a worker's line with `text` came to the driver, which hears it a little later."""
+    lines, end = [], time.monotonic() + 30
+    while time.monotonic() < end:
+        new = [line for line in "".join(capfd.readouterr()).splitlines() if text in line and "RayTrainWorker" in line]
+        if new and not lines:
+            end = time.monotonic() + 2  # for a second one
+        lines += new
+        time.sleep(0.1)
+    return len(lines)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +46,7 @@ def test_two_workers_reach_the_loss_of_one(
     two = run_training(configure(tokenizer=tokenizer, train={**train, "num_workers": 2}), "two")
     assert len(losses(two)) == STEPS["max_steps"]
     torch.testing.assert_close(losses(two)[:2], losses(one)[:2], rtol=1e-4, atol=0)
+    assert said_by_a_worker(capfd, "step 12: psnr") == 1
     torch.testing.assert_close(losses(two)[-3:], losses(one)[-3:], rtol=tolerance, atol=0)
     assert two.results["validation_psnr"] == pytest.approx(one.results["validation_psnr"], rel=tolerance)
     if tokenizer is FSQ:
