@@ -154,10 +154,11 @@ def _findings(
 def _rate(contender: Contender, objective: "TokenizerObjective", same: "Batch", steps: int, device: Any) -> float:
     """Pictures per second through that many steps."""
     from pipeline.training.loop import take_step
+    from pipeline.training.order import read_ahead
 
     start, asked = contender.next_step, time.perf_counter()
     began = asked
-    batches = contender.batches.between(start, start + steps) if contender.batches else _mock(same, steps)
+    batches = read_ahead(contender.batches.load, start, start + steps) if contender.batches else _mock(same, steps)
     for number, batch in enumerate(batches):
         waited = time.perf_counter() - asked
         (contender.waits if number else contender.firsts).append(waited)
@@ -195,8 +196,10 @@ def batches_of(config: Config, memory_bytes: int) -> "Batches":
 
 def _first_batch_seconds(config: Config, memory_bytes: int) -> float:
     """From opening the shards to the first batch."""
+    from pipeline.training.order import read_ahead
+
     started = time.perf_counter()
-    next(batches_of(config, memory_bytes).between(0, 1))
+    next(read_ahead(batches_of(config, memory_bytes).load, 0, 1))
     return time.perf_counter() - started
 
 
@@ -207,13 +210,15 @@ def read_epoch(config: Config, memory_bytes: int | None) -> float:
         config: with `data.shards`.
         memory_bytes: as of `batches_of`; None: only the first batch is read, which is all that the mock needs.
     """
+    from pipeline.training.order import read_ahead
+
     batches = batches_of(config, MEMORY_BYTES if memory_bytes is None else memory_bytes)
     if memory_bytes is None:
         batches.load(0)
         return 0.0
     steps = -(-2 * len(batches.pictures) // config.train.global_batch_size)
     started = time.perf_counter()
-    for _ in batches.between(0, steps):
+    for _ in read_ahead(batches.load, 0, steps):
         pass
     return steps * config.train.global_batch_size / (time.perf_counter() - started)
 
@@ -224,4 +229,4 @@ def _objective(config: Config, folder: Path, device: Any) -> "TokenizerObjective
 
     state = starting_state(config, folder / "checkpoints", device)
     losses = ReconstructionLoss(config.losses).to(device)
-    return TokenizerObjective(state, losses, device, uses_bf16(config.train.precision, device), lambda module: module)
+    return TokenizerObjective(state, losses, device, uses_bf16(config.train.precision, device))

@@ -103,7 +103,6 @@ class BareLoop:
 def work(
     run: Run,
     device: torch.device,
-    wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> dict[str, Any]:
     """Let all contenders take turns; arguments as those of `pipeline.training.tokenizer_training.work`.
@@ -114,7 +113,7 @@ def work(
     config = run.config
     batches = load_batches(config)
     loops = bare_loops(config, batches, device)
-    turns: dict[str, Callable[[], float]] = {LOOP: partial(loop_rate, run, device, wrap, report)}
+    turns: dict[str, Callable[[], float]] = {LOOP: partial(loop_rate, run, device, report)}
     turns |= {name: loop.rate for name, loop in loops.items()}
     rates = take_turns(turns, config.benchmark.repeats)
     facts = {
@@ -130,7 +129,6 @@ def work(
 def loop_rate(
     run: Run,
     device: torch.device,
-    wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None],
 ) -> float:
     """Images per second of a short training in a folder of its own: the rate that it logs of its second half."""
@@ -140,7 +138,7 @@ def loop_rate(
     part = Run("train", run.config, folder)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it would tell of every round
-            tokenizer_training.work(part, device, wrap, report)
+            tokenizer_training.work(part, device, report)
         part.close()
         rates = [line.metrics[RATE] for line in read_metrics(folder, RATE)]
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.core.checkpoints import find, read_generator
 from pipeline.core.cluster import uses_bf16
@@ -46,14 +46,11 @@ class GeneratorObjective:
         state: what is trained.
         device: where the model lives.
         bf16: compute in bfloat16 under autocast; weights stay float32.
-        wrap: makes a module ready for several workers (DDP) or faster (compile).
     """
 
-    def __init__(
-        self, state: TrainState[Generator], device: torch.device, bf16: bool, wrap: Callable[[nn.Module], nn.Module]
-    ) -> None:
+    def __init__(self, state: TrainState[Generator], device: torch.device, bf16: bool) -> None:
         self.state, self.device, self.bf16 = state, device, bf16
-        self.model: nn.Module = wrap(state.model)
+        self.model = distributed.prepared(state.model, state.train_config.compile)
         self._images = self._tokens = self._computed = 0
 
     def parts(self, batch: TokenBatch) -> list[tuple[TokenPart, int]]:
@@ -174,10 +171,7 @@ class GeneratorValidator:
 
 
 def work(
-    run: Run,
-    device: torch.device,
-    wrap: Callable[[torch.nn.Module], torch.nn.Module],
-    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    run: Run, device: torch.device, report: Callable[[dict[str, float]], None] = lambda metrics: None
 ) -> dict[str, Any]:
     """Train this worker's part to the end of the run; see `pipeline.training.tokenizer_training.work`."""
     config, section, train_config = run.config, run.config.generator, run.config.train_generator
@@ -200,14 +194,14 @@ def work(
         class_dropout=section.class_dropout,
         ends=int(shape.patch_tokens and shape.positions == "generated"),
     )
-    objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device), wrap)
+    objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device))
     seen = LayeredOrder(_order(training, train_config), training.lengths(), groups)  # a thread has the batches' own
 
     def ids(step: int) -> list[str]:
         return [training.ids[row] for row in seen.global_batch(step)[0]]
 
     recorder = Recorder(run, train_config, decides, state, ids)
-    outcome = train(objective, batches, train_config, validator, recorder, report)
+    outcome = train(objective, batches.load, train_config, validator, recorder, report)
     lengths = training.lengths()
     facts = {"tokens_mean": float(lengths.mean()), "tokens_std": float(lengths.std()), "rows_train": len(training)}
     outcome["results"] |= facts

@@ -8,7 +8,6 @@ is padding. What a step sees remains a function of seed and step alone.
 Shapes: G sequences of a global batch, B of them in a part.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from pipeline.generator.fit import check_global_cut, global_tokens_of
 from pipeline.tokens.decoder import cut
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import TokenManifest, read_token_manifest
-from pipeline.training.order import SampleOrder, keyed_uniform, read_ahead
+from pipeline.training.order import SampleOrder, keyed_uniform
 from tatok_model.generation.sequences import Sequences
 
 WINDOW = 4  # steps that are planned together: more of them pad less and lump very long sequences together
@@ -218,7 +217,3 @@ class TokenBatches:
 
     def _tokens(self, samples: np.ndarray) -> int:
         return int(self._lengths[samples].sum()) + self.ends * len(samples)
-
-    def between(self, start: int, stop: int) -> Iterator[TokenBatch]:
-        """Batches of the steps from `start` to before `stop`, read ahead."""
-        return read_ahead(self.load, start, stop)

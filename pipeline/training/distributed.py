@@ -1,5 +1,6 @@
 """What travels between workers: a few collectives, and means that merge; each is the obvious thing for one worker."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -68,6 +69,21 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value
     return sums
+
+
+def prepared(module: nn.Module, compiled: bool) -> nn.Module:
+    """Ready to train: compiled where that is asked for, and under DDP where there are other workers.
+
+    What is sharded adds up its gradients itself. The quantizer keeps its buffers equal itself: broadcasting them would
+    cost every step.
+    """
+    if compiled:
+        module = torch.compile(module)  # type: ignore[assignment]
+    if world_size() == 1 or hasattr(module, "unshard"):  # of FSDP2, whose import costs a second that few need
+        return module
+    with warnings.catch_warnings():  # the new name of the option is not known to every torch in our range
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def synchronised(model: nn.Module, last: bool) -> Any:

@@ -1,4 +1,4 @@
-"""The training loop: an objective, batches, a validator and a recorder; it knows neither Ray nor MLflow.
+"""The training loop, over an objective, batches, a validator and a recorder; it knows neither Ray nor MLflow.
 
 `take_step` is one optimiser step: begin, forward and backward of every micro-batch, descend, end.
 """
@@ -7,7 +7,7 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.core.config import TrainConfig
 from pipeline.core.console import say
 from pipeline.training import distributed
 from pipeline.training.distributed import Terms, added, means
+from pipeline.training.order import read_ahead
 from pipeline.training.recorder import Recorder
 from pipeline.training.state import TrainState
 
@@ -25,21 +26,7 @@ MOST_SKIPPED = 10  # steps in a row: the weights are then past help
 SECONDS_BETWEEN_TRIMS = 30.0  # a call takes 0.1 to 0.2 seconds
 STOP_EVERY = 10  # steps between questions whether another worker wants to stop
 Batch = TypeVar("Batch")
-Batch_co = TypeVar("Batch_co", covariant=True)
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
-
-
-class WorkerBatches(Protocol[Batch_co]):
-    """One worker's parts of the global batches."""
-
-    @property
-    def world(self) -> int:
-        """How many workers share a global batch."""
-        ...
-
-    def between(self, start: int, stop: int) -> Iterator[Batch_co]:
-        """Of the steps from `start` to before `stop`."""
-        ...
 
 
 class Objective(Protocol[Batch_contra]):
@@ -95,7 +82,7 @@ def take_step(objective: Objective[Batch], batch: Batch) -> Terms:
 
 def train(
     objective: Objective[Batch],
-    batches: WorkerBatches[Batch],
+    load: Callable[[int], Batch],
     config: TrainConfig,
     validator: Validator,
     recorder: Recorder,
@@ -108,7 +95,7 @@ def train(
 
     Args:
         objective: what is trained.
-        batches: of the steps.
+        load: this worker's part of the global batch of a step, counted from 0; read ahead by a thread.
         config: of the training.
         validator: measures the averaged model.
         recorder: keeps metrics, pictures and checkpoints.
@@ -141,7 +128,7 @@ def train(
     try:
         if state.step >= config.max_steps:  # ended before, but not yet exported
             validate()
-        for batch in batches.between(state.step, config.max_steps):
+        for batch in read_ahead(load, state.step, config.max_steps):
             guard.add(state, take_step(objective, batch))
             meter.add()
             done = state.step == config.max_steps
@@ -150,7 +137,7 @@ def train(
                 metrics = meter.read(guard.terms, state.optimizer.param_groups[0]["lr"]) | objective.metrics()
                 recorder.log(metrics | guard.count(), state.step)
                 trim()
-            reason = "" if done else _stop_reason(recorder, state.step, batches.world, deadline, objective.device)
+            reason = "" if done else _stop_reason(recorder, state.step, deadline, objective.device)
             if _due(state.step, config.checkpoint_every) or done or reason:
                 save()
             if _due(state.step, config.validate_every) or done:
@@ -167,10 +154,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _stop_reason(recorder: Recorder, step: int, world: int, deadline: float, device: torch.device) -> str:
+def _stop_reason(recorder: Recorder, step: int, deadline: float, device: torch.device) -> str:
     """Why to stop now, the same on every worker; '' to go on."""
     reason = recorder.stop_reason() or ("max_minutes are over" if time.monotonic() >= deadline else "")
-    if world == 1:
+    if distributed.world_size() == 1:
         return reason
     if step % STOP_EVERY:
         return ""

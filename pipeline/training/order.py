@@ -127,7 +127,7 @@ class Batch:
 
 
 class Batches:
-    """The batches of steps `start`, `start + 1`, ... `stop - 1` for one worker.
+    """One worker's parts of the global batches.
 
     Args:
         pictures: the training split.
@@ -152,10 +152,6 @@ class Batches:
             images[mirrored] = images[mirrored, :, ::-1]
         uniforms = torch.from_numpy(keyed_uniforms(self.order.seed, epochs, samples, self.draws))
         return Batch(step, samples, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), uniforms)
-
-    def between(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of the steps from `start` to before `stop`, decoded ahead; an error while reading is raised here."""
-        return read_ahead(self.load, start, stop)
 
 
 def read_ahead(load: Callable[[int], T], start: int, stop: int) -> Iterator[T]:

@@ -210,9 +210,23 @@ class TrainState(Generic[Model]):
         """What a checkpoint keeps, in main memory: the averaged model and `tensors`; as `averaged`."""
         return copy.deepcopy(self.averaged()).cpu(), self.tensors()
 
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a checkpoint keeps besides the averaged model, by the prefix of its tensors' names."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides the averaged model; as `averaged`, for the first worker alone."""
-        return prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer_tensors(self.optimizer))
+        """Copies of all that is `stateful`, in main memory: they are written while training goes on.
+
+        Only the first worker gets them; of sharded tensors the others give their parts.
+        """
+        copies = {}
+        for prefix, part in self.stateful().items():
+            tensors = part.state_dict() if isinstance(part, nn.Module) else optimizer_tensors(part)
+            for name, tensor in tensors.items():
+                value = distributed.whole(tensor.detach())
+                if distributed.rank() == 0:
+                    copies[f"{prefix}.{name}"] = value.to("cpu", copy=True)
+        return copies
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was written."""
@@ -223,32 +237,19 @@ class TrainState(Generic[Model]):
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`."""
-        self.model.load_state_dict(under("model", tensors))
-        load_optimizer(self.optimizer, under("optimizer", tensors))
+        for prefix, part in self.stateful().items():
+            names = [name for name in tensors if name.startswith(f"{prefix}.")]
+            own = {name.removeprefix(f"{prefix}."): tensors[name] for name in names}
+            if isinstance(part, nn.Module):
+                part.load_state_dict(own)
+            else:
+                load_optimizer(part, own)
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
     """A seed for one purpose: equal keys give equal seeds, different ones unrelated seeds."""
     text = ":".join(str(key) for key in (seed, *keys))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies under `prefix.name`, in main memory: they are written while training goes on, by the first worker.
-
-    Of sharded tensors the other workers give their parts and keep nothing.
-    """
-    copies = {}
-    for name, tensor in tensors.items():
-        value = distributed.whole(tensor.detach())
-        if distributed.rank() == 0:
-            copies[f"{prefix}.{name}"] = value.to("cpu", copy=True)
-    return copies
-
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `prefixed`."""
-    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -26,8 +26,6 @@ from pipeline.training.state import (
     load_optimizer,
     make_optimizer,
     optimizer_tensors,
-    prefixed,
-    under,
     values_of,
 )
 from pipeline.training.validation import TokenizerValidator
@@ -41,7 +39,6 @@ from tatok_model.tokens import Tokens
 
 BETAS = (0.5, 0.9)  # of the discriminator's optimiser, as VQGAN has them
 ENTROPY = "entropy_model."  # beginning of its parameters' names
-Wrap = Callable[[nn.Module], nn.Module]
 
 
 class Adversary:
@@ -59,9 +56,9 @@ class Adversary:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), losses.discriminator_lr, BETAS)
         self._seen: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of a step's micro-batches
 
-    def prepare(self, wrap: Wrap, autocast: Callable[[], Any]) -> None:
-        """Make it ready for several workers, in the precision of the tokenizer."""
-        self._wrapped, self._autocast = wrap(self.network), autocast
+    def prepare(self, compiled: bool, autocast: Callable[[], Any]) -> None:
+        """Make it ready to train, in the precision of the tokenizer."""
+        self._prepared, self._autocast = distributed.prepared(self.network, compiled), autocast
 
     def active(self, step: int) -> bool:
         """Whether the term counts at this step."""
@@ -94,7 +91,7 @@ class Adversary:
         self.network.lecam.update(*means)
         terms = Terms()
         for number, (pair, share) in enumerate(zip(self._seen, shares, strict=True), start=1):
-            with distributed.synchronised(self._wrapped, last=number == len(self._seen)):
+            with distributed.synchronised(self._prepared, last=number == len(self._seen)):
                 real, fake = scores[0] if len(self._seen) == 1 else self._scores(*pair)
                 loss, penalty = hinge_discriminator_loss(real, fake), self.losses.lecam * self.network.lecam(real, fake)
                 ((loss + penalty) * share).backward()
@@ -110,7 +107,7 @@ class Adversary:
 
     def _scores(self, originals: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         with self._autocast():
-            scores = self._wrapped(torch.cat([originals, pictures]))
+            scores = self._prepared(torch.cat([originals, pictures]))
         real, fake = scores.float().chunk(2)
         return real, fake
 
@@ -195,20 +192,12 @@ class TokenizerState(TrainState[TaTok]):
         gathered.load_state_dict(values)
         return gathered
 
-    def tensors(self) -> dict[str, Tensor]:
-        """With the discriminator's."""
-        tensors = super().tensors()
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """With the discriminator."""
+        parts = super().stateful()
         if self.adversary is not None:
-            tensors |= prefixed("discriminator", self.adversary.network.state_dict())
-            tensors |= prefixed("discriminator_optimizer", optimizer_tensors(self.adversary.optimizer))
-        return tensors
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`."""
-        super().load_tensors(tensors)
-        if self.adversary is not None:
-            self.adversary.network.load_state_dict(under("discriminator", tensors))
-            load_optimizer(self.adversary.optimizer, under("discriminator_optimizer", tensors))
+            parts |= {"discriminator": self.adversary.network, "discriminator_optimizer": self.adversary.optimizer}
+        return parts
 
 
 def starting_state(config: Config, folder: Path, device: torch.device) -> TokenizerState:
@@ -237,17 +226,15 @@ class TokenizerObjective:
         losses: reconstruction terms.
         device: where the models live.
         bf16: compute in bfloat16 under autocast; weights stay float32.
-        wrap: makes a module ready for several workers (DDP) or faster (compile); called once per module.
     """
 
-    def __init__(
-        self, state: TokenizerState, losses: ReconstructionLoss, device: torch.device, bf16: bool, wrap: Wrap
-    ) -> None:
+    def __init__(self, state: TokenizerState, losses: ReconstructionLoss, device: torch.device, bf16: bool) -> None:
         self.state, self.losses, self.device = state, losses, device
-        self.model: nn.Module = wrap(state.model)
+        compiled = state.train_config.compile
+        self.model = distributed.prepared(state.model, compiled)
         self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         if state.adversary is not None:
-            state.adversary.prepare(wrap, self._autocast)
+            state.adversary.prepare(compiled, self._autocast)
         self._usage = UsageMeter(state.config.tokenizer)
 
     def parts(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -335,17 +322,13 @@ class UsageMeter:
 
 
 def work(
-    run: Run,
-    device: torch.device,
-    wrap: Wrap,
-    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    run: Run, device: torch.device, report: Callable[[dict[str, float]], None] = lambda metrics: None
 ) -> dict[str, Any]:
     """Train this worker's part to the end of the run.
 
     Args:
         run: the run folder and the configuration; `data.shards` names existing shards.
         device: where this worker computes.
-        wrap: prepares a module for several workers.
         report: given the latest validation metrics at every checkpoint, on every worker.
 
     Returns:
@@ -368,7 +351,7 @@ def work(
     world = distributed.world_size()
     batches = Batches(pictures, order, distributed.rank(), world, train_config.horizontal_flip, draws)
     bf16 = uses_bf16(train_config.precision, device)
-    objective = TokenizerObjective(state, _losses(config, device), device, bf16, wrap)
+    objective = TokenizerObjective(state, _losses(config, device), device, bf16)
     named = ShardDataset(config.data.shards, "train")  # for the ids: the other serves the thread that reads ahead
     named_order = _order(named, train_config)
 
@@ -376,7 +359,7 @@ def work(
         return named.ids(named_order.global_batch(step)[0].tolist())
 
     recorder = Recorder(run, train_config, deciding(config), state, ids)
-    return train(objective, batches, train_config, validator, recorder, report)
+    return train(objective, batches.load, train_config, validator, recorder, report)
 
 
 def _order(pictures: ShardDataset, config: TrainConfig) -> SampleOrder:

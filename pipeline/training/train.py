@@ -9,13 +9,11 @@ import os
 import shutil
 import threading
 import time
-import warnings
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core.checkpoints import check_architecture, find, is_hub_id, latest, replaced
 from pipeline.core.cluster import check_cpus, check_room, connect, most_resources, pick_device
@@ -28,9 +26,6 @@ from pipeline.core.run import Run
 from pipeline.data.checks import check_files, check_pictures
 from pipeline.data.shards import Damaged, read_manifest
 from pipeline.tracking import Tracker, check_tracking
-
-if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from torch import nn
 
 GAVE_UP = "gave_up.json"  # in the run folder: why a worker saw no sense in starting again
 ENDINGS = {"bad_input": BadInput, "not_finite": FloatingPointError, "out_of_room": OutOfRoom}  # that end all workers
@@ -92,13 +87,12 @@ def train_and_export(run: Run, tracker: Tracker, section: str, worker: str, pict
         run: gets results and outputs.
         tracker: gets checkpoints, pictures and the final model.
         section: of the configuration, a `TrainConfig`.
-        worker: the module whose function `work(run, device, wrap, report)` a worker runs.
+        worker: the module whose function `work(run, device, report)` a worker runs.
         pictures: the name under which pictures are tracked.
 
     Raises:
         Stopped: it ended early; a checkpoint was saved.
-        OutOfRoom: storage or memory is full.
-        FloatingPointError: the loss is NaN or infinite.
+        BadInput, OutOfRoom, FloatingPointError: input is wrong, storage or memory is full, the loss is NaN or infinite.
     """
     from pipeline.training.recorder import followed
 
@@ -118,18 +112,11 @@ def _train(run: Run, section: str, worker: str) -> dict[str, Any]:
         return run_workers(run, section, worker)
     device = pick_device(section, train.device)
     try:
-        return import_module(worker).work(run, device, compiled(train))
+        return import_module(worker).work(run, device)
     except RuntimeError as problem:
         if sentence := memory_sentence(problem, run.config, section):
             raise OutOfRoom(sentence) from problem
         raise
-
-
-def compiled(train: TrainConfig) -> "Callable[[nn.Module], nn.Module]":
-    """What prepares a module in a process of its own: `torch.compile` where the training asks for it."""
-    import torch
-
-    return torch.compile if train.compile else lambda module: module  # type: ignore[return-value]
 
 
 def export(folder: Path) -> Path:
@@ -149,17 +136,7 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
 
     A worker that dies takes the others down; Ray starts all again, at most `max_failures` times, and they go on
     from the newest checkpoint in the run folder, which every node has to see. Where a node is gone for good they go on
-    with fewer, at least `min_workers`.
-
-    Args:
-        run: the run folder and the configuration.
-        section: of the configuration, that describes the training.
-        worker: the module whose function `work` a worker runs.
-
-    Raises:
-        BadInput: as the workers found, or the cluster is too small.
-        OutOfRoom: storage or memory is full.
-        FloatingPointError: the loss is NaN or infinite.
+    with fewer, at least `min_workers`. Arguments and errors are those of `train_and_export`.
     """
     ray = connect()
     (run.folder / GAVE_UP).unlink(missing_ok=True)
@@ -171,15 +148,10 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    task = {"section": section, "worker": worker}
     trainer = TorchTrainer(
         _work,
-        train_loop_config={
-            "config": run.config.to_dict(),
-            "folder": str(run.folder),
-            "stage": run.stage,
-            "section": section,
-            "worker": worker,
-        },
+        train_loop_config={"config": run.config.to_dict(), "folder": str(run.folder), "stage": run.stage, **task},
         scaling_config=ScalingConfig(
             num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
             use_gpu=_use_gpu(train, resources),
@@ -219,11 +191,7 @@ def _fit(trainer: Any) -> Any:
 
 
 def check_resources(resources: dict[str, float], config: Config, section: str = "train") -> None:
-    """Refuse what Ray would wait for without end.
-
-    Raises:
-        BadInput: more CPUs or GPUs are asked for than the cluster has.
-    """
+    """Refuse more CPUs or GPUs than the cluster has, for which Ray would wait without end."""
     train = getattr(config, section)
     key = "min_workers" if train.min_workers else "num_workers"
     check_room(resources, f"{section}.{key}", getattr(train, key), train.device == "cuda", train.cpus_per_worker)
@@ -245,10 +213,8 @@ def _work(values: dict[str, Any]) -> dict[str, Any]:
     run = Run(values["stage"], config, Path(values["folder"]), command=["ray-train-worker"])
     if outcome := _gave_up(run.folder):
         return outcome
-    device = ray.train.torch.get_device()
     try:
-        wrap = _for_workers(compiled(getattr(config, values["section"])))
-        return import_module(values["worker"]).work(run, device, wrap, report=ray.train.report)
+        return import_module(values["worker"]).work(run, ray.train.torch.get_device(), ray.train.report)
     except Exception as error:
         outcome = _ending(error, config, values["section"])
         if isinstance(error, BadInput | FloatingPointError) and not isinstance(error, Damaged):
@@ -275,24 +241,3 @@ def _gave_up(folder: Path) -> dict[str, str]:
     """Why a worker saw no sense in starting again; {} where none did."""
     path = folder / GAVE_UP
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _for_workers(compile_module: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """DDP around the module, unless it is sharded and so adds up its gradients itself.
-
-    The quantizer keeps its buffers equal itself: broadcasting them would cost every step.
-    """
-    from torch import distributed
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
-
-    def wrap(module: Any) -> Any:
-        if distributed.get_world_size() == 1:
-            return compile_module(module)
-        if isinstance(module, FSDPModule):
-            return module
-        with warnings.catch_warnings():  # the new name of the option is not known to every torch in our range
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(compile_module(module), broadcast_buffers=False)
-
-    return wrap

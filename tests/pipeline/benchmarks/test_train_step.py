@@ -63,7 +63,7 @@ def test_a_bare_step_minimises_what_a_step_of_the_loop_does(prepared):
     found = tokenizer_loss(model, pixels, batch.uniforms, prepared.kept_sets)
     with torch.no_grad():
         predicted = len(copy.deepcopy(state.model)(pixels, None, batch.uniforms, prepared.kept_sets).code_bits)
-    objective = TokenizerObjective(state, ReconstructionLoss(prepared.losses), CPU, False, lambda module: module)
+    objective = TokenizerObjective(state, ReconstructionLoss(prepared.losses), CPU, False)
     terms = means(take_step(objective, batch))
     expected = terms["loss"] + terms["code_bits"] * predicted / batch.uniforms[:, LANES:].numel()
     assert float(found) == pytest.approx(expected, rel=1e-5)
@@ -73,7 +73,7 @@ def test_a_bare_step_minimises_what_a_step_of_the_loop_does(prepared):
 def test_the_loop_is_timed_in_a_folder_that_goes_away(prepared, tmp_path):
     run = Run("benchmark", prepared, tmp_path / "run")
     run.folder.mkdir()
-    assert loop_rate(run, CPU, lambda module: module, lambda metrics: None) > 0
+    assert loop_rate(run, CPU, lambda metrics: None) > 0
     assert list(run.folder.iterdir()) == []
 
 
@@ -85,7 +85,7 @@ def test_an_error_of_the_loop_is_told(prepared, tmp_path, monkeypatch):
     run = Run("benchmark", prepared, tmp_path / "run")
     run.folder.mkdir()
     with pytest.raises(FloatingPointError, match="nan"):
-        loop_rate(run, CPU, lambda module: module, lambda metrics: None)
+        loop_rate(run, CPU, lambda metrics: None)
     assert list(run.folder.iterdir()) == []
 
 

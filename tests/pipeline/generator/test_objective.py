@@ -28,7 +28,7 @@ def objective(dataset: TokenDataset, **changes: Any) -> GeneratorObjective:
                              max_patch_tokens=dataset.longest)  # fmt: skip
     settings = TrainConfig(global_batch_size=16, clip_norm=0.0, **changes)
     state = TrainState(Generator(config), settings, Generator.from_pretrained)
-    return GeneratorObjective(state, torch.device("cpu"), bf16=False, wrap=lambda module: module)
+    return GeneratorObjective(state, torch.device("cpu"), bf16=False)
 
 
 def gradients(trained: GeneratorObjective) -> dict[str, torch.Tensor]:

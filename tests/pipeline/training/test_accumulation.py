@@ -25,7 +25,7 @@ def steps(configure, shards):
         train = {"global_batch_size": 16, "accumulation": accumulation}
         config = configure(tokenizer=FSQ, losses=GAN, train=train)
         state = TokenizerState(config, CPU)
-        objective = TokenizerObjective(state, ReconstructionLoss(config.losses), CPU, False, lambda module: module)
+        objective = TokenizerObjective(state, ReconstructionLoss(config.losses), CPU, False)
         batches = Batches(pictures, SampleOrder(len(pictures), 0, 16), 0, 1, True, draws=20)
         return objective, [take_step(objective, batches.load(step)) for step in range(3)]
 
@@ -51,7 +51,7 @@ def test_four_micro_batches_log_and_train_what_one_does(steps):
 def test_the_discriminator_sees_every_micro_batch(steps, monkeypatch):
     objective, _ = steps(4)
     seen = []
-    network = objective.state.adversary._wrapped
+    network = objective.state.adversary._prepared
     real = network.forward
     monkeypatch.setattr(network, "forward", lambda images: seen.append(images) or real(images))
     images, uniforms = torch.randint(0, 256, (8, 3, 32, 32)).to(torch.uint8), torch.rand(8, 20)
@@ -68,11 +68,10 @@ def test_two_workers_log_what_one_does(configure, shards, monkeypatch):
     found = {}
     for world in (1, 2):
         monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+        monkeypatch.setattr(distributed, "prepared", lambda module, compiled: module)
         terms, usage = [], []
         for rank in range(world):
-            objective = TokenizerObjective(
-                TokenizerState(config, CPU), ReconstructionLoss(config.losses), CPU, False, lambda module: module
-            )
+            objective = TokenizerObjective(TokenizerState(config, CPU), ReconstructionLoss(config.losses), CPU, False)
             batch = Batches(pictures, SampleOrder(24, 0, 9), rank, world, True, draws=20).load(0)
             terms.append({})
             for part in objective.parts(batch):

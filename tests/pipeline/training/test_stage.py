@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.eval_frame import OptimizedModule
 
 from pipeline.core import checkpoints
 from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
 from pipeline.training import loop, train
+from pipeline.training.distributed import prepared
 from pipeline.training.tokenizer_training import TokenizerState
-from pipeline.training.train import compiled, export
+from pipeline.training.train import export
 from tatok_model import TaTok
 
 
@@ -210,10 +212,10 @@ def test_exporting_to_full_storage_leaves_the_earlier_export_and_no_half_one(tra
     assert equal(weights(trained), before)
 
 
-def test_modules_are_compiled_where_the_training_asks_for_it(configure):
-    assert compiled(configure(train={"compile": True}).train) is torch.compile
+def test_modules_are_compiled_where_the_training_asks_for_it():
     module = torch.nn.Linear(1, 1)
-    assert compiled(configure().train)(module) is module
+    assert isinstance(prepared(module, compiled=True), OptimizedModule)
+    assert prepared(module, compiled=False) is module
 
 
 def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
