@@ -14,13 +14,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.data.shards import ShardDataset
+
+if TYPE_CHECKING:  # torch is imported inside functions: crops of a stream are drawn by these keys where there is none
+    from torch import Tensor
 
 AHEAD = 4  # batches that wait ready
 T = TypeVar("T")
@@ -30,14 +31,7 @@ WINDOW = 64  # blocks whose samples are mixed, when reading has to stay local
 
 
 def epoch_order(rows: int, seed: int, epoch: int, local: bool = False) -> np.ndarray:
-    """(rows,) int64, the samples of an epoch in the order in which they are seen.
-
-    Args:
-        rows: samples of the split.
-        seed: of the run.
-        epoch: counted from 0.
-        local: keep neighbouring samples within a window of each other.
-    """
+    """(rows,) int64, the samples of an epoch in the order in which they are seen; `local` keeps neighbours together."""
     random = np.random.default_rng([seed, epoch])
     if not local:
         return random.permutation(rows)
@@ -94,14 +88,7 @@ def keyed_uniform(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndar
 
 
 def keyed_uniforms(seed: int, epochs: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
-    """(B, count) float32 in [0, 1): `count` numbers for each (seed, epoch, sample), unrelated to `keyed_uniform`'s.
-
-    Args:
-        seed: of the run.
-        epochs: (B,) int64.
-        samples: (B,) int64.
-        count: numbers per sample.
-    """
+    """(B, count) float32 in [0, 1): as many for each (seed, epoch, sample), unrelated to `keyed_uniform`'s."""
     with np.errstate(over="ignore"):
         key = _mix(np.full(1, (seed + 1) % 2**64, dtype=np.uint64))
         key = _mix(_mix(key ^ epochs.astype(np.uint64)) ^ samples.astype(np.uint64))
@@ -122,8 +109,8 @@ class Batch:
 
     step: int  # the optimiser step that it is for, counted from 0
     indices: np.ndarray  # (B,) samples of the split
-    images: Tensor  # (B, 3, H, W) uint8
-    uniforms: Tensor  # (B, draws) float32 in [0, 1): what each sample's kept set is drawn from
+    images: "Tensor"  # (B, 3, H, W) uint8
+    uniforms: "Tensor"  # (B, draws) float32 in [0, 1): what each sample's kept set is drawn from
 
 
 class Batches:
@@ -145,6 +132,8 @@ class Batches:
 
     def load(self, step: int) -> Batch:
         """This worker's part of the global batch of a step."""
+        import torch
+
         samples, epochs = self.order.part(step, self.rank, self.world)
         images = self.pictures.images(samples.tolist())
         if self.horizontal_flip:

@@ -54,9 +54,9 @@ class Recorder:
         self._seconds, self._started = state.seconds, time.monotonic()
         self._first_step = self._logged_step = state.step
         self._progress: Progress | None = None
-        self._checkpoints: CheckpointThread | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
         if self.first:
-            self._checkpoints = CheckpointThread(run.folder / "checkpoints", config.keep_checkpoints)
             run.rewind_metrics(state.step)
             checkpoints.remove_leftovers(run.folder / "checkpoints")
             batch, steps = config.global_batch_size, config.max_steps
@@ -88,12 +88,25 @@ class Recorder:
             say(f"warning: {text}")
 
     def save(self, state: TrainState[Any]) -> None:
-        """Have a checkpoint written; raises what went wrong with the one before."""
-        if self._checkpoints is not None:
+        """Copy the state to main memory and have it written beside training.
+
+        Waits for the checkpoint before, so that at most one copy is kept, and raises what went wrong with it.
+        """
+        self._wait()
+        if self.first:
+            average, tensors = state.snapshot()
             samples = state.step * self.config.global_batch_size
-            self._checkpoints.save(state, samples_seen=samples, seconds=self.seconds(), decides=self.decides)
+            record = {"samples_seen": samples, "seconds": self.seconds(), "decides": self.decides}
+            folder, keep = self.run.folder / "checkpoints", self.config.keep_checkpoints
+            self._writing = self._writer.submit(checkpoints.save, folder, state.step, average, tensors, keep, **record)
         elif state.sharded:
             state.snapshot()  # the first worker's needs the others' parts
+
+    def _wait(self) -> None:
+        """Return when nothing is being written; raises what the last writing raised, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def keep_ids(self, step: int) -> str:
         """Keep which samples a step, counted from 1, saw whose loss or gradient was NaN or infinite; says where."""
@@ -129,43 +142,10 @@ class Recorder:
         if self._progress is not None:
             with suppress(OSError):
                 self._progress.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-
-
-class CheckpointThread:
-    """Writes one checkpoint at a time beside training; what fails is raised at the next call.
-
-    Args:
-        folder: the run's `checkpoints`.
-        keep: how many stay.
-    """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-
-    def save(self, state: TrainState[Any], **record: Any) -> None:
-        """Copy the state to main memory and return; waits for the checkpoint before: at most one copy is kept."""
-        self.wait()
-        average, tensors = state.snapshot()
-        self._writing = self._thread.submit(
-            checkpoints.save, self._folder, state.step, average, tensors, self._keep, **record
-        )
-
-    def wait(self) -> None:
-        """Return when nothing is being written; raises what the last writing raised, once."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def close(self) -> None:
-        """Wait, and end the thread."""
         try:
-            self.wait()
+            self._wait()
         finally:
-            self._thread.shutdown()
+            self._writer.shutdown()
 
 
 @contextmanager

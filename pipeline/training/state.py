@@ -29,12 +29,7 @@ FREE = {  # keys of a training's section that may change between attempts: they 
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then a cosine to `min_learning_rate` at `max_steps`.
-
-    Args:
-        step: counted from 0.
-        config: `learning_rate`, `min_learning_rate`, `warmup_steps`, `max_steps`.
-    """
+    """Linear warm-up to the peak, then a cosine to `min_learning_rate` at `max_steps`; steps are counted from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
@@ -268,12 +263,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def go_on(state: TrainState[Any], folder: Path, decides: dict[str, Any]) -> bool:
-    """Load the newest checkpoint in `folder`; False where there is none.
+    """Load the newest checkpoint in `folder` into a new state; False where there is none.
 
-    Args:
-        state: new, of the right shape.
-        folder: the run's `checkpoints`.
-        decides: what decides the weights of a step, by key; a run that was begun with other values is refused.
+    `decides` is what decides the weights of a step, by key; a run that was begun with other values is refused.
     """
     checkpoint = checkpoints.latest(folder)
     if checkpoint is None:

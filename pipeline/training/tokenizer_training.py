@@ -78,32 +78,28 @@ class Adversary:
         self.network.requires_grad_(True)
         return self.losses.gan * hinge_generator_loss(scores.float())
 
-    def step(self) -> Terms:
-        """One step of the discriminator on all micro-batches since `forget`; its loss terms."""
-        shares = [len(originals) / self._pictures for originals, _ in self._seen]
+    def step(self, skipped: bool) -> Terms:
+        """One step of the discriminator on all micro-batches since the last, unless it is skipped; its loss terms."""
+        seen, self._seen = self._seen, []
+        if skipped or not seen:
+            return {}
         # LeCam's means move once, by all pictures. Scores of several micro-batches are made anew for their gradients.
-        with torch.set_grad_enabled(len(self._seen) == 1):
-            scores = [self._scores(*pair) for pair in self._seen]
-        parts = [
-            share * torch.stack([kind.mean() for kind in pair]) for pair, share in zip(scores, shares, strict=True)
-        ]
-        means = distributed.total(torch.stack(parts).sum(0).detach()) / distributed.world_size()
-        self.network.lecam.update(*means)
-        terms = Terms()
-        for number, (pair, share) in enumerate(zip(self._seen, shares, strict=True), start=1):
-            with distributed.synchronised(self._prepared, last=number == len(self._seen)):
-                real, fake = scores[0] if len(self._seen) == 1 else self._scores(*pair)
+        means, terms = torch.zeros(2, device=seen[0][0].device), Terms()
+        for pair in seen:
+            with torch.set_grad_enabled(len(seen) == 1):
+                scores = self._scores(*pair)
+            means = means + torch.stack([kind.detach().mean() for kind in scores]) * (len(pair[0]) / self._pictures)
+        self.network.lecam.update(*distributed.total(means) / distributed.world_size())
+        for number, pair in enumerate(seen, start=1):
+            with distributed.synchronised(self._prepared, last=number == len(seen)):
+                real, fake = scores if len(seen) == 1 else self._scores(*pair)
                 loss, penalty = hinge_discriminator_loss(real, fake), self.losses.lecam * self.network.lecam(real, fake)
-                ((loss + penalty) * share).backward()
-            of_part = {"discriminator": Mean.of(loss, len(pair[0])), "lecam": Mean.of(penalty, len(pair[0]))}
-            terms = added(terms, of_part)
+                ((loss + penalty) * (len(pair[0]) / self._pictures)).backward()
+            part = {"discriminator": Mean.of(loss, len(pair[0])), "lecam": Mean.of(penalty, len(pair[0]))}
+            terms = added(terms, part)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return terms
-
-    def forget(self) -> None:
-        """Let go of the pictures of a step."""
-        self._seen = []
 
     def _scores(self, originals: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         with self._autocast():
@@ -152,11 +148,7 @@ class TokenizerState(TrainState[TaTok]):
     def descend(self) -> Terms:
         """Move the tokenizer, then the discriminator."""
         terms = super().descend()
-        if self.adversary is not None:
-            if self.adversary.active(self.step) and not self.skipped:
-                terms |= self.adversary.step()
-            self.adversary.forget()
-        return terms
+        return terms if self.adversary is None else terms | self.adversary.step(self.skipped)
 
     def shard(self) -> None:
         """Keep this worker's part of weights, average, gradients and optimiser; all of a block only while it is due.
