@@ -14,7 +14,7 @@ from pipeline.core.config import Config, load_config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
 from pipeline.core.run import Run
-from pipeline.generator import train_generator
+from pipeline.generator import train_generator as stage
 from pipeline.tokens.token_manifest import read_token_manifest
 from tatok_model.generation.generator import Generator
 from tatok_model.tokens import Tokens
@@ -149,9 +149,9 @@ def test_global_tokens_alone_train_at_a_count_of_them(
     assert (config.patch_tokens, config.global_tokens, config.max_patch_tokens) == (False, 1, 0)
     assert run.results["tokens_mean"] == 1
     with pytest.raises(BadInput, match="filter.threshold is 9; expected 1 to 2, the global tokens of an image"):
-        train_generator.check(configure(*alone, "filter.threshold=9"))
+        stage.check(configure(*alone, "filter.threshold=9"))
     with pytest.raises(BadInput, match="filter.rule is 'relative' without patch tokens; expected count, of global"):
-        train_generator.check(configure(*alone, "filter.rule=relative", "filter.threshold=0.5"))
+        stage.check(configure(*alone, "filter.rule=relative", "filter.threshold=0.5"))
 
 
 def test_training_starts_from_the_weights_that_are_named(configure: Configure, train_generator: Train) -> None:
@@ -162,7 +162,7 @@ def test_training_starts_from_the_weights_that_are_named(configure: Configure, t
     for name, value in weights(first).items():
         torch.testing.assert_close(weights(second)[name], value, atol=1e-6, rtol=1e-5)
     with pytest.raises(BadInput, match=r"has size 'nano'; expected 'tiny', as generator\.size"):
-        train_generator.check(configure(start, "generator.size=tiny"))
+        stage.check(configure(start, "generator.size=tiny"))
     longer = configure(start, "filter.threshold=0.9")
     with pytest.raises(BadInput, match=r"was made for \d+ patch tokens; expected at least \d+, the longest sequence"):
         train_generator(longer, "longer")
@@ -190,18 +190,18 @@ def test_what_cannot_work_is_refused_before_anything_is_made(
 ) -> None:
     more = ["train_generator.global_batch_size=512"] if "num_workers" in override else []
     with pytest.raises(BadInput, match=sentence):
-        train_generator.check(configure(override, *more))
+        stage.check(configure(override, *more))
 
 
 def test_tokens_of_another_tokenizer_are_refused(configure: Configure, write_stream: WriteStream) -> None:
     folder = write_stream(tokenizer_sha256="0" * 64)
     with pytest.raises(BadInput, match=r"is of a tokenizer with sha256 000000000000\.\.\.; expected that of tokenizer"):
-        train_generator.check(configure(f"tokens.path={folder}"))
+        stage.check(configure(f"tokens.path={folder}"))
 
 
 def test_a_tokenizer_is_no_generator_to_start_from(configure: Configure, tokenizer_folder: Path) -> None:
     with pytest.raises(BadInput, match="generator.checkpoint: .* is not a generator's"):
-        train_generator.check(configure(f"generator.checkpoint={tokenizer_folder}"))
+        stage.check(configure(f"generator.checkpoint={tokenizer_folder}"))
 
 
 def test_a_generator_of_other_classes_is_no_start(
@@ -210,14 +210,14 @@ def test_a_generator_of_other_classes_is_no_start(
     first = train_generator(configure("train_generator.max_steps=1"), "three")
     other = write_stream(classes=("ant", "bee", "cow", "dog"))
     with pytest.raises(BadInput, match=r"has classes 3; expected 4, as tokens\.path"):
-        train_generator.check(configure(f"generator.checkpoint={first.folder}", f"tokens.path={other}"))
+        stage.check(configure(f"generator.checkpoint={first.folder}", f"tokens.path={other}"))
 
 
 def test_a_split_without_rows_is_refused(configure: Configure, write_stream: WriteStream) -> None:
     folder = write_stream(heldout=only_globals(0), train=only_globals(4))
     config = configure(f"tokens.path={folder}", "tokenizer.patch_tokens=false", "tokenizer.checkpoint=")
     with pytest.raises(BadInput, match="holds .*'heldout': 0.* rows; expected some in both splits"):
-        train_generator.check(config)
+        stage.check(config)
 
 
 def test_tokens_are_made_first_where_none_are_named(
@@ -234,7 +234,7 @@ def test_tokens_are_made_first_where_none_are_named(
     monkeypatch.setattr("pipeline.core.inputs.run_nested", made)
     config = configure("tokens.path=", "train_generator.max_steps=1")
     run = Run.open("train_generator", config, "made", resume=False)
-    train_generator.run(run)
+    stage.run(run)
     run.close()
     assert asked == ["tokenize_images"]
     assert run.config.tokens.path == str(stream_folder)
@@ -242,7 +242,7 @@ def test_tokens_are_made_first_where_none_are_named(
 
 
 def test_the_default_name_says_preset_and_stage() -> None:
-    assert train_generator.default_name(load_config("smoke")) == "smoke-train-generator"
+    assert stage.default_name(load_config("smoke")) == "smoke-train-generator"
 
 
 def test_the_job_refuses_with_exit_code_2_and_a_dry_run_writes_nothing(
