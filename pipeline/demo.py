@@ -41,7 +41,7 @@ def run(run: Run) -> None:
     say(
         f"\nThe demo took {run.results['seconds']:.0f} s.\n"
         f"Originals over reconstructions:  {run.outputs.get('evaluate_reconstructions', 'none drawn')}\n"
-        f"Pictures that nobody took:  {run.outputs.get('generate_samples', 'none drawn')}\n"
+        f"Generated pictures:  {run.outputs.get('generate_samples', 'none drawn')}\n"
         "Curves, parameters and pictures:  make ui\n"
         "Your own pictures:  .venv/bin/python jobs/train.py demo data.source=FOLDER run.name=mine"
     )

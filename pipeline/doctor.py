@@ -5,12 +5,14 @@ Where `RAY_ADDRESS` names a cluster (inside a submitted job it does), all its no
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.error import HTTPError
@@ -18,21 +20,18 @@ from urllib.request import urlopen
 
 from pipeline.core.checkpoints import check_architecture, find
 from pipeline.core.cluster import check_room, connect, most_resources, pick_device
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import INPUT_KEYS, in_temporary_copy, resolve_paths
 from pipeline.core.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, own_stdout, parse_arguments, refuse
+from pipeline.core.presets import load_config
 from pipeline.data.checks import check_files, check_pictures
 from pipeline.tracking import check_answers, check_tracking, masked
 
-WEIGHTS = (
-    "losses.perceptual_backbone",
-    "losses.perceptual_heads",
-    "evaluate.inception_weights",
-    "evaluate.reference",
-    "evaluate.lpips_backbone",
-    "evaluate.lpips_heads",
-)  # fmt: skip - files that a preset may name
+WEIGHTS = (  # files that a preset may name
+    "losses.perceptual_backbone", "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference",
+    "evaluate.lpips_backbone", "evaluate.lpips_heads",
+)  # fmt: skip
 UPLOAD_BYTES = 100 * 2**20  # what Ray's dashboard takes of a working directory
 LEAST_BYTES = 2 * 2**30  # of free storage: some checkpoints and shards
 SECONDS = 90  # that a cluster may take to answer
@@ -195,9 +194,8 @@ def _ask(config: Config, address: str, usable: bool) -> dict[str, Any]:
 
 def _paths(config: Config, key: str) -> tuple[str, ...]:
     """What a key names: one, several or ''."""
-    section, name = key.split(".")
-    found = getattr(getattr(config, section), name)
-    return found if isinstance(found, tuple) else (found,)
+    value = config.value(key)
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _check_token(address: str) -> None:
@@ -300,11 +298,6 @@ def look(seen: list[str], written: list[str], marker: str) -> dict[str, Any]:
         written: folders that a file is made in and removed again; the reasons why not are named.
         marker: a file that the doctor has made just now, on storage that all nodes should share; '' for none.
     """
-    import os
-    import platform
-    import tempfile
-    from importlib import metadata
-
     unwritable = {}
     for folder in written:
         try:

@@ -1,13 +1,16 @@
-"""What a tokenizer is made of. Plain data: importing this does not import torch.
+"""What a tokenizer and a generator are made of, trained by and sampled with. Importing this does not import torch.
 
-Symbols: N patch positions, M global tokens, K codebook entries, D width.
+Every configuration refuses impossible values with a ValueError that names the key, its value and what is expected.
+
+Symbols: N patch positions, M global tokens, K codebook entries, D width, T kept patch tokens.
 """
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 C = TypeVar("C")  # a configuration
 
@@ -18,6 +21,32 @@ SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
     "base": (768, 12, 12, 12),
     "large": (1024, 24, 24, 16),
 }
+GENERATOR_SIZES = {  # name: (width D, layers, heads)
+    "nano": (128, 4, 4),
+    "tiny": (256, 6, 4),
+    "small": (512, 8, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+ORDERS = ("distortion", "surprisal", "entropy", "filter", "error", "grid", "pixel_entropy")
+BY_MODEL = ORDERS[:4]  # need an entropy model
+SCHEDULES = ("constant", "linear", "power-cosine")
+
+
+def _expect(config: Any, names: str, holds: Callable[[Any], bool], expected: str) -> None:
+    """Raises ValueError for the first of the fields, named with blanks between them, for which `holds` is False."""
+    for name in names.split():
+        value = getattr(config, name)
+        if not holds(value):
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _at_least_0(value: float) -> bool:
+    return 0 <= value < math.inf  # NaN is refused too
+
+
+def _share_below_1(value: float) -> bool:
+    return 0 <= value < 1
 
 
 @dataclass(frozen=True)
@@ -45,21 +74,17 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # a list when it comes from a config.json
-        if self.size not in SIZES:
-            raise ValueError(f"size is {self.size!r}; expected one of {', '.join(SIZES)}")
+        _expect(self, "size", SIZES.__contains__, f"one of {', '.join(SIZES)}")
         if self.patch_size < 1 or self.image_size < 1:
             raise ValueError(
                 f"image_size is {self.image_size} and patch_size {self.patch_size}; expected both to be at least 1"
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size is {self.image_size}; expected a multiple of patch_size, {self.patch_size}")
-        if not 0 <= self.trunk_layers < SIZES[self.size][2]:
-            raise ValueError(
-                f"trunk_layers is {self.trunk_layers}; expected 0 to {SIZES[self.size][2] - 1}, "
-                f"one decoder block of size {self.size!r} less, which sees the whole grid"
-            )
-        if self.global_tokens < 0:
-            raise ValueError(f"global_tokens is {self.global_tokens}; expected 0 or more")
+        most = SIZES[self.size][2] - 1
+        least_grid = f"0 to {most}, one decoder block of size {self.size!r} less, which sees the whole grid"
+        _expect(self, "trunk_layers", range(most + 1).__contains__, least_grid)
+        _expect(self, "global_tokens", _at_least_0, "0 or more")
         if not self.patch_tokens and self.global_tokens == 0:
             raise ValueError("patch_tokens is false and global_tokens is 0; expected at least one kind of token")
         if self.entropy_layers < 0 or self.entropy_width < 32 or self.entropy_width % 32:
@@ -67,20 +92,13 @@ class TokenizerConfig:
                 f"entropy_layers is {self.entropy_layers} and entropy_width {self.entropy_width}; "
                 "expected 0 or more, and a multiple of 32"
             )
-        self._check_quantizer()
-
-    def _check_quantizer(self) -> None:
-        if self.quantizer not in ("vq", "fsq"):
-            raise ValueError(f"quantizer is {self.quantizer!r}; expected vq or fsq")
+        _expect(self, "quantizer", ("vq", "fsq").__contains__, "vq or fsq")
         if self.codebook_size < 2 or self.codebook_dim < 1:
             raise ValueError(
                 f"codebook_size is {self.codebook_size} and codebook_dim {self.codebook_dim}; expected at least 2 and 1"
             )
-        if not 0 <= self.commitment_weight < math.inf:
-            raise ValueError(f"commitment_weight is {self.commitment_weight}; expected 0 or more")
-        for name in ("codebook_decay", "dead_code_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0 and below 1")
+        _expect(self, "commitment_weight", _at_least_0, "0 or more")
+        _expect(self, "codebook_decay dead_code_share", _share_below_1, "at least 0 and below 1")
         if self.quantizer == "fsq" and math.prod(self.fsq_levels) != self.codebook_size:
             raise ValueError(
                 f"fsq_levels {list(self.fsq_levels)} make {math.prod(self.fsq_levels)} codes; "
@@ -113,38 +131,6 @@ class TokenizerConfig:
         return math.log2(self.codebook_size)
 
 
-def read_config(folder: Path) -> TokenizerConfig:
-    """The architecture that a checkpoint folder was saved with; its weights are not read.
-
-    Raises:
-        FileNotFoundError: the folder lacks config.json or model.safetensors.
-        ValueError: config.json is not one of a tokenizer.
-    """
-    return read_saved(folder, TokenizerConfig, "a tokenizer", "TaTok")
-
-
-def read_saved(folder: Path, architecture: type[C], kind: str, saver: str) -> C:
-    """The configuration in a checkpoint folder.
-
-    Args:
-        folder: of config.json and model.safetensors.
-        architecture: the dataclass that config.json holds.
-        kind: what has it, for messages.
-        saver: the class that saves such folders, for messages.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of the two.
-        ValueError: config.json holds something else.
-    """
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that {saver} saved")
-    try:
-        return architecture(**json.loads((folder / "config.json").read_text()))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"config.json in {str(folder)!r} is not {kind}'s: {error}") from None
-
-
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the training terms. A weight of 0 switches a term off and costs nothing."""
@@ -160,19 +146,11 @@ class LossConfig:
     discriminator_lr: float = 1e-4  # learning rate of the discriminator
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "gan", "lecam", "discriminator_lr"):
-            if not 0 <= getattr(self, name) < math.inf:  # refuses not-a-number too
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        _expect(self, "l1 l2 perceptual gan lecam discriminator_lr gan_start_step", _at_least_0, "0 or more")
         if self.l1 == self.l2 == self.perceptual == 0:
             raise ValueError("l1, l2 and perceptual are all 0; expected at least one reconstruction term")
         if self.perceptual and not (self.perceptual_backbone and self.perceptual_heads):
             raise ValueError("perceptual is on; expected perceptual_backbone and perceptual_heads to name weight files")
-        if self.gan_start_step < 0:
-            raise ValueError(f"gan_start_step is {self.gan_start_step}; expected 0 or more")
-
-
-ORDERS = ("distortion", "surprisal", "entropy", "filter", "error", "grid", "pixel_entropy")
-BY_MODEL = ORDERS[:4]  # need an entropy model
 
 
 @dataclass(frozen=True)
@@ -192,9 +170,8 @@ class KeptSetConfig:
     global_tail: float = 0.0  # share of samples that lose a tail of uniform length of their global tokens
 
     def __post_init__(self) -> None:
-        for name in ("all", "none", "random", "blocks", "filtered", "hide_globals", "global_tail"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
+        names = "all none random blocks filtered hide_globals global_tail"
+        _expect(self, names, lambda value: 0 <= value <= 1, "a share from 0 to 1")
         if abs(sum(self.shares()) - 1) > 1e-6:
             raise ValueError(
                 f"all, none, random, blocks and filtered are {list(self.shares())}; expected shares that add up to 1"
@@ -203,10 +180,8 @@ class KeptSetConfig:
             raise ValueError(
                 f"hide_globals is {self.hide_globals}; expected at most {self.all}, the share all that it is taken from"
             )
-        if self.order not in ORDERS:
-            raise ValueError(f"order is {self.order!r}; expected one of {', '.join(ORDERS)}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
+        _expect(self, "order", ORDERS.__contains__, f"one of {', '.join(ORDERS)}")
+        _expect(self, "warmup_steps", _at_least_0, "0 or more")
 
     def shares(self) -> tuple[float, ...]:
         """Of all, none, random, blocks, filtered."""
@@ -215,18 +190,6 @@ class KeptSetConfig:
     def hidden_share(self) -> float:
         """Of the samples that keep everything, how many hide the global tokens from the entropy model."""
         return min(self.hide_globals / self.all, 1.0) if self.all else 0.0
-
-
-# What a generator is made of and how it samples. Plain data: importing this does not import torch.
-
-GENERATOR_SIZES = {  # name: (width D, layers, heads)
-    "nano": (128, 4, 4),
-    "tiny": (256, 6, 4),
-    "small": (512, 8, 8),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-}
-SCHEDULES = ("constant", "linear", "power-cosine")
 
 
 @dataclass(frozen=True)
@@ -252,21 +215,16 @@ class GeneratorConfig:
     class_dropout: float = 0.1  # share of training sequences without their label; 0: guidance has nothing to go by
 
     def __post_init__(self) -> None:
-        if self.size not in GENERATOR_SIZES:
-            raise ValueError(f"size is {self.size!r}; expected one of {', '.join(GENERATOR_SIZES)}")
-        for name in ("dropout", "class_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0 and below 1")
-        for name, least in (("classes", 0), ("global_tokens", 0), ("grid_size", 1), ("codebook_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        if self.positions not in ("generated", "derived"):
-            raise ValueError(f"positions is {self.positions!r}; expected generated or derived")
+        _expect(self, "size", GENERATOR_SIZES.__contains__, f"one of {', '.join(GENERATOR_SIZES)}")
+        _expect(self, "dropout class_dropout", _share_below_1, "at least 0 and below 1")
+        _expect(self, "classes global_tokens", _at_least_0, "0 or more")
+        _expect(self, "grid_size", lambda value: value >= 1, "1 or more")
+        _expect(self, "codebook_size", lambda value: value >= 2, "2 or more")
+        _expect(self, "positions", ("generated", "derived").__contains__, "generated or derived")
         if not self.patch_tokens and self.global_tokens == 0:
             raise ValueError("patch_tokens is false and global_tokens is 0; expected at least one kind of token")
         most = self.patch_positions if self.patch_tokens else 0
-        if not 0 <= self.max_patch_tokens <= most:
-            raise ValueError(f"max_patch_tokens is {self.max_patch_tokens}; expected 0 to {most}")
+        _expect(self, "max_patch_tokens", range(most + 1).__contains__, f"0 to {most}")
         if self.patch_tokens and self.positions == "derived" and self.max_patch_tokens != most:
             raise ValueError(f"max_patch_tokens is {self.max_patch_tokens} with derived positions; expected {most}")
 
@@ -295,20 +253,11 @@ class SamplingConfig:
     schedule_power: float = 2.5  # of power-cosine
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "position_temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("guidance", "position_guidance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more, 1 for none")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        if not 0 < self.schedule_power < math.inf:
-            raise ValueError(f"schedule_power is {self.schedule_power}; expected more than 0")
+        _expect(self, "temperature position_temperature top_k", _at_least_0, "0 or more")
+        _expect(self, "guidance position_guidance", _at_least_0, "0 or more, 1 for none")
+        _expect(self, "top_p", lambda value: 0 < value <= 1, "more than 0 and at most 1")
+        _expect(self, "schedule", SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}")
+        _expect(self, "schedule_power", lambda value: 0 < value < math.inf, "more than 0")
 
     @property
     def guided(self) -> bool:
@@ -328,11 +277,33 @@ class SamplingConfig:
         return 1 + (scale - 1) * (1 - math.cos(math.pi * progress**self.schedule_power)) / 2
 
 
+def read_config(folder: Path) -> TokenizerConfig:
+    """The architecture that a checkpoint folder was saved with, as `read_saved`."""
+    return read_saved(folder, TokenizerConfig, "a tokenizer", "TaTok")
+
+
 def read_generator_config(folder: Path) -> GeneratorConfig:
-    """The architecture that a checkpoint folder was saved with; its weights are not read.
+    """The architecture that a checkpoint folder was saved with, as `read_saved`."""
+    return read_saved(folder, GeneratorConfig, "a generator", "Generator")
+
+
+def read_saved(folder: Path, architecture: type[C], kind: str, saver: str) -> C:
+    """The configuration in a checkpoint folder; its weights are not read.
+
+    Args:
+        folder: of config.json and model.safetensors.
+        architecture: the dataclass that config.json holds.
+        kind: what has it, for messages.
+        saver: the class that saves such folders, for messages.
 
     Raises:
-        FileNotFoundError: the folder lacks config.json or model.safetensors.
-        ValueError: config.json is not one of a generator.
+        FileNotFoundError: the folder lacks one of the two.
+        ValueError: config.json holds something else.
     """
-    return read_saved(folder, GeneratorConfig, "a generator", "Generator")
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"checkpoint {str(folder)!r} has no {name}; expected a folder that {saver} saved")
+    try:
+        return architecture(**json.loads((folder / "config.json").read_text()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json in {str(folder)!r} is not {kind}'s: {error}") from None

@@ -1,11 +1,10 @@
-"""Dynamic token filtering: rank the patch tokens of an image, then cut.
+"""Dynamic token filtering: what each patch token adds, and where to cut.
 
-Pure functions on tensors, for all images of a batch at once. Rank: every step of an order has a score of what that
-token adds. Cut: keep the first t. Scores are whole numbers of score units (`Score.resolution` of them make a bit, or
-whatever the score is measured in), so that they add up alike everywhere: with the cumulative curve
-C(t) = h_1 + ... + h_t no cut depends on the order of a sum or on the other images of the batch. The entropy model that
-gives the scores lives in `entropy.py`, the orders that look at no code in `orders.py`, what may be asked for in
-`filtering_rules.py`; docs/filtering.md has the theory.
+Pure functions on tensors, for all images of a batch at once. Every step of a ranking (`ranking.py`) has a score of what
+that token adds. Cut: keep the first t. Scores are whole numbers of score units (`Score.resolution` of them make a bit,
+or whatever the score is measured in), so that they add up alike everywhere: with the cumulative curve
+C(t) = h_1 + ... + h_t no cut depends on the order of a sum or on the other images of the batch. What may be asked for
+is in `filtering_rules.py`; docs/filtering.md has the theory.
 
 Shapes: B images, N patch positions, K codebook entries, T kept tokens.
 
@@ -14,86 +13,16 @@ Source: arXiv 2605.16384 for filtering by cumulative conditional entropy; the ot
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tatok_model.filtering_rules import RULES, UNITS, check_rounds, check_threshold
-from tatok_model.vit import patchify
-
-# Orders of the patch positions that need no entropy model: the controls of dynamic token filtering.
-
-GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
-LEVELS = 256
-RANDOM_SEED = 0x7A70C  # every decoder has to have the same
-
-
-def grid_order(positions: int) -> Tensor:
-    """(N,) int64: positions so that every prefix is spread evenly over the square grid.
-
-    The order of Bayer's threshold matrix: bits of row and column are interleaved and read backwards.
-    """
-    side = math.isqrt(positions)
-    depth = max(side - 1, 1).bit_length()
-    keys = []
-    for position in range(positions):
-        row, column = divmod(position, side)
-        key = 0
-        for bit in range(depth):  # the least significant bits decide most
-            mixed = ((row ^ column) >> bit & 1) << 1 | (row >> bit & 1)
-            key = key << 2 | mixed
-        keys.append(key)
-    return torch.tensor(keys).argsort(stable=True)
-
-
-def random_order(global_indices: Tensor, positions: int) -> Tensor:
-    """(B, N) int64: a shuffle of the positions for each image, keyed by its global tokens so that a decoder knows it.
-
-    Args:
-        global_indices: (B, M) int64; without global tokens all images share one order.
-        positions: N.
-    """
-    key = torch.full((len(global_indices), 1), RANDOM_SEED, device=global_indices.device)
-    for place in range(global_indices.shape[1]):
-        key = _mix(key ^ global_indices[:, place : place + 1])
-    lanes = torch.arange(positions, device=global_indices.device) * 0x9E3779B1
-    return _mix(key ^ _mix(lanes)).argsort(dim=1, stable=True)
-
-
-def pixel_entropy_units(images: Tensor, patch_size: int) -> Tensor:
-    """(B, N) int64: entropy of the grey-level histogram of each patch, in 1/1024 bit, as DQ-VAE routes patches.
-
-    Args:
-        images: (B, 3, H, W), uint8 or floats in [0, 1].
-        patch_size: P.
-    """
-    pixels = images.float() if images.dtype == torch.uint8 else images.float() * 255
-    grey = sum(weight * pixels[:, channel : channel + 1] for channel, weight in enumerate(GREY))
-    levels = patchify(torch.as_tensor(grey).round().clamp(0, LEVELS - 1).long(), patch_size)  # (B, N, P*P)
-    counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
-    counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=counts.dtype))
-    shares = counts / levels.shape[2]
-    return to_units(-(shares * shares.clamp(min=1e-12).log2()).sum(dim=2))
-
-
-def _mix(key: Tensor) -> Tensor:
-    """A hash of 32-bit numbers kept in int64: the finaliser of murmur3, the same on every device."""
-    mask = 0xFFFFFFFF
-    key = key & mask
-    key = (key ^ (key >> 16)) * 0x85EBCA6B & mask
-    key = (key ^ (key >> 13)) * 0xC2B2AE35 & mask
-    return key ^ (key >> 16)
+from tatok_model.filtering_rules import RULES, UNITS, check_threshold
 
 
 def surprisal(logits: Tensor, indices: Tensor) -> Tensor:
-    """-log2 q(c) of the true codes, in bits: float32 of the shape of `indices`.
-
-    Args:
-        logits: (..., K) unnormalised scores.
-        indices: (...) int64 true codes.
-    """
+    """-log2 q of the true codes, in bits: (..., K) unnormalised scores and (...) int64 codes -> (...) float32."""
     nats = F.cross_entropy(logits.float().flatten(0, -2), indices.flatten(), reduction="none")
     return nats.view(indices.shape) / math.log(2)
 
@@ -112,48 +41,6 @@ def to_units(values: Tensor, resolution: int = UNITS) -> Tensor:
     return (values.double() * resolution).round().clamp(min=0).long()
 
 
-def rank_in_rounds(
-    score: Callable[[Tensor], Tensor], batch: int, positions: int, rounds: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Order all positions by score, re-scoring what is open after every round.
-
-    Args:
-        score: (B, N) bool mask of what is placed already -> (B, N) int64 score units; values at placed positions do
-            not matter.
-        batch: B.
-        positions: N.
-        rounds: R, at least 1; a round places N / R positions, the best of the open ones, best first. Ties go to the
-            earlier position in raster order.
-        device: where the scores are.
-
-    Returns:
-        (B, N) int64 positions, best first, and (B, N) int64 scores of the steps.
-
-    Raises:
-        ValueError: `rounds` is not from 1 to N.
-    """
-    check_rounds(rounds, positions)
-    placed = torch.zeros(batch, positions, dtype=torch.bool, device=device)
-    order, units, bounds = [], [], round_bounds(positions, rounds)
-    for start, stop in pairwise(bounds):
-        values, best = best_open(score(placed), placed, stop - start)
-        order.append(best)
-        units.append(values)
-        placed = placed.scatter(1, best, True)
-    return torch.cat(order, dim=1), torch.cat(units, dim=1)
-
-
-def best_open(units: Tensor, placed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest scores at open positions: (B, count) scores and positions; ties in raster order."""
-    ordered = units.masked_fill(placed, -1).sort(dim=1, descending=True, stable=True)
-    return ordered.values[:, :count], ordered.indices[:, :count]
-
-
-def round_bounds(positions: int, rounds: int) -> list[int]:
-    """Steps at which rounds begin, and N: as even as whole numbers allow."""
-    return [number * positions // rounds for number in range(rounds + 1)]
-
-
 def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: int = UNITS) -> Tensor:
     """T of each image: the length at which a rule cuts.
 
@@ -162,7 +49,7 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
         residual: the smallest t with C(N) - C(t) <= threshold: what is left unsaid is bounded.
         marginal: up to the first score below threshold: one water level for all images.
         count: threshold tokens.
-    `quality` is a residual of its own for each image, see `quality.py`.
+    `quality` is a residual of its own for each image, see `filtering_rules.QualityLine`.
 
     Args:
         score_units: (B, N) int64 scores in the order of ranking.
@@ -194,13 +81,9 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
 
 
 def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
-    """(B,) int64, the smallest t with C(N) - C(t) <= `most_units`: one number, or (B, 1), one an image.
+    """(B,) int64, the smallest t with C(N) - C(t) <= `most_units` of (B, N) scores in the order of ranking.
 
-    Where it is below 0, all tokens with a score are kept.
-
-    Args:
-        score_units: (B, N) int64 scores in the order of ranking.
-        most_units: score units that may be left unsaid.
+    `most_units` is one number, or (B, 1), one an image; where it is below 0, all tokens with a score are kept.
     """
     said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
     left = (said[:, -1:] - said).double()
@@ -225,7 +108,7 @@ def rate_bits(score_units: Tensor, counts: Tensor, rule_threshold: float, resolu
         score_units: (B, N) int64 scores in the order of ranking, of a score that is a squared error.
         counts: (B,) int64, T.
         rule_threshold: theta, in the score's unit, more than 0.
-        resolution: score units in the score's unit.
+        resolution: score units in that unit.
         dimensions: d, numbers that a token's score adds up.
 
     Source: Cover and Thomas, Elements of Information Theory, 10.3.3.
@@ -236,16 +119,15 @@ def rate_bits(score_units: Tensor, counts: Tensor, rule_threshold: float, resolu
 
 
 def calibrate(score_units: Tensor, rule: str, mean_tokens: float, resolution: int = UNITS) -> float:
-    """The threshold at which images keep `mean_tokens` patch tokens on average, by bisection.
+    """The threshold at which images keep nearest to `mean_tokens` patch tokens on average, by bisection.
+
+    T is a whole number per image, so the mean moves in steps. Global tokens are not counted.
 
     Args:
         score_units: (B, N) int64 scores of validation images, in the order of ranking.
         rule: one of RULES, `quality` aside.
-        mean_tokens: wanted mean of T, 0 to N; global tokens are not counted.
+        mean_tokens: 0 to N.
         resolution: score units in the score's unit.
-
-    Returns:
-        The threshold whose mean is nearest; T is a whole number per image, so the mean moves in steps.
 
     Raises:
         ValueError: an unknown rule, or a mean that cannot be.

@@ -1,9 +1,9 @@
-"""LPIPS, the learned perceptual distance, from weight files that the user gives.
+"""What training minimises: reconstruction terms, LPIPS among them, and a PatchGAN with its losses.
 
-Both images go through a classifier's convolutions; at five depths the unit-normalised channels are subtracted, squared,
-weighted by a trained head and averaged over the picture. The classifier (torchvision's VGG16 or AlexNet) and the heads
-(`lpips_v0.1_vgg.pth`, `lpips_v0.1_alex.pth`) are two files; nothing is downloaded. Which of the two classifiers it is
-shows in the shape of the first convolution.
+LPIPS is the learned perceptual distance, from weight files that the user gives. Both images go through a classifier's
+convolutions; at five depths the unit-normalised channels are subtracted, squared, weighted by a trained head and
+averaged over the picture. The classifier (torchvision's VGG16 or AlexNet) and the heads (`lpips_v0.1_vgg.pth`,
+`lpips_v0.1_alex.pth`) are two files; nothing is downloaded.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -57,7 +57,7 @@ def _alexnet() -> Backbone:
 BACKBONES: dict[tuple[int, ...], Callable[[], Backbone]] = {
     (64, 3, 3, 3): _vgg16,
     (64, 3, 11, 11): _alexnet,
-}  # by the shape of features.0.weight
+}  # by the shape of the first convolution, features.0.weight
 
 
 class LPIPS(nn.Module):
@@ -101,17 +101,10 @@ class LPIPS(nn.Module):
         return model
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair.
-
-        Args:
-            x: (B, 3, H, W) floating in [0, 1], H and W at least 16 (VGG16) or 31 (AlexNet).
-            y: the same shape and range.
-
-        Returns:
-            (B,), 0 for equal images.
+        """Distance of each pair, 0 for equal images: (B, 3, H, W) floats in [0, 1] twice -> (B,).
 
         Raises:
-            ValueError: if shapes differ, are not (B, 3, H, W), or are too small for the backbone.
+            ValueError: shapes differ, are not (B, 3, H, W), or below 16 (VGG16) or 31 pixels (AlexNet) a side.
         """
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(
@@ -156,23 +149,16 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _copy(targets: dict[str, Tensor], weights: dict[str, Tensor], pattern: str, path: str | Path) -> None:
-    """Fill each target from `weights[pattern.format(its name)]`.
-
-    Raises:
-        ValueError: naming the tensors that are missing or of another shape.
-    """
+    """Fill each target from `weights[pattern.format(its name)]`; ValueError names what is missing or misshapen."""
     names = {name: pattern.format(name) for name in targets}
     missing = [source for source in names.values() if source not in weights]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     for name, target in targets.items():
-        found = weights[names[name]]
-        if found.shape != target.shape:
-            raise ValueError(f"{path}: {names[name]} is {tuple(found.shape)}, expected {tuple(target.shape)}")
-        target.copy_(found)
-
-
-# What reconstruction training minimises, term by term.
+        source = weights[names[name]]
+        if source.shape != target.shape:
+            raise ValueError(f"{path}: {names[name]} is {tuple(source.shape)}, expected {tuple(target.shape)}")
+        target.copy_(source)
 
 
 class ReconstructionLoss(nn.Module):
@@ -180,11 +166,8 @@ class ReconstructionLoss(nn.Module):
 
     Args:
         config: the weights of the terms.
-        perceptual: maps two (B, 3, H, W) batches in [0, 1] to a (B,) distance, e.g. `LPIPS`; needed when its weight is
-            not 0.
-
-    Raises:
-        ValueError: the perceptual weight is not 0 and there is no perceptual distance.
+        perceptual: maps two (B, 3, H, W) batches in [0, 1] to a (B,) distance, e.g. `LPIPS`; ValueError where it is
+            None and its weight is not 0.
     """
 
     def __init__(self, config: LossConfig, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
@@ -195,12 +178,7 @@ class ReconstructionLoss(nn.Module):
         self.perceptual = perceptual
 
     def forward(self, originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-        """Weighted scalar terms by name; their sum is the loss.
-
-        Args:
-            originals: (B, 3, H, W) in [0, 1].
-            reconstructions: the same shape.
-        """
+        """Weighted scalar terms by name, of (B, 3, H, W) images in [0, 1]; their sum is the loss."""
         terms = {}
         if self.config.l1:
             terms["l1"] = self.config.l1 * (reconstructions - originals).abs().mean()
@@ -212,12 +190,7 @@ class ReconstructionLoss(nn.Module):
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss: real scores below 1 and fake scores above -1 cost. arXiv 1705.02894.
-
-    Args:
-        real: scores of originals, any shape.
-        fake: scores of reconstructions, any shape.
-    """
+    """The discriminator's loss: scores of originals below 1 and of reconstructions above -1 cost. arXiv 1705.02894."""
     return 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
 
 
@@ -252,11 +225,8 @@ class LeCam(nn.Module):
         return towards_fake + torch.relu(self.real_mean - fake).square().mean()
 
 
-# PatchGAN: says of each patch of a picture whether it looks real.
-
-
 class Discriminator(nn.Module):
-    """Three strided convolutions and a score for each place, as in pix2pix (arXiv 1611.07004).
+    """PatchGAN, as in pix2pix (arXiv 1611.07004): three strided convolutions and a score of how real each patch looks.
 
     Group norm instead of batch norm: a picture's score does not depend on the others in its batch.
     """

@@ -15,6 +15,7 @@ from vector_quantize_pytorch import FSQ, VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, batched_sample_vectors
 
 from tatok_model.config import TokenizerConfig
+from tatok_model.vit import rows_at_once
 
 GRACE = 40  # steps
 
@@ -68,6 +69,20 @@ class VQ(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             embeddings, indices, loss = self.quantize(x.float())
         return embeddings, indices, loss.sum()
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """The entries that `forward` chooses, without moving the codebook: (B, L, D) -> (B, L) int64.
+
+        The largest cosine, of equal ones the lowest entry. Cosines are made for some tokens at a time: the library has
+        all of them at once, and a one-hot row of K for each token.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            directions = self.quantize._codebook.transform_input(self.quantize.project_in(x.float())).flatten(0, 1)
+            # Parts of even size: a product of a single row rounds differently.
+            parts = -(-len(directions) // rows_at_once(self.codebook_size, x.device)) or 1
+            chosen = [(part @ self.codes().T).argmax(-1) for part in directions.tensor_split(parts)]
+        return torch.cat(chosen).view(x.shape[:2])
 
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
@@ -128,6 +143,11 @@ class FiniteScalar(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             embeddings, indices = self.quantize(x.float())
         return embeddings, indices.long(), x.new_zeros(())
+
+    @torch.no_grad()
+    def nearest(self, x: Tensor) -> Tensor:
+        """As `VQ.nearest`."""
+        return self.forward(x)[1]
 
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""

@@ -1,143 +1,33 @@
-"""The order in which an image's patch tokens matter, by any score: the models', or a control's.
+"""The order in which an image's patch tokens matter: by a model's score, or by a control that asks no model.
 
-Plain functions of tokens and of the two models that can be asked: `predict` is the entropy model, `decode` the decoder.
-`TaTok.rank` is their public face.
+`rank` is what `TaTok.rank` does. A score that depends on what is kept already is asked again in every round:
+`distortion`, `surprisal` and `entropy` are read off the entropy model's q, `error` compares the decoder's picture.
+Controls are ordered once: `pixel_entropy` by the picture, `random` by the global tokens, `grid` always alike.
 
 Shapes: B images, N patch positions, K codebook entries, d code width, n positions asked for, P patch side.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tatok_model import filtering
 from tatok_model.config import BY_MODEL, KeptSetConfig
-from tatok_model.entropy import Read
-from tatok_model.filtering import conditional_entropy, rank_in_rounds, surprisal, to_units
-from tatok_model.filtering_rules import SCORES, check_rounds
+from tatok_model.entropy import Read, read_distortion, read_entropy, read_surprisal
+from tatok_model.filtering import to_units
+from tatok_model.filtering_rules import SCORES, QualityLine, check_rounds, line_of
 from tatok_model.kept_sets import Wanted
-from tatok_model.quality import QualityLine, line_of
 from tatok_model.tokens import Ranking, Tokens
 from tatok_model.vit import patchify
 
-# What is read off q's predictions without ever holding all of them: logits are made for some rows at a time.
-
-CPU_LOGITS = 2**20  # at a time, 4 MiB: fewer rows make slower products, more are no faster
-GPU_LOGITS = 2**25  # 128 MiB: a GPU wants much work at once
-
-
-def read_surprisal(hidden: Tensor, head: nn.Linear, indices: Tensor) -> Tensor:
-    """-log2 q of the true codes, in bits, with gradients: (n,) float32.
-
-    Args:
-        hidden: (n, W), what `head` predicts from.
-        head: W to K.
-        indices: (n,) int64 true codes.
-    """
-    if torch.is_grad_enabled():
-        bits: Tensor = _Read.apply(hidden, head.weight, head.bias, indices, None)[0]
-        return bits
-    found = [surprisal(head(hidden[rows]), indices[rows]) for rows in _parts(len(hidden), head.weight)]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def read_surprisal_and_expected(
-    hidden: Tensor, head: nn.Linear, indices: Tensor, codes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `read_surprisal`, and (n, d) float32 expected code vectors under q, without gradients.
-
-    Args:
-        hidden: (n, W).
-        head: W to K.
-        indices: (n,) int64 true codes.
-        codes: (K, d) code vectors; None: d is 0.
-    """
-    return _Read.apply(hidden, head.weight, head.bias, indices, codes)
-
-
-@torch.no_grad()
-def read_expected(hidden: Tensor, head: nn.Linear, codes: Tensor) -> Tensor:
-    """(n, d) float32 expected code vectors under q, without gradients; arguments as above."""
-    nowhere = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-    expected: Tensor = _Read.apply(hidden, head.weight, head.bias, nowhere, codes)[1]
-    return expected
-
-
-@torch.no_grad()
-def read_distortion(hidden: Tensor, head: nn.Linear, indices: Tensor, codes: Tensor) -> Tensor:
-    """|c - E_q[c]|^2 of the true codes, without gradients: (n,) float32, in squared units of the code vectors.
-
-    How far off the decoder's stand-in for a dropped token is, an estimate of the token's conditional variance.
-    Arguments as above, (K, d) `codes` needed.
-    """
-    return (codes[indices].float() - read_expected(hidden, head, codes)).square().sum(-1)
-
-
-@torch.no_grad()
-def read_entropy(hidden: Tensor, head: nn.Linear) -> Tensor:
-    """Entropy of q in bits, without gradients: (n,) float32."""
-    found = [conditional_entropy(head(hidden[rows])) for rows in _parts(len(hidden), head.weight)]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
-
-
-class _Read(torch.autograd.Function):
-    """Surprisal, with gradients, and expected codes, without."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, indices: Tensor, codes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        n = len(hidden)
-        log_sums = hidden.new_empty(n, 1, dtype=torch.float32)
-        chosen = torch.empty_like(log_sums)
-        expected = hidden.new_empty(n, 0 if codes is None else codes.shape[1], dtype=torch.float32)
-        with torch.autocast(kind, enabled=False):
-            cast = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-            for rows in _parts(n, weight):
-                logits = F.linear(cast[0][rows], *cast[1:]).float()
-                torch.gather(logits, 1, indices[rows, None], out=chosen[rows])
-                highest = logits.amax(1, keepdim=True)
-                shares = logits.sub_(highest).exp_()  # in place: the cache holds one such tensor
-                sums = shares.sum(1, keepdim=True)
-                torch.add(highest, sums.log(), out=log_sums[rows])
-                if codes is not None:
-                    torch.div(shares @ codes, sums, out=expected[rows])
-        ctx.save_for_backward(hidden, weight, bias, indices, log_sums)
-        ctx.dtype = dtype
-        ctx.mark_non_differentiable(expected)
-        return (log_sums - chosen)[:, 0] / math.log(2), expected
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, indices, log_sums = ctx.saved_tensors
-        scale = gradients[0][:, None].float() / math.log(2)
-        to_hidden = torch.empty_like(hidden)
-        to_weight, to_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        with torch.autocast(hidden.device.type, enabled=False):
-            cast = hidden.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype)
-            for rows in _parts(len(hidden), weight):
-                logits = F.linear(cast[0][rows], *cast[1:]).float()
-                back = logits.sub_(log_sums[rows]).exp_().mul_(scale[rows])  # of q, less the true code's
-                back.scatter_add_(1, indices[rows, None], -scale[rows])
-                to_bias += back.sum(0)
-                back = back.to(ctx.dtype)
-                to_hidden[rows] = back @ cast[1]
-                to_weight += back.T @ cast[0][rows]
-        return to_hidden, to_weight, to_bias, None, None
-
-
-def _parts(n: int, weight: Tensor) -> Iterator[slice]:
-    """Rows of (n, W) that are looked at together; `weight` is the head's, (K, W)."""
-    rows = max(1, (CPU_LOGITS if weight.device.type == "cpu" else GPU_LOGITS) // len(weight))
-    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LEVELS = 256
+RANDOM_SEED = 0x7A70C  # every decoder has to have the same
 
 
 class Predict(Protocol):
@@ -150,21 +40,13 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Models:
-    """What a ranking may ask.
+    """What a ranking may ask of a tokenizer."""
 
-    Attributes:
-        predict: the entropy model.
-        decode: tokens to (B, 3, H, W) pictures in [0, 1].
-        codes: (K, d) code vectors of the patch tokens.
-        patch_size: P.
-        lines: of rankings whose pictures' quality can be predicted.
-    """
-
-    predict: Predict
-    decode: Callable[[Tokens], Tensor]
-    codes: Tensor
-    patch_size: int
-    lines: tuple[QualityLine, ...] = ()
+    predict: Predict  # the entropy model
+    decode: Callable[[Tokens], Tensor]  # to (B, 3, H, W) pictures in [0, 1]
+    codes: Tensor  # (K, d) code vectors of the patch tokens
+    patch_size: int  # P
+    lines: tuple[QualityLine, ...] = ()  # of rankings whose pictures' quality can be predicted
 
 
 def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor | None = None) -> Ranking:
@@ -200,14 +82,7 @@ def _read_score(score: str, tokens: Tokens, at: Tensor, models: Models) -> Read:
 
 
 def patch_errors(tokens: Tokens, kept_mask: Tensor, images: Tensor, models: Models) -> Tensor:
-    """(B, N) float32: mean squared error of each patch as decoded from the tokens where (B, N) `kept_mask` is True.
-
-    Args:
-        tokens: every patch token known.
-        kept_mask: (B, N) bool.
-        images: (B, 3, H, W) floats in [0, 1].
-        models: whose decoder is asked.
-    """
+    """(B, N) float32: mean squared error of each patch as decoded from the tokens where (B, N) `kept_mask` is True."""
     pictures = models.decode(replace(tokens, kept_mask=kept_mask))
     return patchify((pictures.float() - images).square(), models.patch_size).mean(dim=-1)
 
@@ -218,13 +93,105 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
     if score == "pixel_entropy":
         if images is None:
             raise ValueError("score is 'pixel_entropy'; expected the images too")
-        found = filtering.pixel_entropy_units(images, patch_size)
-        return rank_in_rounds(lambda placed: found, batch, positions, 1, device)
+        units = pixel_entropy_units(images, patch_size)
+        return rank_in_rounds(lambda placed: units, batch, positions, 1, device)
     if score == "random":
-        order = filtering.random_order(tokens.global_indices, positions)
+        order = random_order(tokens.global_indices, positions)
     else:
-        order = filtering.grid_order(positions).to(device).expand(batch, -1)
+        order = grid_order(positions).to(device).expand(batch, -1)
     return order, torch.zeros_like(order)
+
+
+def rank_in_rounds(
+    score: Callable[[Tensor], Tensor], batch: int, positions: int, rounds: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Order all positions by score, re-scoring what is open after every round.
+
+    Args:
+        score: (B, N) bool mask of what is placed already -> (B, N) int64 score units; values at placed positions do
+            not matter.
+        batch: B.
+        positions: N.
+        rounds: R, 1 to N; a round places N / R positions, the best of the open ones, best first. Ties go to the
+            earlier position in raster order.
+        device: where the scores are.
+
+    Returns:
+        (B, N) int64 positions, best first, and (B, N) int64 scores of the steps.
+
+    Raises:
+        ValueError: `rounds` is not from 1 to N.
+    """
+    check_rounds(rounds, positions)
+    placed = torch.zeros(batch, positions, dtype=torch.bool, device=device)
+    order, units, bounds = [], [], round_bounds(positions, rounds)
+    for start, stop in pairwise(bounds):
+        values, best = best_open(score(placed), placed, stop - start)
+        order.append(best)
+        units.append(values)
+        placed = placed.scatter(1, best, True)
+    return torch.cat(order, dim=1), torch.cat(units, dim=1)
+
+
+def best_open(units: Tensor, placed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores at open positions: (B, count) scores and positions; ties in raster order."""
+    ordered = units.masked_fill(placed, -1).sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :count], ordered.indices[:, :count]
+
+
+def round_bounds(positions: int, rounds: int) -> list[int]:
+    """Steps at which rounds begin, and N: as even as whole numbers allow."""
+    return [number * positions // rounds for number in range(rounds + 1)]
+
+
+def grid_order(positions: int) -> Tensor:
+    """(N,) int64: positions so that every prefix is spread evenly over the square grid.
+
+    The order of Bayer's threshold matrix: bits of row and column are interleaved and read backwards.
+    """
+    side = math.isqrt(positions)
+    depth = max(side - 1, 1).bit_length()
+    keys = []
+    for position in range(positions):
+        row, column = divmod(position, side)
+        key = 0
+        for bit in range(depth):  # the least significant bits decide most
+            mixed = ((row ^ column) >> bit & 1) << 1 | (row >> bit & 1)
+            key = key << 2 | mixed
+        keys.append(key)
+    return torch.tensor(keys).argsort(stable=True)
+
+
+def random_order(global_indices: Tensor, positions: int) -> Tensor:
+    """(B, N) int64: a shuffle of N positions for each image, keyed by its (B, M) global tokens: a decoder knows it."""
+    key = torch.full((len(global_indices), 1), RANDOM_SEED, device=global_indices.device)
+    for place in range(global_indices.shape[1]):
+        key = _mix(key ^ global_indices[:, place : place + 1])
+    lanes = torch.arange(positions, device=global_indices.device) * 0x9E3779B1
+    return _mix(key ^ _mix(lanes)).argsort(dim=1, stable=True)
+
+
+def pixel_entropy_units(images: Tensor, patch_size: int) -> Tensor:
+    """(B, N) int64: entropy of the grey-level histogram of each patch, in 1/1024 bit, as DQ-VAE routes patches.
+
+    `images` are (B, 3, H, W), uint8 or floats in [0, 1].
+    """
+    pixels = images.float() if images.dtype == torch.uint8 else images.float() * 255
+    grey = sum(weight * pixels[:, channel : channel + 1] for channel, weight in enumerate(GREY))
+    levels = patchify(torch.as_tensor(grey).round().clamp(0, LEVELS - 1).long(), patch_size)  # (B, N, P*P)
+    counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
+    counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=counts.dtype))
+    shares = counts / levels.shape[2]
+    return to_units(-(shares * shares.clamp(min=1e-12).log2()).sum(dim=2))
+
+
+def _mix(key: Tensor) -> Tensor:
+    """A hash of 32-bit numbers kept in int64: the finaliser of murmur3, the same on every device."""
+    mask = 0xFFFFFFFF
+    key = key & mask
+    key = (key ^ (key >> 16)) * 0x85EBCA6B & mask
+    key = (key ^ (key >> 13)) * 0xC2B2AE35 & mask
+    return key ^ (key >> 16)
 
 
 def training_places(tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSetConfig, models: Models) -> Tensor:

@@ -29,19 +29,18 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from tatok_model.config import BY_MODEL, SIZES, KeptSetConfig, TokenizerConfig, read_config
-from tatok_model.entropy import EntropyModel, Read
-from tatok_model.kept_sets import KeptSets, Wanted, hide
-from tatok_model.quality import FILE as QUALITY_FILE
-from tatok_model.quality import QualityLine, lines_json, read_lines
-from tatok_model.quantizer import build_quantizer
-from tatok_model.ranking import (
-    Models,
-    rank,
+from tatok_model.entropy import (
+    EntropyModel,
+    Read,
+    hidden_without_gradients,
     read_expected,
     read_surprisal,
     read_surprisal_and_expected,
-    training_places,
 )
+from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, lines_json, read_lines
+from tatok_model.kept_sets import KeptSets, Wanted, hide
+from tatok_model.quantizer import build_quantizer
+from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, run_on_present, unpatchify
 
@@ -71,7 +70,10 @@ class TaTok(
     library_name="tatok",
     tags=["image-tokenizer"],
 ):
-    """The tokenizer.
+    """The tokenizer; the file's docstring says how it works.
+
+    Inference (`encode`, `rank`, `decode` and what they serve) moves no weight, in training mode either; `forward` is
+    for training, and there moves the codebooks.
 
     Source: arXiv 2605.16384; the mask token at empty decoder slots follows TiTok (arXiv 2406.07550).
     """
@@ -158,10 +160,10 @@ class TaTok(
         global_features, patch_features = self._encode_features(images)
         global_indices = self._no_indices(images, 0)
         if self.config.global_tokens:
-            global_indices = self._global_quantizer(global_features)[1]
+            global_indices = self._global_quantizer.nearest(global_features)
         patch_indices = self._no_indices(images, self.config.patch_positions)
         if self.patch_quantizer is not None:
-            patch_indices = self.patch_quantizer(patch_features)[1]
+            patch_indices = self.patch_quantizer.nearest(patch_features)
         return Tokens(global_indices, patch_indices, self._kept_mask(images, kept_mask))
 
     @torch.no_grad()
@@ -180,14 +182,13 @@ class TaTok(
                 score whose model or images are missing.
         """
         self._check_tokens(tokens)
-        if self.patch_quantizer is None:
-            raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
+        models = self._models()
         if not bool(tokens.kept_mask.all()):
             raise ValueError("tokens are cut already; expected every patch token to be known")
         images = None if images is None else self._as_float(images)
         if images is not None and len(images) != len(tokens):
             raise ValueError(f"images are {len(images)} and tokens of {len(tokens)} images; expected as many")
-        return replace(tokens, ranking=rank(tokens, score, rounds, self._models(), images))
+        return replace(tokens, ranking=rank(tokens, score, rounds, models, images))
 
     @torch.no_grad()
     def code_lengths(self, tokens: Tokens, schedule: Tensor, without_globals: Tensor | None = None) -> Tensor:
@@ -238,9 +239,7 @@ class TaTok(
             ValueError: tokens of another length or with entries beyond the codebook.
         """
         self._check_tokens(tokens)
-        batch = len(tokens)
-        width = self.mask_token.shape[0]
-        global_embeddings = self.mask_token.new_zeros(batch, 0, width)
+        global_embeddings = self.mask_token.new_zeros(len(tokens), 0, len(self.mask_token))
         if self.config.global_tokens:
             global_embeddings = self._global_quantizer.embed(tokens.global_indices)
         patch_embeddings = None
@@ -318,19 +317,20 @@ class TaTok(
         """(n, K) logits of the entropy model, or what `read` makes of them; see `patch_logits`."""
         if self.entropy_model is None or self.patch_quantizer is None:
             raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
-        global_codes = self._global_quantizer.codes()[tokens.global_indices] if self.config.global_tokens else None
-        if read is not None and without_globals is None and not torch.is_grad_enabled() and _asks_all(given_mask, at):
-            codes = self.patch_quantizer.codes()
-            no_codes = codes.new_zeros(len(tokens), 0, codes.shape[1])
-            return self.entropy_model.before_any(no_codes if global_codes is None else global_codes, read)
         # Where no code is given there may be anything, also no code at all: entry 0 stands in.
         patch_codes = self.patch_quantizer.codes()[tokens.patch_indices.where(given_mask, 0)]
-        if global_codes is None:
-            global_codes = patch_codes[:, :0]
-        return self.entropy_model(global_codes, patch_codes, given_mask, at, without_globals, read)
+        global_codes = patch_codes[:, :0]
+        if self.config.global_tokens:
+            global_codes = self._global_quantizer.codes()[tokens.global_indices]
+        asked = global_codes, patch_codes, given_mask, at, without_globals
+        if read is None:  # streams are coded by these very numbers
+            return self.entropy_model(*asked)
+        if torch.is_grad_enabled():
+            return read(self.entropy_model.hidden(*asked), self.entropy_model.to_logits)
+        return read(hidden_without_gradients(self.entropy_model, *asked), self.entropy_model.to_logits)
 
     def _models(self) -> Models:
-        """What a ranking may ask; this tokenizer has patch tokens."""
+        """What a ranking may ask; ValueError where there are no patch tokens to rank."""
         codes = self.code_vectors()[1]
         if codes is None:
             raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
@@ -430,18 +430,22 @@ class TaTok(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a checkpoint folder, or a model of the Hugging Face hub named `owner/name`.
+        """Load a tokenizer in the box by its name, a checkpoint folder, or a hub's model named `owner/name`.
 
         Raises:
             FileNotFoundError: the text is not a hub id and no such folder exists, or a folder lacks a file.
             ValueError: the folder's config.json is not one of a tokenizer, or its quality.json not calibration's.
         """
         path = Path(pretrained_model_name_or_path)
+        in_the_box = Path(__file__).parent / "weights" / path
+        if len(path.parts) == 1 and not path.exists() and in_the_box.is_dir():
+            path = in_the_box
         if path.is_dir():
             read_config(path)
         elif len(path.parts) != 2 or str(path)[0] in "./~" or path.parent.exists():
             raise FileNotFoundError(
-                f"checkpoint {str(path)!r} does not exist; expected a folder or a hub id owner/name"
+                f"checkpoint {str(path)!r} does not exist; expected a folder, a hub id owner/name "
+                f"or a name in the box: {', '.join(boxed())}"
             )
         model = super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
         model.quality_lines = read_lines(path / QUALITY_FILE if path.is_dir() else _quality_of_hub(str(path), kwargs))
@@ -455,6 +459,11 @@ class TaTok(
             (save_directory / QUALITY_FILE).unlink(missing_ok=True)
 
 
+def boxed() -> list[str]:
+    """Names of the tokenizers that come with the package."""
+    return sorted(path.parent.name for path in (Path(__file__).parent / "weights").glob("*/config.json"))
+
+
 def _quality_of_hub(name: str, options: dict[str, Any]) -> Path:
     """Where a hub model's quality.json lies on this machine; a path without a file where it has none."""
     known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -462,8 +471,3 @@ def _quality_of_hub(name: str, options: dict[str, Any]) -> Path:
         return Path(hf_hub_download(name, QUALITY_FILE, **{key: options[key] for key in known if key in options}))
     except EntryNotFoundError:
         return Path(QUALITY_FILE) / "absent"
-
-
-def _asks_all(given_mask: Tensor, at: Tensor) -> bool:
-    """Whether every position is asked for while no code is given: a ranking's first round."""
-    return bool(at.all()) and not bool(given_mask.any())

@@ -1,13 +1,14 @@
-"""A batch of variable-length token sequences as a value.
+"""A batch of variable-length token sequences as a value: `Tokens`.
 
 A sequence is M global tokens and T of N patch tokens. While the order in which the patch tokens matter is known
-(`ranking`), the batch can be cut again and again: one ranking serves every threshold, and kept sets nest.
+(`Ranking`), the batch can be cut again and again: one ranking serves every threshold, and kept sets nest. `Side` says
+what a decoder has to be told besides codes.
 
 Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from tatok_model.filtering import kept_counts, kept_mask_of, residual_counts
-from tatok_model.filtering_rules import CHECK_BITS, SCORES, check_cut, fixes_length
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import CHECK_BITS, SCORES, QualityLine, check_cut, fixes_length
 
 POSITIONS = ("derived", "sent", "replayed")
 
@@ -40,14 +40,14 @@ class Side:
 
     def bits(self, counts: Tensor, patch_positions: int) -> Tensor:
         """(B,) float64 of (B,) kept patch tokens out of N."""
-        found = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
+        bits = torch.zeros(counts.shape, dtype=torch.float64, device=counts.device)
         if self.length:
-            found = found + math.log2(patch_positions + 1)
+            bits = bits + math.log2(patch_positions + 1)
         if self.positions == "sent":
-            found = found + log2_binomial(patch_positions, counts)
+            bits = bits + log2_binomial(patch_positions, counts)
         elif self.positions == "replayed":
-            found = found + CHECK_BITS
-        return found
+            bits = bits + CHECK_BITS
+        return bits
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,16 @@ class Ranking:
             return residual_counts(self.score_units, self.line.residual_at(threshold, total) * self.resolution)
         return kept_counts(self.score_units, rule, threshold, self.resolution)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Ranking":
+        """The same ranking with every tensor changed alike."""
+        return replace(self, order=change(self.order), score_units=change(self.score_units))
+
     def __getitem__(self, images: Any) -> "Ranking":
-        return replace(self, order=self.order[images], score_units=self.score_units[images])
+        return self.each(lambda values: values[images])
 
     def to(self, device: torch.device | str) -> "Ranking":
         """The same ranking on another device."""
-        return replace(self, order=self.order.to(device), score_units=self.score_units.to(device))
+        return self.each(lambda values: values.to(device))
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,21 @@ class Tokens:
 
     def __getitem__(self, images: Tensor | slice | list[int]) -> "Tokens":
         """The tokens of some of the images."""
+        return self.each(lambda values: values[images])
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        """The same tokens on another device."""
+        return self.each(lambda values: values.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
+        """The same tokens with every tensor changed alike."""
         return replace(
             self,
-            global_indices=self.global_indices[images],
-            patch_indices=self.patch_indices[images],
-            kept_mask=self.kept_mask[images],
-            ranking=None if self.ranking is None else self.ranking[images],
-            global_counts=None if self.global_counts is None else self.global_counts[images],
+            global_indices=change(self.global_indices),
+            patch_indices=change(self.patch_indices),
+            kept_mask=change(self.kept_mask),
+            ranking=None if self.ranking is None else self.ranking.each(change),
+            global_counts=None if self.global_counts is None else change(self.global_counts),
         )
 
     @property
@@ -209,25 +221,10 @@ class Tokens:
         return replace(self, kept_mask=kept_mask_of(self.ranking.order, counts), side=side)
 
     def cut_globals(self, count: int) -> "Tokens":
-        """Keep the first `count` global tokens of each image: a cut of images without patch tokens.
-
-        Raises:
-            ValueError: `count` is outside 0 to M.
-        """
+        """Keep the first `count` global tokens of each image, 0 to M: a cut of images without patch tokens."""
         if not 0 <= count <= self.global_indices.shape[1]:
             raise ValueError(f"count is {count}; expected 0 to {self.global_indices.shape[1]}, the global tokens")
         return replace(self, global_counts=torch.full_like(self.patch_counts, count))
-
-    def to(self, device: torch.device | str) -> "Tokens":
-        """The same tokens on another device."""
-        return replace(
-            self,
-            global_indices=self.global_indices.to(device),
-            patch_indices=self.patch_indices.to(device),
-            kept_mask=self.kept_mask.to(device),
-            ranking=None if self.ranking is None else self.ranking.to(device),
-            global_counts=None if self.global_counts is None else self.global_counts.to(device),
-        )
 
 
 def joined(parts: Sequence[Tokens]) -> Tokens:
@@ -239,11 +236,11 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     kinds = {(part.ranking is None, part.global_counts is None, part.side) for part in parts}
     if len(kinds) != 1:
         raise ValueError(f"{len(parts)} batches are of {len(kinds)} kinds; expected at least one, all of one cut")
-    first, ranking = parts[0], None
-    if first.ranking is not None:
+    first, ranking = parts[0], parts[0].ranking
+    if ranking is not None:
         rankings = [part.ranking for part in parts if part.ranking is not None]
-        order, units = (torch.cat([getattr(r, name) for r in rankings]) for name in ("order", "score_units"))
-        ranking = replace(first.ranking, order=order, score_units=units)
+        order, units = torch.cat([r.order for r in rankings]), torch.cat([r.score_units for r in rankings])
+        ranking = replace(ranking, order=order, score_units=units)
     counts = [part.global_counts for part in parts if part.global_counts is not None]
     return replace(
         first,

@@ -3,7 +3,8 @@
 Shapes: B images, L sequence length, D width, N patch positions, C colour channels (3), P patch side in pixels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 CHANNELS = 3
 CPU_PARTS = 4  # of a batch, by length
+CPU_PRODUCT = 2**20  # numbers, 4 MiB: smaller products are slower, larger ones no faster
+GPU_PRODUCT = 2**25  # 128 MiB: a GPU wants much work at once
 
 
 class Attention(nn.Module):
@@ -27,13 +30,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); (B, L) bool `key_mask` is True where a key may be looked at, None: everywhere."""
+        return self.to_out(self.mix(x, key_mask))
+
+    def mix(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Mixed values of all heads before the last projection, shapes as `forward`."""
+        return merge_heads(attend(*self.split(x), None if key_mask is None else key_mask[:, None, None, :]))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head: (B, L, D) -> (B, H, L, h) three times."""
         q, k, v = rearrange(self.to_qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        mixed = _attend(q, k, v, mask)  # (B, H, L, D/H)
-        return self.to_out(rearrange(mixed, "b h l d -> b l (h d)"))
+        return q, k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def merge_heads(mixed: Tensor) -> Tensor:
+    """(B, H, L, h) -> (B, L, D), what `Attention.to_out` wants."""
+    return rearrange(mixed, "b h l d -> b l (h d)")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """(B, H, L, h) three times, and (B, 1, 1, L) bool, True where a key may be looked at -> (B, H, L, h)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # twice as fast as the fused kernel, with its gradients
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -53,7 +67,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); `key_mask` as `Attention`'s."""
-        x = x + self.attention(self.norm1(x), key_mask)
+        return self.finish(x, self.attention.mix(self.norm1(x), key_mask))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, L, h) each: the first half of `forward`, for an attention of one's own."""
+        return self.attention.split(self.norm1(x))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The second half of `forward`, place by place: (..., D) that came in and (..., D) mixed values -> (..., D)."""
+        x = x + self.attention.to_out(mixed)
         return x + self.mlp(self.norm2(x))
 
 
@@ -77,6 +99,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks in their order."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
 
 def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> Tensor:
@@ -103,13 +130,29 @@ def run_on_present(blocks: Iterable[nn.Module], x: Tensor, present: Tensor) -> T
         length = max(int(counts[rows].max()), 1)  # a parameter that no gradient reaches would stop DDP
         at = places[rows, :length, None].expand(-1, -1, x.shape[-1])  # (b, l, D)
         tokens = x[rows].gather(1, at)
-        # A sequence of none looks at its first pad, because attention to nothing is not a number.
+        # A sequence of none looks at its first pad, because attention to nothing is NaN.
         mask = torch.arange(length, device=x.device) < counts[rows, None].clamp(min=1)  # (b, l)
         key_mask = None if bool(mask.all()) else mask
         for block in blocks:
             tokens = block(tokens, key_mask)
         x = x.index_copy(0, rows, x[rows].scatter(1, at, tokens.to(x.dtype)))
     return x
+
+
+def rows_at_once(columns: int, device: torch.device) -> int:
+    """Rows of a product (rows, columns) to make at a time where only a little is wanted of each."""
+    return max(1, (CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT) // columns)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on how they are shared out: torch computes on one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def init_linear(module: nn.Module) -> None:

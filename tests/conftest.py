@@ -3,6 +3,7 @@
 A test that asks for `ray_session` gets the marker `ray` by itself.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,32 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs data sets in ../shared/data, which is absent here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Path]:
+    """`write_shards(folder, {"train": rows, "heldout": rows}, 32, ("red", "blue"))` makes shards of 32-pixel pictures.
+
+    A row has the bytes of an `image` and, where it is not 0, a `label`.
+    """
+    from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
+
+    def write(folder: Path, rows: dict[str, list[dict[str, Any]]], size: int, classes: tuple[str, ...]) -> Path:
+        (folder / "shards").mkdir(parents=True)
+        splits = {}
+        for split, those in rows.items():
+            with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
+                for number, row in enumerate(those):
+                    label = row.get("label", 0)
+                    whole = {"id": str(number), "height": size, "width": size, "label": label, **row}
+                    writer.add({**whole, "label_name": classes[label]})
+            assert writer.shard is not None
+            splits[split] = Split(len(those), (writer.shard,))
+        manifest = Manifest(size, {}, "made", classes, splits, 0, fingerprint(splits))
+        (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.core.config import Config, config_from_dict, load_config
+from pipeline.core.config import Config
+from pipeline.core.presets import config_from_dict, load_config
 
 JOB = '''
 """Do a made thing."""

@@ -6,7 +6,6 @@ person thought of.
 
 import dataclasses
 import io
-import json
 import random
 import re
 import shutil
@@ -21,12 +20,12 @@ import pytest
 from PIL import Image
 
 from pipeline.core import checkpoints
-from pipeline.core.config import load_config
+from pipeline.core.checkpoints import load_tokenizer
 from pipeline.core.errors import BadInput
-from pipeline.core.pretrained import load_tokenizer
+from pipeline.core.presets import load_config
 from pipeline.data import sources
 from pipeline.data.pictures import BadPicture, prepare
-from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
+from pipeline.data.shards import ShardDataset
 from pipeline.tokens.stream import from_table, to_parquet, to_table
 from pipeline.tokens.token_manifest import Stream
 
@@ -90,19 +89,7 @@ def parquet_of_pictures() -> bytes:
     return file.getvalue()
 
 
-def write_shards(folder: Path) -> None:
-    """Four pictures in each split."""
-    (folder / "shards").mkdir(parents=True)
-    splits = {}
-    for split in ("train", "heldout"):
-        with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
-            for number in range(4):
-                row = {"id": str(number), "image": picture(number), "height": 16, "width": 16, "label": 0}
-                writer.add({**row, "label_name": "ant"})
-        assert writer.shard is not None
-        splits[split] = Split(4, (writer.shard,))
-    manifest = Manifest(16, {}, "made", ("ant",), splits, 0, fingerprint(splits))
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+FOUR = {split: [{"image": picture(number)} for number in range(4)] for split in ("train", "heldout")}
 
 
 def each(data: bytes, numbers: range, use: Callable[[bytes], None], *answers: type[Exception]) -> int:
@@ -146,7 +133,7 @@ def test_damaged_pictures(encoding: str, numbers: range) -> None:
 def read_source(path: Path) -> None:
     data = dataclasses.replace(DATA, source=str(path))
     source = sources.open_source("data.source", str(path), data)
-    found = sources.scan("data.source", source, data)
+    found = sources.scan(source, data)
     for units in found.ranges:
         for one in sources.read(source, units, data):
             assert not Path(one.id).is_absolute() or "#" in one.id
@@ -177,8 +164,8 @@ def test_damaged_parquet_sources(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("manifest.json", range(3000, 3060)), ("shard", range(3060, 3120))])
-def test_damaged_shards(place: Path, name: str, numbers: range) -> None:
-    write_shards(place)
+def test_damaged_shards(place: Path, write_shards, name: str, numbers: range) -> None:
+    write_shards(place, FOUR, 16, ("ant",))
     path = place / ("manifest.json" if name == "manifest.json" else "shards/train-00000.parquet")
 
     def use(data: bytes) -> None:
@@ -298,7 +285,7 @@ SMALL = [*SHAPE, "tracking.uri=", "data.num_workers=1", "train.global_batch_size
 
 
 @pytest.fixture
-def inputs(place: Path, tokenizer, run_job, repository: Path) -> Path:
+def inputs(place: Path, tokenizer, write_shards, run_job, repository: Path) -> Path:
     """A folder with everything that `COMMANDS` damages, still whole."""
     folder = place / "whole"
     (folder / "pictures").mkdir(parents=True)
@@ -307,7 +294,7 @@ def inputs(place: Path, tokenizer, run_job, repository: Path) -> Path:
     (folder / "source.tar").write_bytes(tar_of_pictures())
     (folder / "source.parquet").write_bytes(parquet_of_pictures())
     shutil.copy2(repository / "pipeline" / "configs" / "cifar10.yaml", folder / "preset.yaml")
-    write_shards(folder / "data")
+    write_shards(folder / "data", FOUR, 16, ("ant",))
     tokenizer.save_pretrained(folder / "tokenizer")
     keys = [*SMALL, f"run.output={folder}", f"data.shards={folder}/data"]
     for job, name, more in (

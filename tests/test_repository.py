@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from pipeline.core.config import load_config, preset_names
+from pipeline.core.presets import load_config, preset_names
+from pipeline.core.stages import BENCHMARKS, STAGES, find_benchmark, find_stage
 
 REPOSITORY = Path(__file__).parents[1]
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
 PRESETS = sorted((REPOSITORY / "pipeline" / "configs").rglob("*.yaml"))
 PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
-HEAVY = {"torch", "ray", "mlflow", "pandas", "skimage", "sklearn", "scipy"}
+HEAVY = {"torch", "ray", "mlflow", "matplotlib", "pandas", "skimage", "sklearn", "scipy"}
 
 
 def name(path: Path) -> str:
@@ -50,6 +51,14 @@ def test_the_listed_packages_are_those_in_the_tree():
 def test_no_job_bears_the_name_of_a_standard_module():
     assert JOBS
     assert not {job.stem for job in JOBS} & sys.stdlib_module_names
+
+
+def test_every_job_but_the_doctor_is_a_stage_and_every_stage_has_its_functions():
+    assert set(STAGES) == {job.stem for job in JOBS} - {"doctor"}
+    for name in STAGES:
+        assert all(callable(getattr(find_stage(name), function)) for function in ("check", "default_name", "run"))
+    for kind in BENCHMARKS:
+        assert all(callable(getattr(find_benchmark(kind), function)) for function in ("check", "run"))
 
 
 def test_every_preset_file_is_known_by_its_name():

@@ -131,7 +131,8 @@ def run_quietly(name: str, stage: Any, config: Config, folder: Path) -> Path:
         folder: of its run.
     """
     place = dataclasses.replace(config.run, output=str(folder.parent), name=folder.name)
-    run = Run.open(name, dataclasses.replace(config, run=place), folder.name, resume=False)
+    quiet = dataclasses.replace(config, run=place, tracking=dataclasses.replace(config.tracking, uri=""))
+    run = Run.open(name, quiet, folder.name, resume=False)
     try:
         with redirect_stderr(io.StringIO()):  # what it says is not for the reader of a benchmark
             stage.run(run)
@@ -151,7 +152,7 @@ def tokenizer_of(run: Run) -> "TaTok":
     """
     import torch
 
-    from pipeline.core.pretrained import load_tokenizer
+    from pipeline.core.checkpoints import load_tokenizer
     from tatok_model.tokenizer import TaTok
 
     section = run.config.tokenizer

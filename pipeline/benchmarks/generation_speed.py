@@ -26,7 +26,7 @@ from pipeline.benchmarks.harness import (
     spread_results,
     take_turns,
 )
-from pipeline.core.checkpoints import read_generator
+from pipeline.core.checkpoints import load_tokenizer, read_generator
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
 from pipeline.core.console import progress
@@ -71,7 +71,7 @@ class Contender:
 
 
 @dataclass
-class Work:
+class BatchesMade:
     """What was done for one batch size, over all timings."""
 
     images: int = 0
@@ -99,8 +99,6 @@ def run(run: Run) -> None:
         BadInput: the generator or its tokenizer cannot be used.
         Stopped: the run was asked to stop.
     """
-    from pipeline.core.pretrained import load_tokenizer
-
     run.config = config = with_generator(run.config)
     generator, sha256 = load_generator(config)
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
@@ -141,7 +139,7 @@ def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
     """The table and every number behind it."""
     section, config = run.config.benchmark, run.config
     sizes = sorted({section.batch_size, *section.batch_sizes})
-    work = {(contender.name, size): Work() for size in sizes for contender in contenders}
+    work = {(contender.name, size): BatchesMade() for size in sizes for contender in contenders}
     measured: dict[tuple[str, int], list[float]] = {}  # images/s, one a round
     with progress("benchmark", len(work) * (section.repeats + 1), "timings") as shown:
 
@@ -183,7 +181,9 @@ def _measure(run: Run, contenders: list[Contender], device: Any) -> Findings:
     return Findings([header, *lines], ratios, numbers)
 
 
-def make_pictures(contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: Work) -> None:
+def make_pictures(
+    contender: Contender, batch_size: int, images: int, config: Config, device: Any, work: BatchesMade
+) -> None:
     """Sample and decode that many pictures, and add to `work` what it took."""
     import torch
 
@@ -213,7 +213,7 @@ def _results(
     contender: Contender,
     equal: int,
     rates: dict[tuple[str, int], Spread],
-    work: dict[tuple[str, int], Work],
+    work: dict[tuple[str, int], BatchesMade],
     config: Config,
 ) -> dict[str, float]:
     name = contender.name
@@ -229,7 +229,7 @@ def _results(
     }
 
 
-def _line(contender: Contender, size: int, rate: Spread, work: Work, config: Config) -> list[str]:
+def _line(contender: Contender, size: int, rate: Spread, work: BatchesMade, config: Config) -> list[str]:
     numbers = (rate.median, rate.low, rate.high, work.steps, work.longest / work.batches)
     cache = _cache_bytes(contender, size, config) / 1e6
     return [

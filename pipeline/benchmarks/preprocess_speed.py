@@ -48,9 +48,10 @@ from pipeline.core.cluster import connect
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import format_value, progress
 from pipeline.core.errors import BadInput
+from pipeline.core.ranges import Part, PartMaker
 from pipeline.core.run import Run
 from pipeline.data.pictures import encode, square
-from pipeline.data.preprocess import Work, make_part, make_plan, open_sources, part_from_dict
+from pipeline.data.preprocess import PreprocessWork, make_plan, open_sources
 from pipeline.data.samples import photograph_files
 from pipeline.data.shards import ShardDataset
 
@@ -277,8 +278,8 @@ def _finished(folder: Path) -> list[tuple[float, int]]:
     """When each range was done, which is when its part was written, and how many pictures it had; in that order."""
     seen = []
     for path in (folder / "parts").glob("*.json"):
-        part = part_from_dict(json.loads(path.read_bytes()))
-        rows = sum(shard.rows for shard in part.shards.values()) + len(part.rejected)
+        part = Part.from_dict(json.loads(path.read_bytes()))
+        rows = sum(shard.rows for shard in part.files.values()) + len(part.rejected or [])
         seen.append((path.stat().st_mtime, rows))
     return sorted(seen)
 
@@ -290,8 +291,8 @@ def _ranges(pool: Executor, folder: Path) -> Callable[[Sample], Path]:
         emptied(folder, "shards", "parts")
         sources = open_sources(sample.data)
         plan = make_plan(sources, sample.data)
-        shared = Work(folder, plan.key, plan.classes, [source.without_listing() for source in sources], sample.data)
-        list(pool.map(make_part, plan.ranges, [shared] * len(plan.ranges)))
+        work = PreprocessWork.of(folder, plan, sources, sample.data)
+        list(pool.map(PartMaker(work, None, "cpu").part, plan.ranges))
         return folder
 
     return work

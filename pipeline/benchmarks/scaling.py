@@ -12,12 +12,12 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.benchmarks.benchmark_inputs import make_photographs, make_shards, run_quietly
 from pipeline.benchmarks.harness import (
@@ -34,161 +34,100 @@ from pipeline.benchmarks.harness import (
     steady_rate,
     take_turns,
 )
-from pipeline.core.cluster import connect
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import format_value, progress
 from pipeline.core.errors import BadInput
+from pipeline.core.ranges import PartMaker, Range, Work, make_here, make_on_ray
 from pipeline.core.run import Run
-from pipeline.data import preprocess
-from pipeline.data import preprocess as pictures_ranges
+from pipeline.data.preprocess import PreprocessWork, make_plan, open_sources
 from pipeline.data.preprocess import check as check_preprocess
-from pipeline.data.preprocess import make_plan, open_sources
 from pipeline.data.samples import photograph_files
 from pipeline.data.shards import read_manifest
-from pipeline.tokens.ranges import Range
+from pipeline.tokens.token_manifest import RowRange, stream_of
 
 # The data stages as `scaling` takes them apart: ranges of work, given to our workers or to plain processes.
 
 
-class Scaled(Protocol):
-    """A stage under test."""
+class Scaled:
+    """A stage under test.
+
+    Args:
+        work: its work, in a folder that is emptied each time.
+        models: for its workers.
+        ranges: of its plan.
+    """
+
+    def __init__(self, work: Work, models: Any, ranges: Sequence[Range]) -> None:
+        self._work, self._models, self._ranges = work, models, ranges
+        self._pools: dict[int, ProcessPoolExecutor] = {}
 
     def ours(self, workers: int) -> Iterator[int]:
         """Pictures of each finished range, by our workers: one works in this process, several on Ray."""
-        ...
+        emptied(self._work.folder, *self._work.folders, "parts")
+        work = self._work, self._models, self._ranges, "cpu"
+        for part in make_here(*work) if workers == 1 else make_on_ray(*work, workers):
+            yield self._ranges[part.number].rows
 
     def plain(self, workers: int) -> Iterator[int]:
         """The same by so many plain processes, which are kept for the next time."""
-        ...
+        emptied(self._work.folder, *self._work.folders, "parts")
+        if workers not in self._pools:
+            context, arguments = get_context("spawn"), (self._work, self._models)
+            self._pools[workers] = ProcessPoolExecutor(workers, context, initializer=_load, initargs=arguments)
+        for done in as_completed([self._pools[workers].submit(_make, task) for task in self._ranges]):
+            yield done.result()
 
     def close(self) -> None:
         """End the processes."""
-        ...
-
-
-class Pools:
-    """Plain processes, a pool for each number of them."""
-
-    def __init__(self, initializer: Any = None, arguments: tuple[Any, ...] = ()) -> None:
-        self._how = {"mp_context": get_context("spawn"), "initializer": initializer, "initargs": arguments}
-        self._pools: dict[int, ProcessPoolExecutor] = {}
-
-    def of(self, workers: int) -> Executor:
-        """The pool with so many."""
-        if workers not in self._pools:
-            self._pools[workers] = ProcessPoolExecutor(workers, **self._how)
-        return self._pools[workers]
-
-    def close(self) -> None:
-        """End all processes."""
         for pool in self._pools.values():
             pool.shutdown()
 
 
-class Preprocess:
+_loaded: list[PartMaker] = []  # in a plain process: what makes all its ranges
+
+
+def _load(work: Work, models: Any) -> None:
+    _loaded[:] = [PartMaker(work, models, "cpu")]
+
+
+def _make(task: Range) -> int:
+    _loaded[0].part(task)
+    return task.rows
+
+
+def scaled_preprocess(config: Config, folder: Path) -> Scaled:
     """Pictures of a folder to shards.
 
     Args:
         config: `data.source` names the folder; `data.rows_per_shard` says how long a range is.
-        folder: for what is made; emptied each time.
+        folder: for what is made.
     """
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        self._data, self._folder, self._pools = config.data, folder, Pools()
-        sources = open_sources(self._data)
-        self._plan = make_plan(sources, self._data)
-        self._sources = [source.without_listing() for source in sources]
-
-    def ours(self, workers: int) -> Iterator[int]:
-        """See `Scaled`."""
-        work, ranges = self._work(workers), self._plan.ranges
-        made = (
-            (pictures_ranges.make_part(task, work) for task in ranges)
-            if workers == 1
-            else preprocess.make_on_ray(connect(), ranges, work)
-        )
-        for part, _ in made:
-            yield ranges[part.number].rows
-
-    def plain(self, workers: int) -> Iterator[int]:
-        """See `Scaled`."""
-        work, ranges, pool = self._work(workers), self._plan.ranges, self._pools.of(workers)
-        for done in as_completed([pool.submit(pictures_ranges.make_part, task, work) for task in ranges]):
-            yield ranges[done.result()[0].number].rows
-
-    def close(self) -> None:
-        """See `Scaled`."""
-        self._pools.close()
-
-    def _work(self, workers: int) -> pictures_ranges.Work:
-        emptied(self._folder, "shards", "parts")
-        data = dataclasses.replace(self._data, num_workers=workers)
-        return pictures_ranges.Work(self._folder, self._plan.key, self._plan.classes, self._sources, data)
+    sources = open_sources(config.data)
+    plan = make_plan(sources, config.data)
+    return Scaled(PreprocessWork.of(folder, plan, sources, config.data), None, plan.ranges)
 
 
-class Tokenize:
+def scaled_tokenize(config: Config, folder: Path, pictures: int, rows: int) -> Scaled:
     """Pictures of shards to token files.
 
     Args:
         config: `data.shards` and `tokenizer.checkpoint` are named.
-        folder: for what is made; emptied each time.
+        folder: for what is made.
         pictures: of the training split to take, if it has so many.
         rows: pictures of a range.
     """
+    from pipeline.core.checkpoints import load_tokenizer
+    from pipeline.tokens.encoder import EncodingWork
 
-    def __init__(self, config: Config, folder: Path, pictures: int, rows: int) -> None:
-        from pipeline.core.pretrained import load_tokenizer
-        from pipeline.tokens.encoder import EncodingWork
-        from pipeline.tokens.token_manifest import stream_of
-
-        self._tokenizer, sha256 = load_tokenizer(config)
-        tokens = dataclasses.replace(config.tokens, batch_size=min(config.tokens.batch_size, rows), flip=False, crops=0)
-        self._folder = folder
-        self._work = EncodingWork(folder, "", config.data.shards, stream_of(config, sha256), tokens, config.train.seed)
-        total = min(read_manifest(config.data.shards).splits["train"].rows, pictures)
-        self._ranges = [
-            Range(number, "train", number, start, min(start + rows, total), total, total)
-            for number, start in enumerate(range(0, total, rows))
-        ]
-        self._pools = Pools(_load, (self._tokenizer, self._work))
-
-    def ours(self, workers: int) -> Iterator[int]:
-        """See `Scaled`."""
-        from pipeline.tokens.parts import make_here, make_on_actors
-
-        emptied(self._folder, "tokens", "parts")
-        made = (
-            make_here(self._tokenizer, self._work, self._ranges, "cpu")
-            if workers == 1
-            else make_on_actors(self._tokenizer, self._work, self._ranges, "cpu", workers)
-        )
-        for part in made:
-            yield part.file.rows
-
-    def plain(self, workers: int) -> Iterator[int]:
-        """See `Scaled`."""
-        emptied(self._folder, "tokens", "parts")
-        pool = self._pools.of(workers)
-        for done in as_completed([pool.submit(_tokenize, task) for task in self._ranges]):
-            yield done.result()
-
-    def close(self) -> None:
-        """See `Scaled`."""
-        self._pools.close()
-
-
-_loaded: list[Any] = []  # in a plain process: the work and the worker that it keeps for all its ranges
-
-
-def _load(tokenizer: Any, work: Any) -> None:
-    _loaded[:] = [work, work.worker(tokenizer, "cpu")]
-
-
-def _tokenize(task: Range) -> int:
-    from pipeline.tokens.parts import make_part
-
-    work, worker = _loaded
-    return make_part(work.folder, work.key, task, worker.make).file.rows
+    tokenizer, sha256 = load_tokenizer(config)
+    tokens = dataclasses.replace(config.tokens, batch_size=min(config.tokens.batch_size, rows), flip=False, crops=0)
+    work = EncodingWork(folder, "", config.data.shards, stream_of(config, sha256), tokens, config.train.seed)
+    total = min(read_manifest(config.data.shards).splits["train"].rows, pictures)
+    ranges = [
+        RowRange(number, "train", number, start, min(start + rows, total), total, total)
+        for number, start in enumerate(range(0, total, rows))
+    ]
+    return Scaled(work, tokenizer, ranges)
 
 
 STAGES = ("preprocess", "tokenize")
@@ -299,8 +238,8 @@ def _rates(run: Run, config: Config, folder: Path) -> Timings:
     shards = make_shards(config, data, folder / "shards")
     config = dataclasses.replace(config, data=dataclasses.replace(data, shards=str(shards)))
     stages: dict[str, Scaled] = {
-        "preprocess": Preprocess(config, folder / "preprocess"),
-        "tokenize": Tokenize(config, folder / "tokenize", *_tokenized(config)),
+        "preprocess": scaled_preprocess(config, folder / "preprocess"),
+        "tokenize": scaled_tokenize(config, folder / "tokenize", *_tokenized(config)),
     }
     rates: Timings = {}
     with progress("benchmark", len(stages) * 2 * len(workers) * (section.repeats + 1), "timings") as shown:

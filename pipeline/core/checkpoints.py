@@ -1,4 +1,6 @@
-"""Checkpoints of a training run: written aside and renamed, verified when read, kept by count, never unpickled.
+"""Checkpoints of a training run, and models from them, from files and from the hub.
+
+Checkpoints are written aside and renamed, verified when read, kept by count, never unpickled:
 
     checkpoints/step-00000500/config.json, model.safetensors     averaged weights: `from_pretrained` loads them
                               training_state.safetensors          raw weights, optimisers
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.config import Config
 from pipeline.core.console import say
@@ -26,34 +28,17 @@ from tatok_model.config import GeneratorConfig, TokenizerConfig, read_config, re
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from torch import Tensor
 
+    from tatok_model.losses import LPIPS
+    from tatok_model.tokenizer import TaTok
+
 FORMAT, VERSION = "tatok-training-state", 1
 TENSORS, RECORD = "training_state.safetensors", "training_state.json"
 WEIGHED = ("config.json", "model.safetensors", TENSORS)  # what a whole checkpoint has checksums of
-SHAPING = (
-    "image_size",
-    "patch_size",
-    "size",
-    "global_tokens",
-    "patch_tokens",
-    "quantizer",
-    "codebook_size",
-    "codebook_dim",
-    "fsq_levels",
-    "shared_codebook",
-    "entropy_layers",
-    "entropy_width",
-    "entropy_globals",
-    "expected_fill",
-)  # fmt: skip - the keys that decide the weights' shapes
+SHAPING = (  # the keys that decide the weights' shapes
+    "image_size", "patch_size", "size", "global_tokens", "patch_tokens", "quantizer", "codebook_size", "codebook_dim",
+    "fsq_levels", "shared_codebook", "entropy_layers", "entropy_width", "entropy_globals", "expected_fill",
+)  # fmt: skip
 OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
-
-
-class Exportable(Protocol):
-    """A model that writes config.json and model.safetensors; `TaTok` is one."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write them into `folder`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,14 +56,14 @@ class Checkpoint:
         return load_file(self.folder / TENSORS)
 
 
-def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
+def save(folder: Path, step: int, model: Any, tensors: "dict[str, Tensor]", keep: int, **record: Any) -> Path:
     """Write `folder/step-NNNNNNNN` and delete the oldest beyond `keep`.
 
     Args:
         folder: the run's `checkpoints` folder.
         step: optimiser steps done.
-        model: the averaged model.
-        tensors: what resuming needs besides.
+        model: the averaged one; its `save_pretrained` writes config.json and model.safetensors.
+        tensors: what else resuming needs.
         keep: how many checkpoints stay.
         record: plain values to keep beside the step.
     """
@@ -91,7 +76,8 @@ def save(folder: Path, step: int, model: Exportable, tensors: "dict[str, Tensor]
         checksums = {path.name: sha256_file(path) for path in sorted(aside.iterdir())}
         write_json(aside / RECORD, {"format": FORMAT, "version": VERSION, "step": step, "sha256": checksums, **record})
         for path in aside.iterdir():
-            _flush(path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -135,11 +121,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def find(path: str, key: str = "tokenizer.checkpoint") -> Path:
-    """The folder that a checkpoint's key means: a checkpoint, or the run folder of a training that ended.
-
-    Args:
-        path: the value.
-        key: of the configuration, for messages.
+    """The folder that the value of a key means: a checkpoint, or the run folder of a training that ended.
 
     Raises:
         BadInput: neither.
@@ -173,11 +155,7 @@ def check_architecture(config: Config) -> None:
 
 
 def read_architecture(path: str, key: str = "tokenizer.checkpoint") -> TokenizerConfig:
-    """The architecture of a checkpoint; its weights are not read.
-
-    Args:
-        path: the value of a key.
-        key: of the configuration, for messages.
+    """The architecture of the checkpoint that the value of a key means; its weights are not read.
 
     Raises:
         BadInput: no such checkpoint, or not one of ours.
@@ -213,6 +191,104 @@ def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -
             )
 
 
+def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
+    """The tokenizer of `tokenizer.checkpoint` and the sha256 of its weights.
+
+    Raises:
+        BadInput: it cannot be had from the hub, is damaged, or has another architecture than configured.
+    """
+    from safetensors import SafetensorError
+
+    from tatok_model.tokenizer import TaTok
+
+    folder = _tokenizer_folder(config)
+    try:
+        check_same_architecture(config.tokenizer.checkpoint, read_config(folder), config)
+        return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(
+            f"tokenizer.checkpoint {config.tokenizer.checkpoint!r} cannot be loaded ({reason}); "
+            "expected config.json and model.safetensors as training wrote them"
+        ) from None
+
+
+def check_quality(config: Config, tokenizer: "TaTok") -> None:
+    """Refuse the rule `quality` where this tokenizer cannot predict it, or does not reach it.
+
+    Raises:
+        BadInput: not calibrated for the score and rounds, or more dB than all tokens give, at any of the cuts.
+    """
+    from tatok_model.filtering_rules import line_of
+
+    section = config.filter
+    if section.rule != "quality" or not config.tokenizer.patch_tokens:
+        return
+    line = line_of(tokenizer.quality_lines, section.score, section.rounds)
+    if line is None:
+        raise BadInput(
+            f"filter.rule is 'quality' and tokenizer.checkpoint {config.tokenizer.checkpoint!r} has no line from "
+            f"{section.score} in {section.rounds} rounds to dB; expected one that jobs/calibrate.py has fitted"
+        )
+    for key, cuts in (("filter.threshold", (section.threshold,)), ("evaluate.thresholds", config.evaluate.thresholds)):
+        try:
+            for decibels in cuts:
+                line.check(decibels)
+        except ValueError as error:
+            raise BadInput(f"{key}: {error}") from None
+
+
+def tokenizer_sha256(config: Config) -> str:
+    """Of the weights of `tokenizer.checkpoint`; raises as `load_tokenizer` where they cannot be had."""
+    return sha256_file(_tokenizer_folder(config) / "model.safetensors")
+
+
+def _tokenizer_folder(config: Config) -> Path:
+    path = config.tokenizer.checkpoint
+    return _from_hub(path) if is_hub_id(path) else find(path)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "quality.json"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(
+            f"tokenizer.checkpoint {name!r} cannot be had from the hub ({reason}); "
+            "expected a checkpoint folder or a hub id"
+        ) from None
+
+
+def load_lpips(section: str, backbone: str, heads: str, image_size: int) -> "LPIPS":
+    """LPIPS with the weights of two files.
+
+    Args:
+        section: the keys' beginning, for messages: `evaluate.lpips` or `losses.perceptual`.
+        backbone: path of VGG16 or AlexNet weights.
+        heads: path of the linear heads.
+        image_size: pixels a side of the pictures it will compare.
+
+    Raises:
+        BadInput: the files are not such weights, or pictures are too small for the backbone.
+    """
+    from tatok_model.losses import LPIPS
+
+    try:
+        lpips = LPIPS.from_files(backbone, heads)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{section}_backbone and {section}_heads: {error}") from None
+    smallest = lpips.backbone.smallest
+    if image_size < smallest:
+        raise BadInput(
+            f"data.image_size is {image_size}; expected at least {smallest} pixels for LPIPS with "
+            f"{lpips.backbone.name}, or no {section}_backbone"
+        )
+    return lpips
+
+
 def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
@@ -228,8 +304,3 @@ def _verified(path: Path) -> Checkpoint:
         if Path(name).name != name or sha256_file(path / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
     return Checkpoint(path, step, record)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Connecting to Ray, and whether what is asked for fits.
+"""Connecting to Ray, whether what is asked for fits, and where networks compute.
 
 A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on this machine.
 """
@@ -39,11 +39,7 @@ def connect(dashboard: bool = False) -> Any:
 
 
 def most_resources(ray: Any) -> dict[str, float]:
-    """What the cluster has, or what its autoscaler may grow it to: workers may ask for nodes that are not there yet.
-
-    Args:
-        ray: the connected module.
-    """
+    """What the cluster has, or what its autoscaler may grow it to: workers may ask for nodes that are not there yet."""
     from ray._private.state import state  # Ray Data and Tune ask it too; no public call answers
 
     found = dict(ray.cluster_resources())
@@ -58,14 +54,7 @@ def as_they_finish(rows: Any) -> Iterator[dict[str, Any]]:
 
 
 def check_room(resources: dict[str, float], key: str, workers: int, gpu: bool, cpus_per_worker: float = 1.0) -> None:
-    """Refuse workers that a cluster has no room for: Ray would wait for it without end.
-
-    Args:
-        resources: what the cluster has or may grow to, by kind.
-        key: of the number of workers, for messages.
-        workers: that number.
-        gpu: whether each takes a GPU.
-        cpus_per_worker: that each reserves.
+    """Refuse workers, each with some CPUs and perhaps a GPU, that a cluster has no room for: Ray would wait for ever.
 
     Raises:
         BadInput: naming `key`, what it asks for and what there is.
@@ -94,15 +83,8 @@ def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
         )
 
 
-# Where networks compute: in this process, or in workers that a cluster has to have room for.
-
-
 def pick_device(section: str, wanted: str) -> "torch.device":
-    """The device of this process; `auto` is a GPU where there is one.
-
-    Args:
-        section: of the configuration, for messages.
-        wanted: its `device`: auto, cpu or cuda.
+    """The device of this process, as the `device` of a section wants it; `auto` is a GPU where there is one.
 
     Raises:
         BadInput: a GPU is wanted where there is none.
@@ -116,12 +98,7 @@ def pick_device(section: str, wanted: str) -> "torch.device":
 
 
 def pick_workers_device(section: str, wanted: str, number: int) -> str:
-    """Where workers of a cluster compute; `auto` is on GPUs where there is one for each.
-
-    Args:
-        section: of the configuration, for messages.
-        wanted: its `device`: auto, cpu or cuda.
-        number: its `num_workers`.
+    """Where the `num_workers` of a section compute, as its `device` wants it; `auto`: on GPUs where all have one.
 
     Raises:
         BadInput: more workers than the cluster has CPUs, or than GPUs when those are asked for.

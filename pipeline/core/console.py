@@ -32,7 +32,7 @@ class Progress:
         )
         self._every = every_seconds
         self._shown = time.monotonic()
-        self._told: float = -1  # the count that was last printed
+        self._printed: float = -1  # the count of the last line
 
     def advance(self, count: int, **notes: str) -> None:
         """Add `count`; `notes` are shown beside the rate."""
@@ -45,14 +45,14 @@ class Progress:
     def close(self) -> None:
         """Show the final state."""
         if not self._terminal:
-            if self._told != self._bar.n:
+            if self._printed != self._bar.n:
                 self._show()
             self._bar.disable = True
         self._bar.close()
 
     def _show(self) -> None:
         """Print one line."""
-        self._shown, self._told = time.monotonic(), self._bar.n
+        self._shown, self._printed = time.monotonic(), self._bar.n
         print(str(self._bar), file=sys.stderr, flush=True)
 
 

@@ -4,7 +4,6 @@ Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside 
 directory may be a temporary copy: a relative output would vanish with it, so it is refused.
 """
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -36,13 +35,10 @@ def resolve_paths(config: Config) -> Config:
     Raises:
         BadInput: a relative output or tracking path in a temporary copy of the working directory.
     """
-    sections: dict[str, dict[str, Any]] = {}
     for key in INPUT_KEYS + OUTPUT_KEYS:
         section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        sections.setdefault(section, {})[name] = _resolve(key, value)
-    parts = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
-    return dataclasses.replace(config, **parts)
+        config = config.with_values(section, **{name: _resolve(key, config.value(key))})
+    return config
 
 
 def _resolve(key: str, value: Any) -> Any:
@@ -96,12 +92,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Indented, sorted, atomic; not-a-number is written as null, as JSON has no other word for it."""
+    """Indented, sorted, atomic; NaN is written as null, which JSON has no other word for."""
     write_atomically(path, (json.dumps(finite(values), indent=2, sort_keys=True) + "\n").encode())
 
 
 def finite(values: Any) -> Any:
-    """The same nested values with null in place of infinite and not-a-number."""
+    """The same nested values with null in place of infinite numbers and NaN."""
     if isinstance(values, dict):
         return {key: finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):

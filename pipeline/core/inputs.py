@@ -1,4 +1,4 @@
-"""What a stage needs and was not named: found beside the run, where its job left it, or made first, which is said.
+"""Inputs that a stage needs and no key names: found where their job leaves them, else made first; a line says so.
 
 Stages are asked by name, so that nothing here imports a higher package.
 """

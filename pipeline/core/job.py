@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import OutOfRoom, resolve_paths, storage_sentence
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run, check_folder
 from pipeline.core.stages import Stage, find_stage
 
@@ -88,7 +89,7 @@ def _work(run: Run, stage: Stage) -> None:
     except BaseException as problem:
         try:
             run.write_summary(*_outcome(problem))
-        except OSError as error:  # on storage that is full: what ended the run is what is told
+        except OSError as error:  # on storage that is full: what ended the run is what is reported
             print(f"summary.json still says 'running': {error}", file=sys.stderr)
         raise
     else:
@@ -136,7 +137,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
 def _stop_on_signals(run: Run) -> Iterator[None]:
     """The first SIGTERM or SIGINT asks for an orderly stop, the second one interrupts.
 
-    Only the main thread may hear signals; a stage in another one, as in trials of a sweep, is told otherwise.
+    Only the main thread may hear signals; a stage in another thread, as in trials of a sweep, is stopped by the run.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -5,20 +5,19 @@ Each names its `format` and `version`; what else it holds is its own module's bu
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import locate
 
+T = TypeVar("T")  # a dataclass
+
 
 def read_described(folder: str | Path, name: str, writer: str) -> Any:
-    """The values in file `name` of a folder, a path or URL.
-
-    Args:
-        folder: which.
-        name: of the file.
-        writer: the job that writes such folders, for messages.
+    """The values in file `name` of a folder, a path or URL, which the job `writer` makes.
 
     Raises:
         BadInput: there is none, or it is no JSON.
@@ -33,17 +32,17 @@ def read_described(folder: str | Path, name: str, writer: str) -> Any:
 
 
 def check_format(values: Any, what: str, format_and_version: tuple[str, int], writer: str, oldest: int = 0) -> None:
-    """Refuse values of another program or of another version.
+    """Refuse values from JSON that another program than the job `writer` made, or another version of it.
 
     Args:
-        values: as read from JSON.
-        what: they are of, for messages.
+        values: of the file or metadata that `what` names in messages.
+        what: see `values`.
         format_and_version: that are wanted.
-        writer: the job that writes them, for messages.
+        writer: the job that writes them.
         oldest: the first version that can still be read; 0: only the one that is wanted.
 
     Raises:
-        BadInput: naming what was found.
+        BadInput: naming the format or version found.
     """
     wanted, version = format_and_version
     if not isinstance(values, dict) or values.get("format") != wanted:
@@ -51,6 +50,20 @@ def check_format(values: Any, what: str, format_and_version: tuple[str, int], wr
     if values.get("version") not in range(oldest or version, version + 1):
         expected = f"{oldest} to {version}" if oldest else version
         raise BadInput(f"{what} has version {values.get('version')!r}; expected {expected}")
+
+
+def parse_values(kind: type[T], values: Any, what: str) -> T:
+    """The dataclass that values from JSON make; keys that it does not have are left out.
+
+    Raises:
+        BadInput: naming `what` they are of and the first key that is missing or of another type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadInput(f"{what} is damaged ({f'{where}: ' * bool(where)}{first['msg']})") from None
 
 
 def check_unchanged(begun: dict[str, Any], wanted: dict[str, Any], folder: Path | None = None) -> None:

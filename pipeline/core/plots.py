@@ -1,4 +1,4 @@
-"""Figures of an adaptive tokenizer: rate-distortion curves, lengths, and which patches were kept.
+"""Pictures for people: originals beside what became of them, rate-distortion curves, lengths, and kept patches.
 
 Figures own their canvas, so nothing global to matplotlib is set and stages may draw in any process or thread.
 
@@ -22,38 +22,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.core.files import write_atomically
 
-# Pictures that people look at: originals beside what became of them.
-
-GAP = 2  # pixels between pictures
-MIN_SIDE = 96  # pixels; smaller pictures are enlarged without smoothing, so that every pixel can be seen
-
-
-def save_rows(path: Path, rows: list[np.ndarray]) -> None:
-    """Save rows of pictures below one another as PNG: originals first, reconstructions under them, for instance.
-
-    Args:
-        path: of the picture; written aside and renamed.
-        rows: each (B, H, W, 3) uint8, equally many and large.
-
-    Raises:
-        ValueError: there is no row, or rows differ in shape.
-    """
-    if not rows or any(row.shape != rows[0].shape or row.ndim != 4 for row in rows):
-        raise ValueError(f"rows are {[row.shape for row in rows]}; expected equal (B, H, W, 3)")
-    count, height, width, _ = rows[0].shape
-    scale = max(1, -(-MIN_SIDE // height))
-    high, wide = height * scale + GAP, width * scale + GAP
-    canvas = np.full((len(rows) * high - GAP, count * wide - GAP, 3), 255, dtype=np.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            enlarged = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-            canvas[i * high : i * high + height * scale, j * wide : j * wide + width * scale] = enlarged
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    Image.fromarray(canvas).save(temporary, format="PNG")
-    temporary.replace(path)
-
-
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),  # Okabe and Ito's
     *("#8C564B", "#7F7F7F", "#9467BD", "#9A9A00", "#003F5C"),
@@ -63,17 +31,32 @@ DPI = 130
 INK, PALE = "#333333", "#DDDDDD"
 HOLLOW: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
 RING: dict[str, Any] = {
-    "linestyle": "",
-    "marker": "o",
-    "markersize": 12,
-    "markerfacecolor": "none",
-    "markeredgewidth": 1.8,
-}
+    "linestyle": "", "marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgewidth": 1.8,
+}  # fmt: skip
 LOG_RATIO = 8  # largest to smallest value beyond which an axis is logarithmic
 
+ROW_GAP, MIN_SIDE = 2, 96  # of rows of pictures: pixels between them; smaller ones are enlarged without smoothing
 PICTURE = 128  # pixels a side at least; smaller pictures are enlarged without smoothing
 GAP, MARGIN, LINE = 10, 16, 22  # pixels between pictures, around them, of a line of text
 LABEL = 190  # pixels, the column that names the rows
+
+
+def save_rows(path: Path, rows: list[np.ndarray]) -> None:
+    """Save rows of pictures below one another as PNG: originals first, reconstructions under them, for instance.
+
+    Args:
+        path: of the picture; written aside and renamed.
+        rows: each (B, H, W, 3) uint8, equally many and large.
+    """
+    count, height, width, _ = rows[0].shape
+    scale = max(1, -(-MIN_SIDE // height))
+    high, wide = height * scale + ROW_GAP, width * scale + ROW_GAP
+    canvas = np.full((len(rows) * high - ROW_GAP, count * wide - ROW_GAP, 3), 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            place = np.s_[i * high : i * high + height * scale, j * wide : j * wide + width * scale]
+            canvas[place] = _enlarged(picture, scale)
+    _save_picture(Image.fromarray(canvas), path)
 
 
 @dataclass(frozen=True)
@@ -97,19 +80,6 @@ class Curve:
     frechet: Sequence[float] = ()
     bits_coded: Sequence[float] = ()
     operating_point: int | None = None
-
-    def __post_init__(self) -> None:
-        points = len(self.psnr)
-        for field, optional in (("tokens", True), ("bits_fixed", False), ("frechet", True), ("bits_coded", True)):
-            found = len(getattr(self, field))
-            if found != points and not (optional and found == 0):
-                raise ValueError(
-                    f"{field} of curve {self.name!r} has {found} values; expected {points}, as many as psnr"
-                )
-        if self.operating_point is not None and not 0 <= self.operating_point < points:
-            raise ValueError(
-                f"operating_point of curve {self.name!r} is {self.operating_point}; expected 0 to {points - 1}"
-            )
 
 
 @dataclass(frozen=True)
@@ -136,12 +106,7 @@ def rate_distortion_plot(path: Path, curves: Sequence[Curve], frechet_name: str 
         path: of the picture; written aside and renamed.
         curves: at least one.
         frechet_name: names the distance with its extractor, `rfd_resnet20_cifar10` for instance.
-
-    Raises:
-        ValueError: there is no curve.
     """
-    if not curves:
-        raise ValueError("curves are 0; expected at least 1")
     figure = Figure(figsize=(15, 5.2), dpi=DPI, layout="constrained")
     psnr_tokens, psnr_bits, frechet_tokens = figure.subplots(1, 3)
     _style(psnr_tokens, "tokens per image", "PSNR (dB)", "PSNR over tokens")
@@ -166,13 +131,7 @@ def token_histogram(path: Path, counts: np.ndarray, title: str) -> None:
         path: of the picture; written aside and renamed.
         counts: (B,) tokens of each image, at least one image.
         title: what was counted.
-
-    Raises:
-        ValueError: `counts` is not (B,) with at least one image.
     """
-    counts = np.asarray(counts)
-    if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(f"counts are {counts.shape}; expected (B,) of at least 1 image")
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     _style(axes, "tokens per image", "images", title)
@@ -196,16 +155,9 @@ def kept_patches_picture(path: Path, originals: np.ndarray, rows: Sequence[KeptR
 
     Args:
         path: of the picture; written aside and renamed.
-        originals: (B, H, W, 3) uint8.
-        rows: one for each threshold.
-
-    Raises:
-        ValueError: there is no picture or row, or a row does not fit the originals.
+        originals: (B, H, W, 3) uint8, at least one.
+        rows: one for each threshold, at least one; N is a square number that tiles the pictures.
     """
-    if originals.ndim != 4 or len(originals) == 0 or not rows:
-        raise ValueError(f"originals are {originals.shape} with {len(rows)} rows; expected (B, H, W, 3) and 1 or more")
-    for row in rows:
-        _check_row(row, originals)
     side = PICTURE // originals.shape[1] or 1
     large = [_enlarged(picture, side) for picture in originals]
     height, width = large[0].shape[:2]
@@ -234,9 +186,7 @@ def kept_patches_picture(path: Path, originals: np.ndarray, rows: Sequence[KeptR
         _label(pen, (MARGIN, top + LINE + line_high + height // 2), "reconstruction")
         _paste(canvas, [_enlarged(picture, side) for picture in row.reconstructions], top + LINE + line_high)
         top += block + GAP
-    file = io.BytesIO()
-    canvas.save(file, "PNG")
-    _write(path, file.getvalue())
+    _save_picture(canvas, path)
 
 
 def _style(axes: Axes, x: str, y: str, title: str) -> None:
@@ -289,29 +239,15 @@ def _save(figure: Figure, path: Path) -> None:
     _write(path, file.getvalue())
 
 
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    _write(path, file.getvalue())
+
+
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
-
-
-def _check_row(row: KeptRow, originals: np.ndarray) -> None:
-    images = len(originals)
-    fits = (
-        row.kept_mask.ndim == 2
-        and len(row.kept_mask) == len(row.counts) == images
-        and row.reconstructions.shape == originals.shape
-    )
-    if not fits:
-        raise ValueError(
-            f"row {row.label!r} has kept_mask {row.kept_mask.shape}, {len(row.counts)} counts and reconstructions "
-            f"{row.reconstructions.shape}; expected those of originals {originals.shape}"
-        )
-    grid = math.isqrt(row.kept_mask.shape[1])
-    if grid == 0 or grid**2 != row.kept_mask.shape[1] or originals.shape[1] % grid or originals.shape[2] % grid:
-        raise ValueError(
-            f"row {row.label!r} has {row.kept_mask.shape[1]} patches; expected a square number that tiles "
-            f"{originals.shape[1]} x {originals.shape[2]} pixels"
-        )
 
 
 def _enlarged(picture: np.ndarray, times: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A run folder: what a stage leaves behind for people and programs to read, and its two files read again.
 
-`summary.json` tells how the run stands and ended, `metrics.jsonl` holds every logged metric with its time and
+`summary.json` says how the run stands and ended, `metrics.jsonl` holds every logged metric with its time and
 `config.yaml` what was asked for. docs/interface.md is the contract.
 """
 

@@ -71,7 +71,6 @@ def check_files(config: Config, *keys: str) -> None:
         BadInput: naming the first that is missing.
     """
     for key in keys:
-        section, name = key.split(".")
-        path = getattr(getattr(config, section), name)
+        path = config.value(key)
         if path and not Path(path).is_file():
             raise BadInput(f"{key} {path!r} does not exist; expected a file")

@@ -1,18 +1,16 @@
-"""Reading shards: random access to the pictures of one split.
+"""Shards: the Parquet files of a split, `manifest.json` that lists them, and random access to their pictures.
 
-Needs neither Ray nor torch. A split whose files are small (up to `MEMORY_BYTES`) is kept in memory, encoded; of larger
-ones only the row groups that are asked for are read, and the last few are kept, so that sorted or blockwise access is
-much faster than access all over the place. One `ShardDataset` serves one thread at a time.
+Needs neither Ray nor torch. docs/architecture.md has the formats.
 """
 
 import hashlib
+import io
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,24 +22,28 @@ from pyarrow import fs
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.files import locate, sha256_file
-from pipeline.core.manifest import check_format, read_described
+from pipeline.core.files import locate, sha256_file, write_atomically, write_json
+from pipeline.core.manifest import check_format, parse_values, read_described
+from pipeline.core.ranges import Shard
 from pipeline.data.pictures import decode
-
-# `manifest.json`: what a folder of shards holds. docs/architecture.md has the format.
 
 FORMAT, VERSION = "tatok-shards", 1
 NAME, WRITER = "manifest.json", "jobs/preprocess.py"
 SPLITS = ("train", "heldout")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file of a split."""
-
-    file: str  # relative to the folder of the manifest
-    rows: int
-    sha256: str
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "image": pa.binary(),  # encoded: JPEG, PNG or WebP
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "label": pa.int32(),  # -1: none
+        "label_name": pa.string(),
+    }
+)
+REJECTED = pa.schema({"path": pa.string(), "reason": pa.string()})
+ROW_GROUP_ROWS = 64  # small, because one row group is the least that random access reads
+MEMORY_BYTES = 512 * 2**20  # splits up to this size are kept in memory
+CACHED_GROUPS = 128  # row groups kept of a split that is not in memory: two windows of training's order
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,21 @@ class Manifest:
     rejected: int  # rows of rejected.parquet
     fingerprint: str  # of the pictures: sha256 over the shard checksums
 
+    @classmethod
+    def of(
+        cls,
+        image_size: int,
+        config: dict[str, Any],
+        source_fingerprint: str,
+        classes: tuple[str, ...],
+        shards: Sequence[tuple[str, Shard]],
+        rejected: int = 0,
+    ) -> "Manifest":
+        """With what follows from the shards, which come in order, each with its split."""
+        files = {name: tuple(shard for split, shard in shards if split == name) for name in SPLITS}
+        splits = {name: Split(sum(shard.rows for shard in files[name]), files[name]) for name in SPLITS}
+        return cls(image_size, config, source_fingerprint, classes, splits, rejected, fingerprint(splits))
+
     def to_dict(self) -> dict[str, Any]:
         """As in the file."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -75,6 +92,20 @@ def fingerprint(splits: dict[str, Split]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def write_manifest(folder: Path, manifest: Manifest, rejected: Sequence[tuple[str, str]] = ()) -> None:
+    """Write `rejected.parquet`, then `manifest.json`, which marks the shards in `folder` as complete."""
+    write_rejected(folder, rejected)
+    write_json(folder / NAME, manifest.to_dict())
+
+
+def write_rejected(folder: Path, rejected: Sequence[tuple[str, str]]) -> None:
+    """The pictures that could not be used: (path, reason) of each."""
+    rows = [{"path": path, "reason": reason} for path, reason in rejected]
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, REJECTED), file, compression="ZSTD")
+    write_atomically(folder / "rejected.parquet", file.getvalue())
+
+
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest in `folder`, a path or URL.
 
@@ -84,30 +115,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     what = f"{NAME} in {str(folder)!r}"
     values = read_described(folder, NAME, WRITER)
     check_format(values, what, (FORMAT, VERSION), WRITER)
-    try:
-        manifest = _from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
-    if manifest.fingerprint != fingerprint(manifest.splits):
+    manifest = parse_values(Manifest, values, what)
+    if set(manifest.splits) != set(SPLITS) or manifest.fingerprint != fingerprint(manifest.splits):
         raise BadInput(f"{what} is damaged: its fingerprint does not match its shards")
     return manifest
-
-
-def _from_dict(values: dict[str, Any]) -> Manifest:
-    splits = {}
-    for name in SPLITS:
-        part = values["splits"][name]
-        shards = tuple(Shard(s["file"], int(s["rows"]), s["sha256"]) for s in part["shards"])
-        splits[name] = Split(int(part["rows"]), shards)
-    return Manifest(
-        image_size=int(values["image_size"]),
-        config=dict(values["config"]),
-        source_fingerprint=values["source_fingerprint"],
-        classes=tuple(values["classes"]),
-        splits=splits,
-        rejected=int(values["rejected"]),
-        fingerprint=values["fingerprint"],
-    )
 
 
 def check_shards(config: Config) -> None:
@@ -126,13 +137,11 @@ def check_shards(config: Config) -> None:
         )
 
 
-# Writing one shard, a row group at a time: memory stays flat and the file appears whole or not at all.
-
-
 class ShardWriter:
     """Adds rows of `SCHEMA` to a file; equal rows give equal bytes under the same pyarrow.
 
-    As a context: `shard` is set when it ends well; after an error, or without rows, no file is left.
+    Writes a row group at a time: memory stays flat, and the file appears whole or not at all. As a context: `shard` is
+    set when it ends well; after an error, or without rows, no file is left.
 
     Args:
         folder: of the manifest; exists, on this machine's file system.
@@ -147,6 +156,16 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
         self._written = 0
         self._writer: pq.ParquetWriter | None = None
+
+    @classmethod
+    def write(cls, folder: Path, file: str, rows: Iterable[dict[str, Any]]) -> Shard:
+        """A shard of all `rows`, at least one."""
+        with cls(folder, file) as writer:
+            for row in rows:
+                writer.add(row)
+        if writer.shard is None:
+            raise RuntimeError(f"{file} has no rows; expected some")
+        return writer.shard
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -186,27 +205,16 @@ class ShardWriter:
         self._rows = []
 
 
-MEMORY_BYTES = 512 * 2**20  # splits up to this size are kept in memory
-ROW_GROUP_ROWS = 64  # small, because one row group is the least that random access reads
-CACHED_GROUPS = 128  # row groups kept of a split that is not in memory: two windows of training's order
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "image": pa.binary(),  # encoded: JPEG, PNG or WebP
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "label": pa.int32(),  # -1: none
-        "label_name": pa.string(),
-    }
-)
-
-
 class Damaged(BadInput):
     """A shard or picture is not as preprocess wrote it: whoever reads it meets it, maybe one worker of several."""
 
 
 class ShardDataset:
     """The pictures of one split by number, 0 to `len - 1`, in the order of the manifest.
+
+    A split whose files are small is kept in memory, encoded; of larger ones only the row groups that are asked for are
+    read, and the last few are kept, so that sorted or blockwise access is much faster than access all over the place.
+    Serves one thread at a time.
 
     Args:
         folder: path or URL of the folder with `manifest.json`.
@@ -220,11 +228,12 @@ class ShardDataset:
     def __init__(self, folder: str | Path, split: str, memory_bytes: int = MEMORY_BYTES) -> None:
         self.manifest: Manifest = read_manifest(folder)
         if split not in self.manifest.splits:
-            raise BadInput(f"split {split!r} is not in {str(folder)!r}; expected {' or '.join(self.manifest.splits)}")
+            raise BadInput(f"split {split!r} is not in {str(folder)!r}; expected {' or '.join(SPLITS)}")
         self.split = split
         self._folder = locate(str(folder))
         self._shards = self.manifest.splits[split].shards
         self._starts = np.cumsum([0, *(shard.rows for shard in self._shards)])  # first row of each shard, then the end
+        self._columns: dict[str, pa.Array] = {}
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
         self.in_memory = self._total_bytes() <= memory_bytes
@@ -248,51 +257,45 @@ class ShardDataset:
 
     def labels(self, indices: Sequence[int]) -> np.ndarray:
         """Class indices: (B,) int32, -1 where there is none."""
-        return self._labels[self._checked(indices)]
+        return self._take("label", indices).to_numpy(zero_copy_only=False)
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """Where each picture came from; unique in the split."""
-        return self._ids.take(pa.array(self._checked(indices))).to_pylist()
+        return self._take("id", indices).to_pylist()
 
     def encoded(self, indices: Sequence[int]) -> list[bytes]:
         """Pictures as stored, in the order of `indices`; every row group is read at most once per call."""
         wanted = self._checked(indices)
         if self.in_memory:
-            return [self._images[index].as_py() for index in wanted.tolist()]
-        found: list[bytes] = [b""] * len(wanted)
+            column = self._column("image")
+            return [column[index].as_py() for index in wanted.tolist()]
+        pictures: list[bytes] = [b""] * len(wanted)
         for position in np.argsort(wanted, kind="stable").tolist():
             shard = int(np.searchsorted(self._starts, wanted[position], side="right")) - 1
             group, row = divmod(int(wanted[position] - self._starts[shard]), ROW_GROUP_ROWS)
-            found[position] = self._group(shard, group)[row].as_py()
-        return found
+            pictures[position] = self._group(shard, group)[row].as_py()
+        return pictures
 
-    @cached_property
-    def _labels(self) -> np.ndarray:
-        return self._column("label").to_numpy(zero_copy_only=False)
-
-    @cached_property
-    def _ids(self) -> pa.Array:
-        return self._column("id")
-
-    @cached_property
-    def _images(self) -> pa.Array:
-        return self._column("image")
+    def _take(self, name: str, indices: Sequence[int]) -> pa.Array:
+        return self._column(name).take(pa.array(self._checked(indices)))
 
     def _column(self, name: str) -> pa.Array:
-        """One column of the whole split as one array."""
-        parts = []
-        for number, shard in enumerate(self._shards):
-            with self._whole(shard):
-                parts.append(self._file(number).read(columns=[name]).column(name).combine_chunks())
-        return pa.concat_arrays(parts) if parts else pa.array([], SCHEMA.field(name).type)
+        """One column of the whole split as one array, kept."""
+        if name not in self._columns:
+            parts = []
+            for number, shard in enumerate(self._shards):
+                with self._whole(shard):
+                    parts.append(self._file(number).read(columns=[name]).column(name).combine_chunks())
+            self._columns[name] = pa.concat_arrays(parts) if parts else pa.array([], SCHEMA.field(name).type)
+        return self._columns[name]
 
     def _group(self, shard: int, group: int) -> pa.Array:
         """The pictures of one row group, from the cache of the most recently used."""
         key = (shard, group)
         if key not in self._groups:
             with self._whole(self._shards[shard]):
-                found = self._file(shard).read_row_group(group, columns=["image"]).column("image")
-                self._groups[key] = found.combine_chunks()
+                column = self._file(shard).read_row_group(group, columns=["image"]).column("image")
+                self._groups[key] = column.combine_chunks()
         return _recent(self._groups, key, CACHED_GROUPS)
 
     def _file(self, shard: int) -> pq.ParquetFile:

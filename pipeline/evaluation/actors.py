@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.checkpoints import load_lpips
 from pipeline.core.cluster import as_they_finish, connect, pick_workers_device
 from pipeline.core.config import Config
 from pipeline.core.console import progress
 from pipeline.core.errors import Stopped
-from pipeline.core.pretrained import load_lpips
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, ShardDataset
 from pipeline.evaluation.evaluator import Evaluator, Instruments, merged

@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pipeline.core.checkpoints import find, is_hub_id
+from pipeline.core.checkpoints import find, is_hub_id, load_tokenizer
 from pipeline.core.cluster import pick_device
 from pipeline.core.config import Config
 from pipeline.core.console import progress, say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import write_atomically
 from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
-from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.checks import check_pictures, check_score
 from pipeline.data.shards import read_manifest
 from pipeline.tracking import Tracker, check_tracking
-from tatok_model.filtering_rules import SCORES
-from tatok_model.quality import FILE as LINES_FILE
-from tatok_model.quality import QualityLine, lines_json, with_line
+from tatok_model.filtering_rules import QUALITY_FILE as LINES_FILE
+from tatok_model.filtering_rules import SCORES, QualityLine, lines_json, with_line
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from tatok_model.tokenizer import TaTok

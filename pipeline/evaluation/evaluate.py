@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.checkpoints import check_quality, load_tokenizer
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_atomically
 from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
-from pipeline.core.pretrained import check_quality, load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.checks import check_files, check_global_counts, check_pictures, check_score
 from pipeline.data.shards import read_manifest

@@ -1,6 +1,6 @@
 """The part of `jobs/evaluate.py` behind `evaluate.generated`: pictures that a generator made, against real ones.
 
-A stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`; `stage.py` hands over to it.
+It has the functions of a stage; `evaluate.py` hands over to it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Features and logits of every picture of a split, kept as files: ranges to workers, as tokens are made.
+"""Features and logits of every picture of a split, kept as files, one for each range of pictures.
 
 Generated pictures are compared one by one (precision and recall, neighbours, classes), so sums do not do. Those of
 real pictures are kept for later runs, in `{run.output}/reference/features-{extractor}-{key}`.
@@ -9,7 +9,7 @@ Shapes: B pictures, F features, C classes.
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,31 +17,24 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pipeline.core.files import write_atomically
+from pipeline.core.ranges import Part, run_ranges, write_shard
 from pipeline.core.run import Run
-from pipeline.data.shards import Shard, ShardDataset
+from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.reference import Extractor
-from pipeline.tokens.parts import Seconds, Stopwatch, make_all
-from pipeline.tokens.ranges import Range
+from pipeline.tokens.token_manifest import RowRange
+from tatok_model.vit import one_thread
 
 RANGE_ROWS = 1024  # pictures per file, in whole batches
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What one network says of B pictures.
+    """What one network says of B pictures."""
 
-    Attributes:
-        places: (B,) where they stand in their split.
-        labels: (B,) classes, -1 for none.
-        features: (B, F) float32.
-        logits: (B, C) float32.
-    """
-
-    places: np.ndarray
-    labels: np.ndarray
-    features: torch.Tensor
-    logits: torch.Tensor
+    places: np.ndarray  # (B,), where they stand in their split
+    labels: np.ndarray  # (B,) classes, -1 for none
+    features: torch.Tensor  # (B, F) float32
+    logits: torch.Tensor  # (B, C) float32
 
     def __len__(self) -> int:
         return len(self.places)
@@ -49,51 +42,42 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class FeatureWork:
-    """What the tasks of one set have in common."""
+    """How a range of pictures becomes a file of features; see `ranges.Work`."""
 
-    folder: Path  # of the set, on a file system that all workers share
-    key: str  # of all that decides features
+    folder: Path
+    key: str
     shards: str  # folder of the shards, which every node has to see
     batch_size: int
     mirrored: bool = False  # the pictures, left and right exchanged
-    files: ClassVar[str] = "features"  # the folder of what is made
+    folders: ClassVar[tuple[str, ...]] = ("features",)
 
-    def worker(self, models: Any, device: str) -> "FeatureWorker":
-        """The model is the network."""
-        return FeatureWorker(models, self, device)
+    def worker(self, network: Any, device: str) -> Callable[[RowRange], Part]:
+        """The model is a `FeatureExtractor`."""
+        return FeatureWorker(network, self, device).make
 
 
 class FeatureWorker:
-    """Makes files of features.
-
-    Args:
-        network: `FeatureExtractor`; it is moved to `device`.
-        work: of the set.
-        device: where everything computes.
-    """
+    """Makes files of features with a `FeatureExtractor`."""
 
     def __init__(self, network: Any, work: FeatureWork, device: str) -> None:
-        self._work, self._device = work, torch.device(device)
-        self._network = network.to(self._device).eval()
+        self._work, self._device = work, device
+        self._network = network.to(device).eval()
         self._pictures: dict[str, ShardDataset] = {}
 
-    def make(self, task: Range) -> tuple[Shard, Seconds]:
-        """Features of the pictures of one range; see `actors.Worker`."""
-        watch = Stopwatch(self._device)
-        with watch.timed("total"):
-            features, logits = (np.concatenate(found) for found in zip(*self._batches(task), strict=True))
-            file = io.BytesIO()
-            np.savez(file, features=features, logits=logits)
-            path = self._work.folder / self._work.files / f"{task.name}.npz"
-            write_atomically(path, file.getvalue())
-        checksum = hashlib.sha256(file.getvalue()).hexdigest()
-        return Shard(f"{self._work.files}/{path.name}", task.stop - task.start, checksum), watch.seconds
+    @one_thread()
+    def make(self, task: RowRange) -> Part:
+        """Features of the pictures of one range."""
+        features, logits = (np.concatenate(values) for values in zip(*self._batches(task), strict=True))
+        data = io.BytesIO()
+        np.savez(data, features=features, logits=logits)
+        file = write_shard(self._work.folder, f"features/{task.name}.npz", data.getvalue(), task.rows)
+        return Part(self._work.key, task.number, {"file": file})
 
     @torch.inference_mode()
-    def _batches(self, task: Range) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _batches(self, task: RowRange) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if task.split not in self._pictures:
             self._pictures[task.split] = ShardDataset(self._work.shards, task.split)
-        source, rows = self._pictures[task.split], task.rows()
+        source, rows = self._pictures[task.split], task.places()
         for first in range(0, len(rows), self._work.batch_size):
             batch = source.images(rows[first : first + self._work.batch_size].tolist())
             batch = batch[:, :, ::-1] if self._work.mirrored else batch
@@ -143,14 +127,14 @@ def measure_features(
     shared = Path(run.config.run.output) / "reference" / f"features-{extractor.name}-{key[:16]}"
     work = FeatureWork(folder or shared, key, place, batch_size, mirrored)
     ranges = [
-        Range(number, source.split, number, start, min(start + size, count), count, len(source))
+        RowRange(number, source.split, number, start, min(start + size, count), count, len(source))
         for number, start in enumerate(range(0, count, size))
     ]
-    parts, _ = make_all(run, label, extractor.network, work, ranges, "evaluate")
+    parts, _ = run_ranges(run, label, work, extractor.network, ranges, "evaluate")
     features, logits = [], []
     for part in parts:
         with np.load(work.folder / part.file.file, allow_pickle=False) as file:
             features.append(torch.from_numpy(file["features"]))
             logits.append(torch.from_numpy(file["logits"]))
-    places = np.concatenate([task.rows() for task in ranges])
+    places = np.concatenate([task.places() for task in ranges])
     return FeatureSet(places, source.labels(places.tolist()), torch.cat(features), torch.cat(logits))

@@ -20,10 +20,15 @@ from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file, write_atomically
 from pipeline.data.shards import Manifest
 from pipeline.evaluation.measurements import Plan
-from tatok_model.metrics.extractors.cifar_resnets import IMAGE_SIZE, CifarResNet
 from tatok_model.metrics.extractors.extractor import FeatureExtractor, TrainableExtractor
 from tatok_model.metrics.extractors.inception import Inception2015
-from tatok_model.metrics.extractors.small_networks import SHIPPED_NAME, CompactExtractor, load_trained
+from tatok_model.metrics.extractors.small_networks import (
+    IMAGE_SIZE,
+    SHIPPED_NAME,
+    CifarResNet,
+    CompactExtractor,
+    load_trained,
+)
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import UINT8_RULE
 

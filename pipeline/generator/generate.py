@@ -7,59 +7,28 @@ First the plan (`plan.json`), then one shard and one token file per range of it,
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pipeline.core.checkpoints import read_generator
+from pipeline.core.checkpoints import load_tokenizer, read_generator
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, GenerateConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.inputs import with_generator
-from pipeline.core.pretrained import load_tokenizer
+from pipeline.core.ranges import Part, keep_plan, rates, run_ranges
 from pipeline.core.run import Run
-from pipeline.data.shards import Manifest, read_manifest
+from pipeline.data.shards import Manifest, ShardDataset, read_manifest, write_manifest
 from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator
 from pipeline.generator.generated_files import Generated, token_lengths
-from pipeline.tokens.detokenize import write_shards_manifest
-from pipeline.tokens.ranges import Range, keep_plan
-from pipeline.tokens.token_manifest import read_token_manifest
+from pipeline.tokens.token_manifest import RowRange, read_token_manifest
 from pipeline.tracking import Tracker, check_tracking
 from tatok_model.config import GeneratorConfig, SamplingConfig
 
-if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.tokens.parts import Part
-
-# Generated pictures as rows: a class in each where there are several, else a square.
-
-WHITE = 255
-
-
-def class_rows(pictures: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """Rows for `grids.save_rows`.
-
-    Classes that have at least two pictures each get a row of their own, as long as the class with the fewest has
-    pictures. Otherwise the pictures fill a square, sorted by class, and white ones complete its last row.
-
-    Args:
-        pictures: (B, H, W, 3) uint8, at least one.
-        labels: (B,) integers, -1 for no class.
-    """
-    order = np.argsort(labels, kind="stable")
-    found, counts = np.unique(labels, return_counts=True)
-    if len(found) > 1 and counts.min() > 1:
-        return [pictures[order[labels[order] == label][: counts.min()]] for label in found]
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    canvas = np.full((rows * columns, *pictures.shape[1:]), WHITE, dtype=np.uint8)
-    canvas[: len(pictures)] = pictures[order]
-    return list(canvas.reshape(rows, columns, *pictures.shape[1:]))
-
-
 DECIDING = ("images", "labels", "unconditional", "seed", "batch_size", "images_per_shard", "encoding")
-LENGTHS = {"mean": "per_image"}  # as results have it
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
+WHITE = 255
 
 
 def check(config: Config) -> None:
@@ -72,11 +41,11 @@ def check(config: Config) -> None:
     """
     check_cpus("generate.num_workers", config.generate.num_workers)
     check_tracking(config)
-    found = check_generator(config)
-    if found.generator.checkpoint:
-        generator = read_generator(found.generator.checkpoint)
+    config = check_generator(config)
+    if config.generator.checkpoint:
+        generator = read_generator(config.generator.checkpoint)
         check_guidance(config.generate, asked_labels(config.generate, generator.classes), generator.class_dropout)
-        _class_names(found, generator)
+        _class_names(config, generator)
 
 
 def default_name(config: Config) -> str:
@@ -103,19 +72,18 @@ def run(run: Run) -> None:
     facts = _facts(config, generator_sha256, tokenizer_sha256, classes)
     key = keep_plan(run.folder, facts, ranges)
 
-    from pipeline.generator.sampler import TOKENS, SamplingWork
-    from pipeline.tokens.parts import make_all, prepare_folder
+    from pipeline.generator.sampler import SamplingWork
+    from pipeline.tokens.decoder import length_statistics
 
     section = config.generate
     sampling = SamplingConfig(**{name: getattr(section, name) for name in SAMPLING})
     sizes = section.batch_size, section.encoding, config.data.quality
     work = SamplingWork(run.folder, key, labels, classes, section.seed, sampling, *sizes)
-    prepare_folder(run.folder, TOKENS)
     tags = {"generator_sha256": generator_sha256, "tokenizer_sha256": tokenizer_sha256}
     with Tracker.start(run, tags) as tracker:
-        parts, seconds = make_all(run, "generate", (generator, tokenizer), work, ranges, "generate")
-        manifest = _write_manifest(run, facts, ranges, parts, classes)
-        files = tuple(part.beside for part in parts if part.beside)
+        parts, seconds = run_ranges(run, "generate", work, (generator, tokenizer), ranges, "generate")
+        manifest = _write_manifest(run, facts, parts, classes)
+        files = tuple(part.files["beside"] for part in parts)
         counts, _ = token_lengths(run.folder, files)
         generated = Generated(
             folder=run.folder,
@@ -128,7 +96,7 @@ def run(run: Run) -> None:
             seed=section.seed,
             batch_size=section.batch_size,
             sampling=dataclasses.asdict(sampling),
-            tokens=_statistics(counts),
+            tokens=length_statistics(counts),
             speed=_speed(parts, seconds),
             files=files,
         )
@@ -136,11 +104,11 @@ def run(run: Run) -> None:
         _report(run, generated, counts, tracker)
 
 
-def ranges_of_samples(config: GenerateConfig) -> list[Range]:
+def ranges_of_samples(config: GenerateConfig) -> list[RowRange]:
     """One range for each shard."""
     size, count = config.images_per_shard, config.images
     starts = range(0, count, size)
-    return [Range(i, "heldout", i, start, min(start + size, count), count, count) for i, start in enumerate(starts)]
+    return [RowRange(i, "heldout", i, start, min(start + size, count), count, count) for i, start in enumerate(starts)]
 
 
 def _class_names(config: Config, generator: GeneratorConfig) -> tuple[str, ...]:
@@ -172,31 +140,22 @@ def _facts(config: Config, generator_sha256: str, tokenizer_sha256: str, classes
     }
 
 
-def _write_manifest(
-    run: Run, facts: dict[str, Any], ranges: list[Range], parts: "list[Part]", classes: tuple[str, ...]
-) -> Manifest:
+def _write_manifest(run: Run, facts: dict[str, Any], parts: list[Part], classes: tuple[str, ...]) -> Manifest:
     size = run.config.data.image_size
     decides = {"image_size": size, "encoding": run.config.generate.encoding, "quality": run.config.data.quality}
-    config = {**decides, "generate": facts}
-    return write_shards_manifest(run.folder, ranges, parts, size, config, facts["generator.checkpoint"], classes)
+    shards = [("heldout", part.file) for part in parts]
+    manifest = Manifest.of(size, {**decides, "generate": facts}, facts["generator.checkpoint"], classes, shards)
+    write_manifest(run.folder, manifest)
+    return manifest
 
 
-def _statistics(counts: np.ndarray) -> dict[str, float]:
-    """Of (B,) tokens of each picture."""
-    low, middle, high = np.percentile(counts, (5, 50, 95)).tolist()
-    return {"mean": float(counts.mean()), "std": float(counts.std()), "p05": low, "p50": middle, "p95": high}
-
-
-def _speed(parts: "list[Part]", seconds: float) -> dict[str, float]:
-    """As `follow.rates`, and how long whole batches took; empty when nothing was made now."""
-    from pipeline.tokens.parts import rates
-
-    found = rates(parts, seconds, ("sample", "decode"))
+def _speed(parts: list[Part], seconds: float) -> dict[str, float]:
+    """As `rates`, and how long whole batches took; empty when nothing was made now."""
+    speed = rates(parts, seconds, ("sample", "decode"))
     batches = [second for part in parts for second in part.batch_seconds]
     if batches:
-        values = np.percentile(batches, (50, 90, 99)).tolist()
-        found |= dict(zip(("batch_seconds_p50", "batch_seconds_p90", "batch_seconds_p99"), values, strict=True))
-    return found
+        speed |= {f"batch_seconds_p{share}": float(np.percentile(batches, share)) for share in (50, 90, 99)}
+    return speed
 
 
 def occupancy(counts: np.ndarray, config: GenerateConfig) -> float:
@@ -216,35 +175,44 @@ def occupancy(counts: np.ndarray, config: GenerateConfig) -> float:
 
 def _report(run: Run, generated: Generated, counts: np.ndarray, tracker: Tracker) -> None:
     """Lengths and rates as numbers, lengths and pictures as pictures."""
-    from pipeline.core.plots import token_histogram
+    from pipeline.core.plots import save_rows
+    from pipeline.tokens.decoder import draw_lengths, length_results
 
-    lengths = {f"tokens_{LENGTHS.get(name, name)}": value for name, value in generated.tokens.items()}
-    row_occupancy = occupancy(counts, run.config.generate)
+    section = run.config.generate
+    lengths, row_occupancy = length_results(generated.tokens), occupancy(counts, section)
     run.results = {"images": generated.images, **generated.speed, **lengths, "row_occupancy": row_occupancy}
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     run.outputs = {"shards": str(run.folder), "manifest": str(run.folder / "manifest.json")}
     run.outputs["generated"] = str(run.folder / "generated.json")
-    histogram = run.folder / "pictures" / "token_histogram.png"
-    token_histogram(histogram, counts, f"Tokens of {len(counts)} generated pictures")
-    pictures = {"token_histogram": histogram}
-    if run.config.generate.grid_images:
-        pictures["samples"] = _draw_grid(run)
-    for name, path in pictures.items():
-        run.outputs[name] = str(path)
-        tracker.picture(path, name, 0)
+    draw_lengths(run, counts, tracker, f"Tokens of {len(counts)} generated pictures")
+    if section.grid_images:
+        made, path = ShardDataset(run.folder, "heldout"), run.folder / "pictures" / "samples.png"
+        first = range(min(section.grid_images, len(made)))
+        save_rows(path, class_rows(made.images(first), made.labels(first)))
+        run.outputs["samples"] = str(path)
+        tracker.picture(path, "samples", 0)
     tracker.artifact(Path(run.outputs["generated"]))
     rate = f", {generated.speed['images_per_second']:.1f} images/s a worker" if generated.speed else ""
     say(f"generate: {generated.images} images of {generated.tokens['mean']:.1f} tokens{rate} -> {run.folder}")
 
 
-def _draw_grid(run: Run) -> Path:
-    """The first pictures, by class."""
-    from pipeline.core.plots import save_rows
-    from pipeline.data.shards import ShardDataset
+def class_rows(pictures: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Generated pictures as rows for `plots.save_rows`.
 
-    made = ShardDataset(run.folder, "heldout")
-    first = range(min(run.config.generate.grid_images, len(made)))
-    path = run.folder / "pictures" / "samples.png"
-    save_rows(path, class_rows(made.images(first), made.labels(first)))
-    return path
+    Classes that have at least two pictures each get a row of their own, as long as the class with the fewest has
+    pictures. Otherwise the pictures fill a square, sorted by class, and white ones complete its last row.
+
+    Args:
+        pictures: (B, H, W, 3) uint8, at least one.
+        labels: (B,) integers, -1 for no class.
+    """
+    order = np.argsort(labels, kind="stable")
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) > 1 and counts.min() > 1:
+        return [pictures[order[labels[order] == label][: counts.min()]] for label in classes]
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    canvas = np.full((rows * columns, *pictures.shape[1:]), WHITE, dtype=np.uint8)
+    canvas[: len(pictures)] = pictures[order]
+    return list(canvas.reshape(rows, columns, *pictures.shape[1:]))

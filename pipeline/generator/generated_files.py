@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file, write_json
-from pipeline.core.manifest import check_format, read_described
-from pipeline.data.shards import Manifest, Shard, read_manifest
+from pipeline.core.manifest import check_format, parse_values, read_described
+from pipeline.core.ranges import Shard
+from pipeline.data.shards import Manifest, read_manifest
 
 FORMAT, VERSION = "tatok-generated", 1
 NAME, WRITER = "generated.json", "jobs/generate.py"
@@ -94,27 +95,7 @@ def read_generated(folder: str | Path) -> Generated:
     values = read_described(folder, NAME, WRITER)
     check_format(values, what, (FORMAT, VERSION), WRITER)
     manifest = read_manifest(folder)
-    try:
-        found = _from_dict(Path(folder), manifest, values)
-        pictures = values["pictures"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
-    if pictures != manifest.fingerprint:
+    found = parse_values(Generated, {**values, "folder": Path(folder), "manifest": manifest}, what)
+    if values.get("pictures") != manifest.fingerprint:
         raise BadInput(f"{what} is of other pictures than manifest.json; expected a folder that one run wrote")
     return found
-
-
-def _from_dict(folder: Path, manifest: Manifest, values: dict[str, Any]) -> Generated:
-    numbers = {name: int(values[name]) for name in ("images", "classes", "seed", "batch_size")}
-    return Generated(
-        folder=folder,
-        manifest=manifest,
-        generator_sha256=str(values["generator_sha256"]),
-        tokenizer_sha256=str(values["tokenizer_sha256"]),
-        cut=str(values["cut"]),
-        sampling=dict(values["sampling"]),
-        tokens={name: float(value) for name, value in values["tokens"].items()},
-        speed={name: float(value) for name, value in values["speed"].items()},
-        files=tuple(Shard(f["file"], int(f["rows"]), f["sha256"]) for f in values["files"]),
-        **numbers,
-    )

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.core.checkpoints import find, read_generator
+from pipeline.core.checkpoints import find, load_tokenizer, read_generator
 from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config, GenerateConfig, TrainConfig
 from pipeline.core.console import say
-from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config
 from pipeline.generator.generate import class_rows

@@ -3,9 +3,8 @@
 Shapes: B pictures, M global tokens, T patch tokens of the longest sequence.
 """
 
-import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,26 +14,24 @@ import pyarrow as pa
 import torch
 
 from pipeline.core.cluster import uses_bf16
-from pipeline.core.files import write_atomically
-from pipeline.data.shards import Shard, ShardWriter
-from pipeline.generator.generated_files import INTEGERS, SCHEMA
+from pipeline.core.ranges import Part, Stopwatch, write_shard
+from pipeline.data.shards import ShardWriter
+from pipeline.generator.generated_files import SCHEMA
 from pipeline.tokens.decoder import decoded_pictures, shard_rows
-from pipeline.tokens.parts import Made, Stopwatch
-from pipeline.tokens.ranges import Range
-from pipeline.tokens.stream import to_parquet
+from pipeline.tokens.stream import lists, to_parquet
+from pipeline.tokens.token_manifest import RowRange
 from tatok_model.config import SamplingConfig
 from tatok_model.generation.sampling import sample
 from tatok_model.generation.sequences import Sequences
-
-TOKENS = "tokens"  # the folder of token files
+from tatok_model.vit import one_thread
 
 
 @dataclass(frozen=True)
 class SamplingWork:
-    """What the tasks of one run have in common."""
+    """How numbers of samples become a shard of pictures and a file of their tokens; see `ranges.Work`."""
 
-    folder: Path  # of the run, on a file system that all workers share
-    key: str  # of the plan
+    folder: Path
+    key: str
     labels: tuple[int, ...]  # sample i is asked to be of class labels[i % len(labels)]; -1: of none
     classes: tuple[str, ...]  # name of each class
     seed: int
@@ -42,60 +39,47 @@ class SamplingWork:
     batch_size: int
     encoding: str  # png | jpeg | webp
     quality: int  # of jpeg and webp
-    files: ClassVar[str] = "shards"  # the folder of what is made
+    folders: ClassVar[tuple[str, ...]] = ("shards", "tokens")
 
-    def worker(self, models: Any, device: str) -> "Sampler":
-        """Warmed up; models are the generator and the tokenizer."""
+    def worker(self, models: Any, device: str) -> Callable[[RowRange], Part]:
+        """Models are the generator and the tokenizer."""
         generator, tokenizer = models
-        sampler = Sampler(generator, tokenizer, self, device)
-        sampler.warm_up()
-        return sampler
+        return SamplingWorker(generator, tokenizer, self, device).make
 
 
-class Sampler:
-    """Makes shards of pictures that nobody took.
+class SamplingWorker:
+    """Makes shards of pictures with a `Generator` and the `TaTok` whose tokens it writes.
 
-    Args:
-        generator: `Generator`; it is moved to `device` and put into evaluation mode.
-        tokenizer: `TaTok`, whose tokens the generator writes; the same happens to it.
-        work: of the run.
-        device: where everything computes.
+    Warmed up by a batch of which nothing is kept: a whole one where the device has set-up to do for it, else a picture.
     """
 
     def __init__(self, generator: Any, tokenizer: Any, work: SamplingWork, device: str) -> None:
-        self._work, self._device = work, torch.device(device)
-        self._generator = generator.to(self._device).eval()
-        self._tokenizer = tokenizer.to(self._device).eval()
+        self._work, self._device = work, device
+        self._generator, self._tokenizer = generator.to(device).eval(), tokenizer.to(device).eval()
+        self._batch(np.arange(1 if device == "cpu" else work.batch_size), Stopwatch(device))
 
-    def warm_up(self) -> None:
-        """A batch of which nothing is kept: a whole one where the device has set-up to do for it, else one picture."""
-        numbers = np.arange(1 if self._device.type == "cpu" else self._work.batch_size)
-        self._batch(numbers, Stopwatch(self._device))
+    @one_thread()
+    def make(self, task: RowRange) -> Part:
+        """Pictures and tokens of the samples of one range."""
+        watch, seconds = Stopwatch(self._device), []
+        tables: list[pa.Table] = []
 
-    def make(self, task: Range) -> Made:
-        """Pictures and tokens of the samples of one range; see `actors.Worker`."""
-        watch, tables, seconds = Stopwatch(self._device), [], []
+        def rows() -> Iterator[dict[str, Any]]:
+            for first in range(task.start, task.stop, self._work.batch_size):
+                numbers = np.arange(first, min(first + self._work.batch_size, task.stop))
+                started = time.perf_counter()
+                sequences, pictures = self._batch(numbers, watch)
+                if len(numbers) == self._work.batch_size:  # shorter ones would look fast
+                    seconds.append(time.perf_counter() - started)
+                tables.append(token_table(sequences, numbers, self._labels(numbers)))
+                yield from self._rows(numbers, pictures)
+
         with watch.timed("total"):
-            with ShardWriter(self._work.folder, f"{self._work.files}/{task.name}.parquet") as writer:
-                for numbers in self._batches(task):
-                    started = time.perf_counter()
-                    sequences, pictures = self._batch(numbers, watch)
-                    if len(numbers) == self._work.batch_size:  # shorter ones would look fast
-                        seconds.append(time.perf_counter() - started)
-                    tables.append(token_table(sequences, numbers, self._labels(numbers)))
-                    for row in self._rows(numbers, pictures):
-                        writer.add(row)
+            pictures = ShardWriter.write(self._work.folder, f"shards/{task.name}.parquet", rows())
             data = to_parquet(pa.concat_tables(tables))
-            path = self._work.folder / TOKENS / f"part-{task.index:05d}.parquet"
-            write_atomically(path, data)
-        if writer.shard is None:
-            raise RuntimeError(f"range {task.number} has no samples; expected {task.stop - task.start}")
-        beside = Shard(f"{TOKENS}/{path.name}", writer.shard.rows, hashlib.sha256(data).hexdigest())
-        return Made(writer.shard, watch.seconds, beside, tuple(seconds))
-
-    def _batches(self, task: Range) -> Iterator[np.ndarray]:
-        for first in range(task.start, task.stop, self._work.batch_size):
-            yield np.arange(first, min(first + self._work.batch_size, task.stop))
+            tokens = write_shard(self._work.folder, f"tokens/part-{task.index:05d}.parquet", data, task.rows)
+        files = {"file": pictures, "beside": tokens}
+        return Part(self._work.key, task.number, files, seconds=watch.seconds, batch_seconds=tuple(seconds))
 
     def _labels(self, numbers: np.ndarray) -> np.ndarray:
         """(B,) int64 classes that are asked for."""
@@ -106,7 +90,8 @@ class Sampler:
         """Sequences, on the CPU, and (B, H, W, 3) uint8 pictures of (B,) samples."""
         labels, keys = (torch.from_numpy(values).to(self._device) for values in (self._labels(numbers), numbers))
         config = self._tokenizer.config
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=uses_bf16("auto", self._device)):
+        bf16 = uses_bf16("auto", torch.device(self._device))
+        with torch.autocast(self._device, torch.bfloat16, enabled=bf16):
             with watch.timed("sample"):
                 sequences = sample(self._generator, labels, keys, self._work.seed, self._work.sampling)
             with watch.timed("decode"):
@@ -132,14 +117,8 @@ def token_table(sequences: Sequences, numbers: np.ndarray, labels: np.ndarray) -
     columns = {
         "number": pa.array(numbers, pa.int64()),
         "label": pa.array(labels, pa.int32()),
-        "global_indices": _lists(sequences.global_indices.numpy().ravel(), np.full(batch, width)),
-        "codes": _lists(sequences.codes[real].numpy(), counts),
-        "places": _lists(sequences.places[real].numpy(), counts),
+        "global_indices": lists(sequences.global_indices.numpy().ravel(), np.full(batch, width)),
+        "codes": lists(sequences.codes[real].numpy(), counts),
+        "places": lists(sequences.places[real].numpy(), counts),
     }
     return pa.table(columns, SCHEMA)
-
-
-def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
-    """Numbers, one row after the other, as lists of those lengths."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32)), type=INTEGERS)

@@ -1,7 +1,4 @@
-"""The stage behind `jobs/train_generator.py`: a ranked token stream in, a generator checkpoint out.
-
-A stage as `pipeline/core/job.py` describes it: `check`, `default_name`, `run`.
-"""
+"""The stage behind `jobs/train_generator.py`: a ranked token stream in, a generator checkpoint out."""
 
 from pipeline.core.checkpoints import check_architecture, find, read_generator
 from pipeline.core.cluster import check_cpus

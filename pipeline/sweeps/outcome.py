@@ -3,9 +3,9 @@
 import shutil
 from dataclasses import dataclass
 
+from pipeline.core.checkpoints import load_tokenizer
 from pipeline.core.config import Config
 from pipeline.core.console import say
-from pipeline.core.pretrained import load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.sweeps import champion

@@ -14,9 +14,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.config import Config, config_from_dict
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.job import run_nested
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import read_metrics, read_summary
 
 METRIC, STEP = "psnr", "step"  # what Tune is told while a trial trains

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checkpoints import is_hub_id, read_architecture
-from pipeline.core.config import Config, config_from_dict
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_json
 from pipeline.core.inputs import with_trained
 from pipeline.core.manifest import check_unchanged
+from pipeline.core.presets import config_from_dict
 from pipeline.sweeps.space import corner_points, points, read_cuts, read_space
 
 CHECKPOINT = "tokenizer.checkpoint"

@@ -1,7 +1,7 @@
-"""One worker's way from a token file to a shard of pictures: read, cut, decode, write."""
+"""Stored tokens at a cut: how long they are, and one worker's way from them to a shard of pictures."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,78 +12,67 @@ from PIL import Image
 
 from pipeline.core.config import FilterConfig
 from pipeline.core.errors import BadInput
+from pipeline.core.ranges import Part, Stopwatch
+from pipeline.core.run import Run
 from pipeline.data.pictures import encode
-from pipeline.data.shards import Shard, ShardWriter
-from pipeline.tokens.parts import Seconds, Stopwatch
-from pipeline.tokens.ranges import Range
+from pipeline.data.shards import ShardWriter
 from pipeline.tokens.stream import from_table, read_token_file
-from pipeline.tokens.token_manifest import TokenManifest
+from pipeline.tokens.token_manifest import RowRange, TokenManifest
+from pipeline.tracking import Tracker
 from tatok_model.metrics.images import to_uint8
 from tatok_model.tokens import Tokens
+from tatok_model.vit import one_thread
 
 
 @dataclass(frozen=True)
 class DecodingWork:
-    """What the tasks of one run have in common."""
+    """How the rows of a token file become a shard of pictures; see `ranges.Work`."""
 
-    folder: Path  # of the run, on a file system that all workers share
-    key: str  # of the plan
+    folder: Path
+    key: str
     tokens: str  # folder of the tokens, which every node has to see
     manifest: TokenManifest
     filter: FilterConfig
     batch_size: int
     encoding: str  # png | jpeg | webp
     quality: int  # of jpeg and webp
-    files: ClassVar[str] = "shards"  # the folder of what is made
+    folders: ClassVar[tuple[str, ...]] = ("shards",)
 
-    def worker(self, models: Any, device: str) -> "Decoder":
-        """Warmed up; the model is the tokenizer."""
-        decoder = Decoder(models, self, device)
-        decoder.warm_up()
-        return decoder
+    def worker(self, tokenizer: Any, device: str) -> Callable[[RowRange], Part]:
+        """The model is the tokenizer."""
+        return DecodingWorker(tokenizer, self, device).make
 
 
-class Decoder:
-    """Makes shards of pictures.
+class DecodingWorker:
+    """Makes shards of pictures with a `TaTok`.
 
-    Args:
-        tokenizer: `TaTok`; it is moved to `device` and put into evaluation mode.
-        work: of the run.
-        device: where everything computes.
+    Warmed up by one whole batch of which nothing is kept: the most that decoding has to do.
     """
 
     def __init__(self, tokenizer: Any, work: DecodingWork, device: str) -> None:
-        self._work, self._device = work, torch.device(device)
-        self._tokenizer = tokenizer.to(self._device).eval()
-
-    def warm_up(self) -> None:
-        """One whole batch of which nothing is kept, the most that decoding has to do."""
-        stream, batch = self._work.manifest.stream, self._work.batch_size
+        self._work, self._device = work, device
+        self._tokenizer = tokenizer.to(device).eval()
+        stream, batch = work.manifest.stream, work.batch_size
         indices = torch.zeros(batch, stream.global_tokens, dtype=torch.int64)
         patches = torch.zeros(batch, stream.patch_positions, dtype=torch.int64)
         self.pictures(Tokens(indices, patches, torch.zeros_like(patches, dtype=torch.bool)))
 
-    def make(self, task: Range) -> tuple[Shard, Seconds]:
-        """Pictures of the rows of one range; see `actors.Worker`."""
+    @one_thread()
+    def make(self, task: RowRange) -> Part:
+        """Pictures of the rows of one range."""
         watch = Stopwatch(self._device)
-        with watch.timed("total"), ShardWriter(self._work.folder, f"{self._work.files}/{task.name}.parquet") as writer:
-            for row in self._rows(task, watch):
-                writer.add(row)
-        if writer.shard is None:
-            raise RuntimeError(f"range {task.number} has no rows; expected {task.stop - task.start}")
-        return writer.shard, watch.seconds
+        with watch.timed("total"):
+            file = ShardWriter.write(self._work.folder, f"shards/{task.name}.parquet", self._rows(task, watch))
+        return Part(self._work.key, task.number, {"file": file}, seconds=watch.seconds)
 
     @torch.inference_mode()
     def pictures(self, tokens: Tokens) -> np.ndarray:
         """(B, H, W, 3) uint8 of what is kept."""
         return decoded_pictures(self._tokenizer, tokens.to(self._device))
 
-    def _rows(self, task: Range, watch: Stopwatch) -> Iterator[dict[str, Any]]:
+    def _rows(self, task: RowRange, watch: Stopwatch) -> Iterator[dict[str, Any]]:
         work, classes = self._work, self._work.manifest.classes
-        file = work.manifest.splits[task.split].files[task.index]
-        table = read_token_file(work.tokens, file, work.manifest.stream).take(task.rows() - file.first_row)
-        tokens, ids, labels = from_table(table)
-        tokens = cut(tokens, work.filter)
+        tokens, ids, labels = _read_cut(work.tokens, work.manifest, task, work.filter)
         for first in range(0, len(ids), work.batch_size):
             part = slice(first, first + work.batch_size)
             with watch.timed("decode"):
@@ -140,47 +129,55 @@ def cut(tokens: Tokens, config: FilterConfig) -> Tokens:
         raise BadInput(f"filter.threshold: {error}") from None
 
 
-# How long the token sequences of a stored stream are at the configured cut; reads no picture and asks no model.
+def _read_cut(
+    folder: str | Path, manifest: TokenManifest, task: RowRange, config: FilterConfig
+) -> tuple[Tokens, list[str], np.ndarray]:
+    """Tokens at the configured cut, ids and labels of the rows of one range."""
+    file = manifest.splits[task.split].files[task.index]
+    table = read_token_file(str(folder), file, manifest.stream).take(task.places() - file.first_row)
+    tokens, ids, labels = from_table(table)
+    return cut(tokens, config), ids, labels
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Of B images."""
-
-    counts: np.ndarray  # (B,) int64, tokens of each image: M + T
-    bits_fixed: np.ndarray  # (B,) float64
-
-    def results(self) -> dict[str, float]:
-        """By their names in summary.json."""
-        low, middle, high = np.percentile(self.counts, (5, 50, 95)).tolist()
-        return {
-            "tokens_per_image": float(self.counts.mean()),
-            "tokens_std": float(self.counts.std()),
-            "tokens_p05": low,
-            "tokens_p50": middle,
-            "tokens_p95": high,
-            "bits_fixed": float(self.bits_fixed.mean()),
-        }
+def length_statistics(counts: np.ndarray) -> dict[str, float]:
+    """Of (B,) tokens of each image."""
+    low, middle, high = np.percentile(counts, (5, 50, 95)).tolist()
+    return {"mean": float(counts.mean()), "std": float(counts.std()), "p05": low, "p50": middle, "p95": high}
 
 
-def measure_lengths(folder: str | Path, manifest: TokenManifest, ranges: list[Range], config: FilterConfig) -> Lengths:
-    """Lengths of the rows of some ranges.
+def length_results(statistics: dict[str, float]) -> dict[str, float]:
+    """`length_statistics` by their names in summary.json."""
+    return {f"tokens_{'per_image' if name == 'mean' else name}": value for name, value in statistics.items()}
 
-    Args:
-        folder: of the stream, a path or URL.
-        manifest: of the stream.
-        ranges: of its files, at least one.
-        config: how rankings are cut.
+
+def measure_lengths(
+    folder: str | Path, manifest: TokenManifest, ranges: list[RowRange], config: FilterConfig
+) -> tuple[np.ndarray, dict[str, float]]:
+    """How long the rows of some ranges of a stored stream are at the configured cut; asks no model.
+
+    Returns:
+        (B,) int64 tokens of each image, M + T, and what they say by their names in summary.json.
 
     Raises:
         BadInput: a file that is missing, changed or foreign; see `read_token_file` and `from_table`.
     """
     bits_per_token = math.log2(manifest.stream.codebook_size)
-    counts, bits = [], []
+    counts_of_ranges, bits_of_ranges = [], []
     for task in ranges:
-        file = manifest.splits[task.split].files[task.index]
-        table = read_token_file(str(folder), file, manifest.stream).take(task.rows() - file.first_row)
-        tokens = cut(from_table(table)[0], config)
-        counts.append(tokens.counts().numpy())
-        bits.append(tokens.bits(bits_per_token).numpy())
-    return Lengths(np.concatenate(counts), np.concatenate(bits))
+        tokens, _, _ = _read_cut(folder, manifest, task, config)
+        counts_of_ranges.append(tokens.counts().numpy())
+        bits_of_ranges.append(tokens.bits(bits_per_token).numpy())
+    counts, bits = np.concatenate(counts_of_ranges), np.concatenate(bits_of_ranges)
+    return counts, {**length_results(length_statistics(counts)), "bits_fixed": float(bits.mean())}
+
+
+def draw_lengths(run: Run, counts: np.ndarray, tracker: Tracker, title: str = "") -> None:
+    """The histogram of (B,) tokens of each image, as an output of the run; titled by the configured cut."""
+    from pipeline.core.plots import token_histogram
+
+    section = run.config.filter
+    cut = f": {section.score}, {section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else ""
+    path = run.folder / "pictures" / "token_histogram.png"
+    token_histogram(path, counts, title or f"Tokens per image{cut}")
+    run.outputs["token_histogram"] = str(path)
+    tracker.picture(path, "token_histogram", 0)

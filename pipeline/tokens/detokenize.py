@@ -4,66 +4,29 @@ The folder is one of shards like those of preprocess: other stages and tools rea
 describes it: `check`, `default_name`, `run`.
 """
 
-import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pyarrow.parquet as pq
-
-from pipeline.core.checkpoints import check_architecture
+from pipeline.core.checkpoints import check_architecture, load_tokenizer
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.files import write_atomically, write_json
 from pipeline.core.inputs import with_tokens, with_trained
-from pipeline.core.pretrained import load_tokenizer
+from pipeline.core.ranges import Part, keep_plan, rates, run_ranges
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts
-from pipeline.data.preprocess import REJECTED
-from pipeline.data.shards import SPLITS, Manifest, Shard, Split, fingerprint
+from pipeline.data.shards import SPLITS, Manifest, ShardDataset, write_manifest
 from pipeline.tokens import tokenize as tokenizing
-from pipeline.tokens.ranges import Range, keep_plan, ranges_of_files
-from pipeline.tokens.token_manifest import TokenManifest, check_stream, check_tokenizer, read_token_manifest
+from pipeline.tokens.token_manifest import (
+    RowRange,
+    TokenManifest,
+    check_stream,
+    check_tokenizer,
+    ranges_of_files,
+    read_token_manifest,
+)
 from pipeline.tracking import Tracker, check_tracking
-
-if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.tokens.parts import Part
-
-# The end of a stage whose workers made shards of pictures: `rejected.parquet`, and `manifest.json`, written last.
-
-
-def write_shards_manifest(
-    folder: Path,
-    ranges: list[Range],
-    parts: "list[Part]",
-    image_size: int,
-    config: dict[str, Any],
-    source_fingerprint: str,
-    classes: tuple[str, ...],
-) -> Manifest:
-    """Mark the shards in `folder` as complete.
-
-    Args:
-        folder: of the run.
-        ranges: of the plan.
-        parts: what they became, in their order.
-        image_size: pixels, square.
-        config: everything that decides bytes.
-        source_fingerprint: of what the pictures were made from.
-        classes: name of each label.
-    """
-    file = io.BytesIO()
-    pq.write_table(REJECTED.empty_table(), file, compression="ZSTD")
-    write_atomically(folder / "rejected.parquet", file.getvalue())
-    splits = {}
-    for name in SPLITS:
-        shards: tuple[Shard, ...] = tuple(p.file for task, p in zip(ranges, parts, strict=True) if task.split == name)
-        splits[name] = Split(sum(shard.rows for shard in shards), shards)
-    found = Manifest(image_size, config, source_fingerprint, classes, splits, 0, fingerprint(splits))
-    write_json(folder / "manifest.json", found.to_dict())
-    return found
-
 
 SHOWN = 8  # pictures in the grid
 
@@ -83,11 +46,11 @@ def check(config: Config) -> None:
         tokenizing.check(config)
         return
     stream = read_token_manifest(config.tokens.path).stream
-    found = with_trained(config)
-    if not found.tokenizer.checkpoint:
+    config = with_trained(config)
+    if not config.tokenizer.checkpoint:
         raise BadInput(f"tokenizer.checkpoint is empty; expected the tokenizer that made {config.tokens.path!r}")
-    check_architecture(found)
-    check_stream(found, stream)
+    check_architecture(config)
+    check_stream(config, stream)
 
 
 def default_name(config: Config) -> str:
@@ -114,16 +77,15 @@ def run(run: Run) -> None:
     key = keep_plan(run.folder, facts, ranges)
 
     from pipeline.tokens.decoder import DecodingWork, measure_lengths
-    from pipeline.tokens.parts import make_all, rates
 
-    # Reads every file before any is decoded, so that a bad one is told here and not by a worker.
-    lengths = measure_lengths(config.tokens.path, manifest, ranges, config.filter)
+    # Reads every file before any is decoded, so that a bad one is reported here and not by a worker.
+    counts, lengths = measure_lengths(config.tokens.path, manifest, ranges, config.filter)
     sizes = config.tokens.batch_size, config.tokens.encoding, config.data.quality
     work = DecodingWork(run.folder, key, config.tokens.path, manifest, config.filter, *sizes)
     with Tracker.start(run, {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}) as tracker:
-        parts, seconds = make_all(run, "detokenize", tokenizer, work, ranges)
+        parts, seconds = run_ranges(run, "detokenize", work, tokenizer, ranges, "tokens")
         shards = _write_results(run, manifest, facts, ranges, parts)
-        _report(run, shards, lengths, rates(parts, seconds, ("decode",)), tracker)
+        _report(run, shards, counts, {**lengths, **rates(parts, seconds, ("decode",))}, tracker)
 
 
 def _facts(config: Config, manifest: TokenManifest) -> dict[str, Any]:
@@ -138,33 +100,33 @@ def _facts(config: Config, manifest: TokenManifest) -> dict[str, Any]:
 
 
 def _write_results(
-    run: Run, manifest: TokenManifest, facts: dict[str, Any], ranges: list[Range], parts: "list[Part]"
+    run: Run, manifest: TokenManifest, facts: dict[str, Any], ranges: list[RowRange], parts: list[Part]
 ) -> Manifest:
     """Write what marks the shards as complete."""
     size = manifest.stream.image_size
     decides = {"image_size": size, "encoding": run.config.tokens.encoding, "quality": run.config.data.quality}
     config = {**decides, "detokenize": {**manifest.stream.to_dict(), **facts}}
-    return write_shards_manifest(run.folder, ranges, parts, size, config, manifest.fingerprint, manifest.classes)
+    made = [(task.split, part.file) for task, part in zip(ranges, parts, strict=True)]
+    shards = Manifest.of(size, config, manifest.fingerprint, manifest.classes, made)
+    write_manifest(run.folder, shards)
+    return shards
 
 
-def _report(run: Run, shards: Manifest, lengths: Any, speed: dict[str, float], tracker: Tracker) -> None:
+def _report(run: Run, shards: Manifest, counts: Any, results: dict[str, float], tracker: Tracker) -> None:
     """Lengths at this cut, and what the first pictures look like."""
     from pipeline.core.plots import save_rows
-    from pipeline.data.shards import ShardDataset
-    from pipeline.tokens.parts import draw_lengths
+    from pipeline.tokens.decoder import draw_lengths
 
     rows = {f"rows_{name}": shards.splits[name].rows for name in SPLITS}
-    run.results = {"images": sum(rows.values()), **rows, **lengths.results(), **speed}
+    run.results = {"images": sum(rows.values()), **rows, **results}
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     run.outputs = {"shards": str(run.folder), "manifest": str(run.folder / "manifest.json")}
-    split = next(
-        name for name in reversed(SPLITS) if shards.splits[name].rows
-    )  # held-out pictures where there are some
-    dataset = ShardDataset(run.folder, split)
+    # Held-out pictures where there are some
+    dataset = ShardDataset(run.folder, "heldout" if rows["rows_heldout"] else "train")
     path: Path = run.folder / "pictures" / "decoded.png"
     save_rows(path, [dataset.images(range(min(SHOWN, len(dataset))))])
     run.outputs["decoded"] = str(path)
     tracker.picture(path, "decoded", 0)
-    draw_lengths(run, lengths.counts, tracker)
+    draw_lengths(run, counts, tracker)
     say(f"detokenize: {run.results['images']} images at {run.results['tokens_per_image']:.1f} tokens -> {run.folder}")

@@ -80,7 +80,7 @@ def from_table(table: pa.Table) -> tuple[Tokens, list[str], np.ndarray]:
     if "score_bits" in table.column_names:  # version 1
         table = table.rename_columns({"score_bits": "scores"})
     if not table.schema.equals(SCHEMA):
-        raise BadInput(f"columns are {_told(table.schema)}; expected {_told(SCHEMA)}")
+        raise BadInput(f"columns are {_columns(table.schema)}; expected {_columns(SCHEMA)}")
     ranked = stream.patch_positions if stream.score else 0
     globals_ = _matrix(table, "global_indices", stream.global_tokens)
     codes, order = _matrix(table, "patch_indices", ranked), _matrix(table, "patch_positions", ranked)
@@ -162,11 +162,15 @@ def _tokens(
     return Tokens(globals_, patches.scatter(1, order, codes), torch.ones(shape, dtype=torch.bool), ranking)
 
 
+def lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType = INTEGERS) -> pa.Array:
+    """Numbers, one row after the other, as lists of those lengths."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values).cast(kind.value_type), type=kind)
+
+
 def _lists(values: torch.Tensor, kind: pa.DataType) -> pa.Array:
     """(B, L) numbers as B lists."""
-    rows, length = values.shape
-    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * length)
-    return pa.ListArray.from_arrays(offsets, pa.array(values.cpu().numpy().ravel()).cast(kind.value_type), type=kind)
+    return lists(values.cpu().numpy().ravel(), np.full(len(values), values.shape[1]), kind)
 
 
 def _matrix(table: pa.Table, name: str, length: int) -> np.ndarray:
@@ -178,5 +182,5 @@ def _matrix(table: pa.Table, name: str, length: int) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), length)
 
 
-def _told(schema: pa.Schema) -> str:
+def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)

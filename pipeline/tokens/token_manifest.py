@@ -1,6 +1,6 @@
-"""`tokens.json`: what a folder of ranked token streams holds. docs/architecture.md has the format.
+"""`tokens.json`: what a folder of ranked token streams holds, and how rows are dealt out to files.
 
-Imports neither torch nor ray, so that a stage's `check` answers at once.
+docs/architecture.md has the format. Imports neither torch nor ray, so that a stage's `check` answers at once.
 
 Symbols: N patch positions, M global tokens, K codebook entries.
 """
@@ -12,18 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.core.checkpoints import find, is_hub_id
-from pipeline.core.config import Config
+from pipeline.core.config import Config, TokensConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.core.manifest import check_format, read_described
+from pipeline.core.manifest import check_format, parse_values, read_described
 from pipeline.data.shards import SPLITS
-from tatok_model.filtering_rules import SCORES
-from tatok_model.quality import QualityLine, line_of
+from tatok_model.filtering_rules import SCORES, QualityLine, line_of
 
 FORMAT, VERSION, OLDEST = "tatok-tokens", 2, 1  # version 1 had scores in bits alone, in a column score_bits
 NAME, WRITER = "tokens.json", "jobs/tokenize_images.py"
 METADATA = b"tatok_tokens"  # the key in a file's schema metadata
+RANGE_ROWS = 1024  # rows per range: seconds of work, a few megabytes of tokens
 SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # of the tokenizer section and of a stream
 
 
@@ -117,13 +119,7 @@ def stream_from_dict(values: Any, what: str) -> Stream:
         BadInput: another program's, of another version, or damaged.
     """
     check_format(values, what, (FORMAT, VERSION), WRITER, OLDEST)
-    try:
-        numbers = {name: int(values[name]) for name in ("rounds", "patch_positions", *SHAPING)}
-        line = QualityLine(**values["line"]) if values.get("line") else None
-        score, sha256 = str(values["score"]), str(values["tokenizer_sha256"])
-        stream = Stream(score=score, tokenizer_sha256=sha256, **numbers, line=line)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
+    stream = parse_values(Stream, values, what)
     if stream.score and stream.score not in SCORES:
         raise BadInput(f"{what} has score {stream.score!r}; expected one of {', '.join(SCORES)}")
     if stream.rounds < 0 or bool(stream.rounds) != bool(stream.score):
@@ -143,29 +139,10 @@ def read_token_manifest(folder: str | Path) -> TokenManifest:
     what = f"{NAME} in {str(folder)!r}"
     values = read_described(folder, NAME, WRITER)
     stream = stream_from_dict(values, what)
-    try:
-        manifest = _from_dict(values, stream)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{what} is damaged ({type(error).__name__}: {error})") from None
-    if manifest.fingerprint != fingerprint(manifest.splits):
+    manifest = parse_values(TokenManifest, {**values, "stream": stream}, what)
+    if set(manifest.splits) != set(SPLITS) or manifest.fingerprint != fingerprint(manifest.splits):
         raise BadInput(f"{what} is damaged: its fingerprint does not match its files")
     return manifest
-
-
-def _from_dict(values: dict[str, Any], stream: Stream) -> TokenManifest:
-    splits = {}
-    for name in SPLITS:
-        part = values["splits"][name]
-        files = tuple(TokenFile(f["file"], int(f["rows"]), f["sha256"], int(f["first_row"])) for f in part["files"])
-        splits[name] = TokenSplit(int(part["rows"]), files)
-    return TokenManifest(
-        stream=stream,
-        config=dict(values["config"]),
-        data_fingerprint=values["data_fingerprint"],
-        classes=tuple(values["classes"]),
-        splits=splits,
-        fingerprint=values["fingerprint"],
-    )
 
 
 def check_stream(config: Config, stream: Stream) -> None:
@@ -185,9 +162,9 @@ def check_stream(config: Config, stream: Stream) -> None:
                 f"expected tokenizer.{name}, {getattr(wanted, name)}"
             )
     if bool(stream.score) != bool(wanted.score):
-        found = "has patch tokens" if stream.score else "has only global tokens"
+        has = "has patch tokens" if stream.score else "has only global tokens"
         raise BadInput(
-            f"tokens.path {path!r} {found}; expected tokenizer.patch_tokens: {str(bool(wanted.score)).lower()}"
+            f"tokens.path {path!r} {has}; expected tokenizer.patch_tokens: {str(bool(wanted.score)).lower()}"
         )
     if stream.score != wanted.score:
         raise BadInput(f"tokens.path {path!r} is ranked by {stream.score}; expected filter.score, {wanted.score}")
@@ -218,3 +195,103 @@ def check_tokenizer(config: Config, stream: Stream, sha256: str) -> None:
             f"tokens.path {config.tokens.path!r} is of a tokenizer with sha256 {stream.tokenizer_sha256[:12]}...; "
             f"expected that of tokenizer.checkpoint {config.tokenizer.checkpoint!r}, {sha256[:12]}..."
         )
+
+
+# Which pictures or rows go into which file: decided by how many there are and by the batch size, never by how many
+# workers there are, so that a range becomes the same bytes whoever makes it.
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at a picture."""
+
+    name: str  # at the end of the row's id; empty: the picture itself
+    mirrored: bool = False  # left for right
+    copy: int = 0  # 1, 2, ...: shifted and mirrored at random, by this number; 0: neither
+
+
+def views_of(split: str, config: TokensConfig) -> list[View]:
+    """The views of each picture of a split, in the order of their rows; held-out pictures have one."""
+    views = [View("")]
+    if split == "train":
+        views += [View("@flip", mirrored=True)] * config.flip
+        views += [View(f"@crop{number}", copy=number) for number in range(1, config.crops + 1)]
+    return views
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Some of the rows that were chosen of a split, which are numbered 0 to count - 1; see `ranges.Range`.
+
+    A picture is one row for each of its views; all of them are in one range.
+    """
+
+    number: int  # over both splits; names the part
+    split: str  # train | heldout
+    index: int  # within the split; names the file
+    start: int  # number of the first row
+    stop: int  # one past the last
+    count: int  # rows chosen of the split
+    total: int  # rows in the split
+    views: int = 1  # rows of a picture that is to become tokens
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+    def places(self) -> np.ndarray:
+        """In the split, of rows that exist: spread evenly over it, because shards may be sorted by class."""
+        return np.arange(self.start, self.stop) * self.total // self.count
+
+    def pictures(self) -> np.ndarray:
+        """Places in the split of the pictures whose views become rows, spread likewise."""
+        return np.arange(self.start // self.views, self.stop // self.views) * self.total // self.count
+
+    @property
+    def name(self) -> str:
+        """Of the file, without folder and ending."""
+        return f"{self.split}-{self.index:05d}"
+
+
+def ranges_of_pictures(rows: dict[str, int], config: TokensConfig) -> list[RowRange]:
+    """Ranges of about `RANGE_ROWS` rows, in whole batches of pictures.
+
+    Args:
+        rows: pictures in each split.
+        config: which splits, how many of each, in which batches, with which views.
+
+    Raises:
+        BadInput: there is no picture in the splits that are wanted.
+    """
+    ranges: list[RowRange] = []
+    for split, total, count in _chosen(rows, config):
+        views = len(views_of(split, config))
+        batch, rows_chosen = config.batch_size * views, count * views
+        size = -(-RANGE_ROWS // batch) * batch
+        for index, start in enumerate(range(0, rows_chosen, size)):
+            stop = min(start + size, rows_chosen)
+            ranges.append(RowRange(len(ranges), split, index, start, stop, rows_chosen, total * views, views))
+    return ranges
+
+
+def ranges_of_files(manifest: TokenManifest, config: TokensConfig) -> list[RowRange]:
+    """One range for each token file that has rows among those chosen; raises as `ranges_of_pictures`."""
+    ranges: list[RowRange] = []
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    for split, total, count in _chosen(rows, config):
+        for index, file in enumerate(manifest.splits[split].files):
+            first, end = file.first_row, file.first_row + file.rows
+            start, stop = (-(-row * count // total) for row in (first, end))  # the inverse of `places`
+            if start < stop:
+                ranges.append(RowRange(len(ranges), split, index, start, stop, count, total))
+    return ranges
+
+
+def _chosen(rows: dict[str, int], config: TokensConfig) -> list[tuple[str, int, int]]:
+    """(split, pictures in it, pictures chosen) of the splits that have any."""
+    wanted = SPLITS if config.split == "both" else (config.split,)
+    chosen = [(name, rows[name], min(config.max_images or rows[name], rows[name])) for name in wanted if rows[name]]
+    if not chosen:
+        raise BadInput(f"tokens.split is {config.split!r}, which holds no picture; expected one of {', '.join(SPLITS)}")
+    return chosen

@@ -5,31 +5,31 @@ First the plan (`plan.json`), then one token file per range of it, then `tokens.
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.core.checkpoints import check_quality, load_tokenizer
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, TokensConfig
 from pipeline.core.console import say
 from pipeline.core.files import write_json
 from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
-from pipeline.core.pretrained import check_quality, load_tokenizer
+from pipeline.core.ranges import Part, keep_plan, rates, run_ranges
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts, check_pictures, check_score
 from pipeline.data.shards import SPLITS, Manifest, read_manifest
-from pipeline.tokens.ranges import Range, keep_plan, ranges_of_files, ranges_of_pictures
 from pipeline.tokens.token_manifest import (
     NAME,
+    RowRange,
     Stream,
     TokenFile,
     TokenManifest,
     TokenSplit,
     fingerprint,
+    ranges_of_files,
+    ranges_of_pictures,
     stream_of,
 )
 from pipeline.tracking import Tracker, check_tracking
-
-if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.tokens.parts import Part
 
 DECIDING = ("split", "max_images", "batch_size", "flip", "crops")  # keys of the tokens section that decide rows
 
@@ -74,27 +74,24 @@ def run(run: Run) -> None:
     key = keep_plan(run.folder, _facts(config, stream, shards), ranges)
 
     from pipeline.tokens.encoder import EncodingWork
-    from pipeline.tokens.parts import make_all, rates
 
     work = EncodingWork(run.folder, key, config.data.shards, stream, config.tokens, config.train.seed)
     tags = {"data_fingerprint": shards.fingerprint, "tokenizer_sha256": sha256, "score": stream.score}
     with Tracker.start(run, {**tags, "rounds": str(stream.rounds)}) as tracker:
-        parts, seconds = make_all(run, "tokenize", tokenizer, work, ranges)
-        manifest = write_manifest(run, stream, shards, ranges, parts)
+        parts, seconds = run_ranges(run, "tokenize", work, tokenizer, ranges, "tokens")
+        manifest = _write_manifest(run, stream, shards, ranges, parts)
         _report(run, manifest, rates(parts, seconds, ("encode", "rank")), tracker)
 
 
-def write_manifest(
-    run: Run, stream: Stream, shards: Manifest, ranges: list[Range], parts: "list[Part]"
+def _write_manifest(
+    run: Run, stream: Stream, shards: Manifest, ranges: list[RowRange], parts: list[Part]
 ) -> TokenManifest:
     """Write `tokens.json` over the files of all ranges."""
     splits = {}
     for name in SPLITS:
-        files: list[TokenFile] = []
-        for task, part in zip(ranges, parts, strict=True):
-            if task.split == name:
-                files.append(TokenFile(part.file.file, part.file.rows, part.file.sha256, task.start))
-        splits[name] = TokenSplit(sum(file.rows for file in files), tuple(files))
+        made = [(task.start, part.file) for task, part in zip(ranges, parts, strict=True) if task.split == name]
+        files = tuple(TokenFile(file.file, file.rows, file.sha256, start) for start, file in made)
+        splits[name] = TokenSplit(sum(file.rows for file in files), files)
     decides = {key.removeprefix("tokens."): value for key, value in _decides(run.config).items()}
     manifest = TokenManifest(stream, decides, shards.fingerprint, shards.classes, splits, fingerprint(splits))
     write_json(run.folder / NAME, manifest.to_dict())
@@ -121,23 +118,22 @@ def _decides(config: Config) -> dict[str, Any]:
 
 def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker: Tracker) -> None:
     """Lengths at the configured cut, as numbers and as a picture."""
-    from pipeline.tokens.decoder import measure_lengths
-    from pipeline.tokens.parts import draw_lengths
+    from pipeline.tokens.decoder import draw_lengths, measure_lengths
 
     everything = ranges_of_files(manifest, TokensConfig())
-    lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
+    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
     rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
-    run.results = {"images": sum(rows.values()), **rows, **lengths.results(), **speed}
+    run.results = {"images": sum(rows.values()), **rows, **lengths, **speed}
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     run.outputs = {"tokens": str(run.folder), "manifest": str(run.folder / NAME)}
-    draw_lengths(run, lengths.counts, tracker)
+    draw_lengths(run, counts, tracker)
     tracker.artifact(Path(run.outputs["manifest"]))
     rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
-    say(f"tokenize: {run.results['images']} images, {_told(run)}{rate} -> {run.folder}")
+    say(f"tokenize: {run.results['images']} images, {_lengths(run)}{rate} -> {run.folder}")
 
 
-def _told(run: Run) -> str:
-    section, found = run.config.filter, run.results
+def _lengths(run: Run) -> str:
+    section, results = run.config.filter, run.results
     cut = f"{section.rule} {section.threshold:g}" if run.config.tokenizer.patch_tokens else "global tokens only"
-    return f"{found['tokens_per_image']:.1f} tokens and {found['bits_fixed']:.0f} bits an image ({cut})"
+    return f"{results['tokens_per_image']:.1f} tokens and {results['bits_fixed']:.0f} bits an image ({cut})"

@@ -9,12 +9,11 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.core.console import say
 from pipeline.core.run import versions
 from pipeline.tracking.address import artifact_folder, sqlite_path
-from pipeline.tracking.feed import BATCH, Point
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     import numpy as np
@@ -28,7 +27,7 @@ ENVIRONMENT = {  # only where the user has not decided otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a run contacts nobody but the tracking server
 }
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on charts, not on chat traces
-PARAMETERS = 100  # parameters and tags MLflow takes in one call
+PARAMETERS, METRICS = 100, 1000  # how many of them MLflow takes in one call
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
 
@@ -66,6 +65,15 @@ def save_pyfunc(folder: Path, loader: str, data: Path, example: "np.ndarray", an
     )
 
 
+class MetricPoint(NamedTuple):
+    """One value of one metric."""
+
+    name: str
+    value: float
+    milliseconds: int  # since 1970
+    step: int
+
+
 class Refused(Exception):
     """MLflow does not take this, now or later."""
 
@@ -75,7 +83,7 @@ class MlflowStore:
 
     Args:
         uri: tracking address.
-        experiment: its name.
+        experiment: name.
         run_id: the MLflow run to go on with, None for a new one.
         system_metrics: whether `sample` measures anything.
 
@@ -149,7 +157,7 @@ class MlflowStore:
             self._client.log_batch(self.run_id, params=entries[start : start + PARAMETERS], synchronous=True)
         self._client.log_batch(self.run_id, tags=[RunTag(*pair) for pair in tags.items()], synchronous=True)
 
-    def metrics(self, points: list[Point]) -> None:
+    def metrics(self, points: list[MetricPoint]) -> None:
         """Log points. MLflow ignores those that it has already, so a batch may be sent again after a doubt.
 
         Raises:
@@ -160,8 +168,8 @@ class MlflowStore:
 
         entries = [Metric(_NOT_IN_NAMES.sub("_", p.name), p.value, p.milliseconds, p.step) for p in points]
         try:
-            for start in range(0, len(entries), BATCH):
-                self._client.log_batch(self.run_id, metrics=entries[start : start + BATCH], synchronous=True)
+            for start in range(0, len(entries), METRICS):
+                self._client.log_batch(self.run_id, metrics=entries[start : start + METRICS], synchronous=True)
         except MlflowException as error:
             if error.error_code == "INVALID_PARAMETER_VALUE":
                 raise Refused(str(error)) from error

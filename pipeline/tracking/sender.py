@@ -6,48 +6,78 @@ folder remembers the MLflow run, what it has got and what is queued, so that a r
 
 import json
 import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from pipeline.core.console import say
 from pipeline.core.files import write_json
+from pipeline.core.run import METRICS as METRICS_FILE
+from pipeline.core.run import parse_metrics
 from pipeline.tracking.address import masked
-from pipeline.tracking.feed import Feed, Point
-from pipeline.tracking.mlflow_store import Refused
+from pipeline.tracking.mlflow_store import METRICS, MetricPoint, MlflowStore, Refused
 
 SAMPLE_SECONDS = 5.0  # between samples of what the machine does
 ENDING_PAUSE = 1.0  # seconds between attempts once the run has ended
 
 
-class Store(Protocol):
-    """One run on a tracking server: `MlflowStore`, or a stand-in in tests. Any method may raise, or take long."""
+class Unsent(NamedTuple):
+    """Points to send and what is to be remembered once they are."""
 
-    run_id: str | None
+    points: list[MetricPoint]
+    file: int  # its inode: a rewound file is a new one
+    position: int  # bytes of it read so far
+    sent: dict[str, int]  # name: last step
 
-    def open(self, name: str, started: float, parameters: dict[str, str], tags: dict[str, str]) -> None:
-        """Make the run, begun at `started` (unix seconds), or open `run_id` again, and say what it is."""
 
-    def metrics(self, points: list[Point]) -> None:
-        """Log points."""
+class Feed:
+    """What MLflow has not got yet of `metrics.jsonl`, read from where the last accepted points ended.
 
-    def tag(self, key: str, value: str) -> None:
-        """Set one tag."""
+    Two marks decide. What lies beyond the last commit is held back: a resumed run repeats those steps. And a name is
+    sent once for each step, in rising order of steps, so that a file that was rewound to an older checkpoint, by this
+    process or another, never puts a point into MLflow twice.
+    """
 
-    def artifact(self, path: str, folder: str) -> None:
-        """Keep a file, or what a folder holds."""
+    def __init__(self, path: Path, sent: dict[str, int]) -> None:
+        self.sent = sent  # name: last step that MLflow has
+        self._path = path
+        self._file = self._position = self._committed = 0
 
-    def picture(self, path: str, name: str, step: int) -> None:
-        """Show a picture."""
+    def commit(self) -> None:
+        """Everything in the file now may be sent."""
+        self._committed = self._path.stat().st_size if self._path.exists() else 0
 
-    def sample(self) -> dict[str, float]:
-        """What the machine does now."""
+    def next(self, limit: float = METRICS) -> Unsent:
+        """The next points, whole lines until there are `limit`; changes nothing.
 
-    def end(self, status: str) -> None:
-        """Mark the run as ended."""
+        A line still being written ends them; one that is not understood is skipped.
+        """
+        points: list[MetricPoint] = []
+        sent = dict(self.sent)
+        if not self._committed:
+            return Unsent(points, 0, 0, sent)
+        with open(self._path, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            position = self._position if inode == self._file else 0
+            file.seek(position)
+            while position < self._committed and len(points) < limit:
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                position += len(line)
+                for logged in parse_metrics(line):
+                    fresh = {n: v for n, v in logged.metrics.items() if logged.step > sent.get(n, -math.inf)}
+                    points += [MetricPoint(n, v, int(logged.time * 1000), logged.step) for n, v in fresh.items()]
+                    sent |= dict.fromkeys(fresh, logged.step)
+        return Unsent(points, inode, position, sent)
+
+    def accept(self, unsent: Unsent) -> None:
+        """MLflow has these: the next ones lie behind them."""
+        self._file, self._position, self.sent = unsent.file, unsent.position, unsent.sent
 
 
 class Sender:
@@ -55,16 +85,16 @@ class Sender:
 
     Args:
         folder: the run folder; its name becomes the MLflow run's.
-        store: where to send; its `run_id` is set here when `tracking.json` knows an earlier one.
+        store: where to send; any method may raise or take long. `tracking.json` may know its earlier `run_id`.
         address: of the server, for messages; without credentials.
-        parameters, tags: what is said about the run when it is opened.
+        parameters, tags: what the server learns about the run when it is opened.
         pause: seconds between rounds, and between attempts while the server is away.
     """
 
     def __init__(
         self,
         folder: Path,
-        store: Store,
+        store: MlflowStore,
         address: str,
         parameters: dict[str, str],
         tags: dict[str, str],
@@ -73,11 +103,12 @@ class Sender:
         self.opened = False  # there is an MLflow run, and store.run_id names it
         self._folder, self._store, self._address, self._pause = folder, store, address, pause
         self._parameters, self._tags = parameters, tags
-        earlier = _read(folder / "tracking.json")
+        remembered = folder / "tracking.json"
+        earlier = json.loads(remembered.read_text()) if remembered.exists() else {}
         store.run_id = store.run_id or earlier.get("run_id")
         self._started = earlier.get("started", time.time())
         self._queue: deque[list[Any]] = deque(earlier.get("queue", []))
-        self._feed = Feed(folder / "metrics.jsonl", earlier.get("sent", {}))
+        self._feed = Feed(folder / METRICS_FILE, earlier.get("sent", {}))
         self._sampled = time.monotonic()
         self._ending = ""
         self._away = self._given_up = False
@@ -142,11 +173,11 @@ class Sender:
         """One round. What fails stays first in line for the next one."""
         if not self.opened:
             self._open()
-        while (batch := self._feed.next()).points:
-            self._unless_refused(self._store.metrics, batch.points)
-            self._feed.accept(batch)
+        while (unsent := self._feed.next()).points:
+            self._unless_refused(self._store.metrics, unsent.points)
+            self._feed.accept(unsent)
             self._save()
-        self._feed.accept(batch)
+        self._feed.accept(unsent)
         while self._queue:
             kind, *arguments = self._queue[0]
             self._unless_refused(getattr(self._store, kind), *arguments)
@@ -176,7 +207,7 @@ class Sender:
         self._sampled = time.monotonic()
         now = time.time()
         step = int(now - self._started)  # seconds since the run first started: goes on rising after a resume
-        points = [Point(name, value, int(now * 1000), step) for name, value in self._store.sample().items()]
+        points = [MetricPoint(name, value, int(now * 1000), step) for name, value in self._store.sample().items()]
         if points:
             self._store.metrics(points)
 
@@ -191,7 +222,3 @@ class Sender:
             if values != self._saved:
                 write_json(self._folder / "tracking.json", values)
                 self._saved = values
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,6 +1,7 @@
 """A run's tracker: what the stages use. Nothing here waits for a server, except `close`, for a bounded time."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,22 +13,20 @@ from pipeline.core.run import Run
 from pipeline.core.run import commit as code_version
 from pipeline.tracking.address import masked
 from pipeline.tracking.mlflow_store import MlflowStore
-from pipeline.tracking.sender import Sender, Store
-
-# What a tracking server is told about a run beside its metrics. No environment, no credentials.
+from pipeline.tracking.sender import Sender
 
 
 def parameters(config: Config) -> dict[str, str]:
     """The configuration as `section.key: value` texts, without credentials in addresses."""
-    return {name: masked(str(value)) for name, value in _flattened(config.to_dict())}
+    return {name: masked(str(value)) for name, value in _flattened(config.to_dict(), "")}
 
 
-def _flattened(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
+def _flattened(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        pairs += _flattened(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return pairs
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def standard_tags(run: Run) -> dict[str, str]:
@@ -50,7 +49,7 @@ CLOSE_SECONDS = 20.0  # a run waits at most this long for its last metrics to ar
 class Tracker:
     """Feeds one MLflow run from a run folder. Without a store every method does nothing."""
 
-    def __init__(self, run: Run, store: Store | None, tags: dict[str, str] | None = None) -> None:
+    def __init__(self, run: Run, store: MlflowStore | None, tags: dict[str, str] | None = None) -> None:
         self._run, self._store = run, store
         self._sender: Sender | None = None
         self._announced = False

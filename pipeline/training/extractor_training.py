@@ -26,9 +26,9 @@ from pipeline.core.console import Progress, progress, say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import locate, write_atomically
 from pipeline.core.run import Run
-from pipeline.data import parquet
 from pipeline.data.pictures import BadPicture, decode, prepare
 from pipeline.data.shards import ShardDataset
+from pipeline.data.sources import check_parquet, read_parquet
 from pipeline.tracking import Tracker
 from tatok_model.metrics.extractors.extractor import TrainableExtractor
 
@@ -93,8 +93,8 @@ def read_labelled(path: str, data: DataConfig, split: str = "train", classes: in
 
 def _of_parquet(path: str, data: DataConfig) -> Iterator[tuple[np.ndarray, object]]:
     place = locate(path)
-    rows = parquet.check(place, data)
-    for row, picture in enumerate(parquet.read(place.parent, [[place.name, 0, rows]], data)):
+    rows = check_parquet(place, data)
+    for row, picture in enumerate(read_parquet(place.parent, [[place.name, 0, rows]], data)):
         try:
             yield decode(prepare(picture.data, data)), picture.label
         except BadPicture as reason:

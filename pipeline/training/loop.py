@@ -38,15 +38,12 @@ class Objective(Protocol[Batch_contra]):
 
     def parts(self, batch: Batch_contra) -> Sequence[Any]:
         """The micro-batches of this worker's part of a global batch; equally many on every worker."""
-        ...
 
     def forward(self, part: Any) -> tuple[Tensor, Terms]:
         """The scalar loss of a micro-batch, which adds up over them, and terms by name, `loss` among them."""
-        ...
 
     def metrics(self) -> dict[str, float]:
         """By their logged names, of the steps since the last call, over all workers; every worker has to ask."""
-        ...
 
 
 class Validator(Protocol):
@@ -54,15 +51,12 @@ class Validator(Protocol):
 
     def measure(self, model: Any) -> dict[str, float]:
         """Metrics by their logged names; the same on every worker, which all have to ask."""
-        ...
 
     def examples(self, model: Any) -> list[np.ndarray]:
         """Rows of pictures to look at, (B, H, W, 3) uint8 each; none where there is nothing to show."""
-        ...
 
     def warnings(self, model: Any, metrics: dict[str, float]) -> list[str]:
         """What a reader of the log should look into, given the latest metrics by their logged names."""
-        ...
 
 
 def take_step(objective: Objective[Batch], batch: Batch) -> Terms:

@@ -20,7 +20,7 @@ from pipeline.training.distributed import Mean, Terms
 from tatok_model import vit
 from tatok_model.generation import layers
 
-BLOCKS = (vit.Block, layers.Block)  # whose matrices Muon moves
+BLOCKS = (vit.Block, layers.CausalBlock)  # whose matrices Muon moves
 FREE = {  # keys of a training's section that may change between attempts: they do not decide what a step does
     "num_workers", "device", "compile", "max_steps", "max_minutes", "log_every", "validate_every", "validation_images",
     "grid_images", "checkpoint_every", "keep_checkpoints", "max_failures", "cpus_per_worker", "fused",
@@ -248,7 +248,11 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of each parameter as `number.key`."""
+    """The state of each parameter as `number.key`.
+
+    `torch.distributed.checkpoint.state_dict` would call it by the parameter's name, add all settings of groups, and
+    take a step to fill a new optimiser: other checkpoints than those that are there.
+    """
     state = optimizer.state_dict()["state"]
     return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
 

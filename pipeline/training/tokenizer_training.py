@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checkpoints import load_lpips, load_tokenizer
 from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config, TrainConfig
-from pipeline.core.pretrained import load_lpips, load_tokenizer
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset, read_manifest
 from pipeline.training import distributed

@@ -17,11 +17,12 @@ from typing import Any
 
 from pipeline.core.checkpoints import check_architecture, find, is_hub_id, latest, replaced
 from pipeline.core.cluster import check_cpus, check_room, connect, most_resources, pick_device
-from pipeline.core.config import Config, TrainConfig, config_from_dict
+from pipeline.core.config import Config, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import OutOfRoom, memory_sentence, sha256_file, storage_sentence, write_json
 from pipeline.core.inputs import with_shards
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
 from pipeline.data.checks import check_files, check_pictures
 from pipeline.data.shards import Damaged, read_manifest

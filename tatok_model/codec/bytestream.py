@@ -1,13 +1,14 @@
 """Tokens as bytes: one cut of one image, versioned, checked, as short as its information.
 
-    streams = to_bytes(tokens.cut("residual", 60.0), form)     # one bytes object an image
-    tokens = from_bytes(streams, form)                         # the same kept sets and codes; no ranking
+    codec = Codec(tokenizer)
+    streams = codec.to_bytes(tokens.cut("residual", 60.0), entropy_coded=True)     # one bytes object an image
+    tokens = codec.from_bytes(streams)                                             # the same cut; no ranking
 
-The header is `stream_header.py`'s, what the payload says `stream_payload.py`'s. Payload and checksum have at most
-`bits_fixed` + 64 bits an image; entropy-coded, 1.02 times the ideal code length of the patch codes, the rest as it is
-fixed, + 64.
+`Codec` has a tokenizer at hand; `to_bytes` and `from_bytes` below it do the same with anything that predicts codes.
+`header.py` has the layout of a stream, `payload.py` what it says. Payload and checksum have at most `bits_fixed` + 64
+bits an image; entropy-coded, 1.02 times the ideal code length of the patch codes, the rest as it is fixed, + 64.
 
-Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens.
+Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens, n positions asked for.
 """
 
 import hashlib
@@ -18,21 +19,106 @@ import torch
 from torch import Tensor
 
 from tatok_model.codec.header import Format, Header, check_format, seal, unseal
-from tatok_model.codec.payload import CodeModel, Image, Models, Replay, check_bits, hash_of, pass_image
-from tatok_model.codec.range_coder import Decoder, Encoder
-from tatok_model.filtering import best_open, conditional_entropy, grid_order, to_units
-from tatok_model.threads import one_thread
+from tatok_model.codec.payload import CodeModel, Image, check_bits, grid_schedule, hash_of, pass_image
+from tatok_model.codec.range_coder import RangeDecoder, RangeEncoder
+from tatok_model.filtering import conditional_entropy, to_units
+from tatok_model.ranking import best_open
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Side, Tokens
+from tatok_model.vit import one_thread
 
-__all__ = ["CodeModel", "Format", "Replay", "from_bytes", "to_bytes"]
+CODING_ROUNDS = 8
+
+
+class Codec:
+    """Writes and reads the streams of one tokenizer; where the tokenizer computes decides where they can be read.
+
+    Args:
+        tokenizer: whose weights and device name and predict the codes.
+        coding_rounds: in how many rounds entropy-coded codes are predicted from one another.
+    """
+
+    def __init__(self, tokenizer: TaTok, coding_rounds: int = CODING_ROUNDS) -> None:
+        config = tokenizer.config
+        self._has_model = tokenizer.entropy_model is not None
+        self._model = _OneImage(tokenizer, coding_rounds)
+        self.format = Format(config.global_tokens, config.patch_positions, config.codebook_size, model_id(tokenizer))
+
+    def to_bytes(self, tokens: Tokens, entropy_coded: bool = False) -> list[bytes]:
+        """One stream for each image.
+
+        Args:
+            tokens: one cut; positions are sent, derived or replayed as its `side` says.
+            entropy_coded: spend what q says on each patch code, instead of log2 K.
+
+        Raises:
+            ValueError: as the function `to_bytes`, or an entropy model is needed that this tokenizer does not have.
+        """
+        if not self._has_model and (entropy_coded or tokens.side.positions == "replayed"):
+            raise ValueError("this tokenizer has no entropy model; expected one for entropy-coded or replayed streams")
+        with one_thread():
+            return to_bytes(tokens.to("cpu"), self.format, self._model, entropy_coded)
+
+    def from_bytes(self, streams: list[bytes]) -> Tokens:
+        """The tokens of streams: one cut, without a ranking, on the tokenizer's device.
+
+        Raises:
+            ValueError: as the function `from_bytes`.
+        """
+        with one_thread():
+            tokens = from_bytes(streams, self.format, self._model if self._has_model else None)
+        return tokens.to(self._model.device)
+
+
+class _OneImage:
+    """The entropy model on one image, as a `CodeModel`: asked at every position, so that shapes are always the same."""
+
+    def __init__(self, tokenizer: TaTok, coding_rounds: int) -> None:
+        self.coding_rounds = coding_rounds
+        self.device = tokenizer.mask_token.device
+        self._tokenizer = tokenizer
+
+    def rounds(self, kept_mask: np.ndarray) -> list[np.ndarray]:
+        """The kept positions, spread evenly over the grid in every round, each round larger by at most one."""
+        numbers = grid_schedule(torch.from_numpy(kept_mask)[None], self.coding_rounds)[0].numpy()
+        return [np.flatnonzero(kept_mask & (numbers == number)) for number in range(self.coding_rounds)]
+
+    def logits(
+        self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """(n, K) float32 at (n,) positions."""
+        return self._ask(global_indices, patch_indices, known)[positions].cpu().numpy()
+
+    def next_positions(
+        self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, count: int
+    ) -> np.ndarray:
+        """The `count` open positions of highest entropy, (count,) int64."""
+        units = to_units(conditional_entropy(self._ask(global_indices, patch_indices, known))).cpu()
+        return best_open(units[None], torch.from_numpy(known)[None], count)[1][0].numpy()
+
+    def _ask(self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray) -> Tensor:
+        """(N, K) logits."""
+        globals_, patches, given = (
+            torch.from_numpy(values)[None].to(self.device) for values in (global_indices, patch_indices, known)
+        )
+        everywhere = torch.ones_like(given)
+        return self._tokenizer.patch_logits(Tokens(globals_, patches, everywhere), given, everywhere)
+
+
+def model_id(tokenizer: TaTok) -> bytes:
+    """8 bytes that tell tokenizers with other weights apart: the beginning of a sha256 over them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()[:8]
 
 
 def to_bytes(
     tokens: Tokens,
     form: Format,
-    code_model: CodeModel | None = None,
-    replay: Replay | None = None,
+    model: CodeModel | None = None,
+    entropy_coded: bool = False,
     ranked_by: tuple[str, int] | None = None,
 ) -> list[bytes]:
     """One stream for each image of a batch.
@@ -42,15 +128,16 @@ def to_bytes(
     Args:
         tokens: one cut; `side` decides how length and positions travel.
         form: sizes and identity of the tokenizer.
-        code_model: entropy-codes the patch codes; None: each costs log2 K bits.
-        replay: needed if positions are replayed.
+        model: needed if codes are entropy-coded or positions replayed.
+        entropy_coded: patch codes cost what the model says; else log2 K bits each.
         ranked_by: score and rounds; None: those of `tokens.ranking`.
 
     Raises:
         ValueError: tokens of other sizes or with entries beyond the codebook, lengths that differ where the side says
-            they do not, positions that a reader could not derive, or a missing replay.
+            they do not, positions that a reader could not derive, or a missing model.
     """
-    _check_tokens(tokens, form)
+    images = _images_of(tokens)
+    _check_tokens(tokens, images, form)
     if ranked_by is None:
         ranked_by = ("", 0) if tokens.ranking is None else (tokens.ranking.score, tokens.ranking.rounds)
     counts = tokens.patch_counts.tolist()
@@ -60,26 +147,22 @@ def to_bytes(
         form,
         tokens.side,
         count=counts[0] if counts and not tokens.side.length else 0,
-        coded=code_model is not None,
+        coded=entropy_coded,
         counted_globals=tokens.global_counts is not None,
         score=ranked_by[0],
         rounds=ranked_by[1],
-        coding_rounds=_coding_rounds(code_model, tokens.side),
+        coding_rounds=model.coding_rounds if entropy_coded and model and tokens.side.positions != "replayed" else 0,
     )
-    models = Models(code_model, replay)
-    return [_write(image, header, models) for image in _images_of(tokens)]
+    return [_write(image, header, model) for image in images]
 
 
-def from_bytes(
-    streams: list[bytes], form: Format, code_model: CodeModel | None = None, replay: Replay | None = None
-) -> Tokens:
+def from_bytes(streams: list[bytes], form: Format, model: CodeModel | None = None) -> Tokens:
     """The tokens of streams that one call of `to_bytes`, or several like it, wrote.
 
     Args:
         streams: one an image.
         form: sizes and identity of the tokenizer.
-        code_model: as at writing; needed if codes are entropy-coded.
-        replay: as at writing; needed if positions are replayed.
+        model: as at writing; needed if codes are entropy-coded or positions replayed.
 
     Returns:
         One cut without a ranking; codes are 0 where dropped. If any image has its positions sent, `side` says sent.
@@ -93,8 +176,7 @@ def from_bytes(
     for header in headers:
         check_format(header, form)
         _check_alike(header, headers[0])
-    models = Models(code_model, replay)
-    images = [_read(payload, header, models) for header, payload in opened]
+    images = [_read(payload, header, model) for header, payload in opened]
     side = Side() if not headers else headers[0].side
     if any(header.side.positions == "sent" for header in headers):
         side = replace(side, positions="sent")
@@ -108,11 +190,11 @@ def from_bytes(
     )
 
 
-def _write(image: Image, header: Header, models: Models) -> bytes:
+def _write(image: Image, header: Header, model: CodeModel | None) -> bytes:
     if not header.side.length:
         header = replace(header, count=int(image.kept_mask.sum()))
-    coder = Encoder()
-    written = pass_image(coder, image, header, models)
+    coder = RangeEncoder()
+    written = pass_image(coder, image, header, model)
     if np.array_equal(written.kept_mask, image.kept_mask):
         return seal(header, coder.finish())
     if header.side.positions != "replayed":
@@ -120,28 +202,23 @@ def _write(image: Image, header: Header, models: Models) -> bytes:
             f"{int(image.kept_mask.sum())} positions are kept that the order {header.score!r} does not begin with; "
             "expected a side with positions sent"
         )
-    sent = replace(header.side, positions="sent")
-    header = replace(header, side=sent, coding_rounds=_coding_rounds(models.code, sent))
-    return _write(image, header, models)
+    rounds = model.coding_rounds if header.coded and model else 0
+    return _write(image, replace(header, side=replace(header.side, positions="sent"), coding_rounds=rounds), model)
 
 
-def _read(payload: bytes, header: Header, models: Models) -> Image:
-    form, coder = header.form, Decoder(payload)
+def _read(payload: bytes, header: Header, model: CodeModel | None) -> Image:
+    form, coder = header.form, RangeDecoder(payload)
     blank = np.zeros(form.patch_positions, dtype=np.int64)
     empty = Image(np.zeros(form.global_tokens, dtype=np.int64), 0, blank, blank.astype(bool), 0)
-    image = pass_image(coder, empty, header, models)
-    found = hash_of(image.patch_indices, image.kept_mask, check_bits(header))
-    if image.check != found:
+    image = pass_image(coder, empty, header, model)
+    check = hash_of(image.patch_indices, image.kept_mask, check_bits(header))
+    if image.check != check:
         raise ValueError(
-            f"tokens have the hash {found:x}; expected {image.check:x}: "
+            f"tokens have the hash {check:x}; expected {image.check:x}: "
             "the models here do not compute what the writer's did"
         )
     coder.finish()
     return image
-
-
-def _coding_rounds(code_model: CodeModel | None, side: Side) -> int:
-    return 0 if code_model is None or side.positions == "replayed" else code_model.coding_rounds
 
 
 def _images_of(tokens: Tokens) -> list[Image]:
@@ -154,17 +231,17 @@ def _images_of(tokens: Tokens) -> list[Image]:
     return [Image(global_indices[i], counts[i], patch_indices[i], kept[i], 0) for i in range(b)]
 
 
-def _check_tokens(tokens: Tokens, form: Format) -> None:
-    found = tokens.global_indices.shape[1], tokens.patch_indices.shape[1]
-    if found != (form.global_tokens, form.patch_positions):
+def _check_tokens(tokens: Tokens, images: list[Image], form: Format) -> None:
+    m, n = tokens.global_indices.shape[1], tokens.patch_indices.shape[1]
+    if (m, n) != (form.global_tokens, form.patch_positions):
         raise ValueError(
-            f"tokens hold {found[0]} global tokens and {found[1]} patch positions; "
+            f"tokens hold {m} global tokens and {n} patch positions; "
             f"expected {form.global_tokens} and {form.patch_positions}"
         )
-    counts = tokens.global_counts
-    if counts is not None and len(counts) and not 0 <= int(counts.min()) <= int(counts.max()) <= found[0]:
-        raise ValueError(f"global_counts go from {int(counts.min())} to {int(counts.max())}; expected 0 to {found[0]}")
-    for image in _images_of(tokens):
+    counts = [image.global_count for image in images]
+    if counts and not 0 <= min(counts) <= max(counts) <= m:
+        raise ValueError(f"global_counts go from {min(counts)} to {max(counts)}; expected 0 to {m}")
+    for image in images:
         for indices in (image.global_indices, image.patch_indices):
             if len(indices) and not 0 <= indices.min() <= indices.max() < form.codebook_size:
                 raise ValueError(
@@ -189,104 +266,6 @@ def _check_alike(header: Header, first: Header) -> None:
         )
 
 
-def _stack(rows: list[np.ndarray], width: int) -> torch.Tensor:
+def _stack(rows: list[np.ndarray], width: int) -> Tensor:
     """(B, width) int64, also of no rows."""
     return torch.from_numpy(np.array(rows).reshape(len(rows), width).astype(np.int64))
-
-
-# Tokens as bytes and back with a tokenizer at hand: entropy-coded, with replayed positions, or neither.
-
-CODING_ROUNDS = 8
-
-
-class Codec:
-    """Writes and reads the streams of one tokenizer.
-
-    Args:
-        tokenizer: in evaluation mode; where it computes decides where streams can be read.
-        coding_rounds: in how many rounds entropy-coded codes are predicted from one another.
-    """
-
-    def __init__(self, tokenizer: TaTok, coding_rounds: int = CODING_ROUNDS) -> None:
-        config = tokenizer.config
-        self._tokenizer = tokenizer
-        self._model = _OneImage(tokenizer, coding_rounds)
-        self.format = Format(config.global_tokens, config.patch_positions, config.codebook_size, model_id(tokenizer))
-
-    def to_bytes(self, tokens: Tokens, entropy_coded: bool = False) -> list[bytes]:
-        """One stream for each image.
-
-        Args:
-            tokens: one cut; positions are sent, derived or replayed as its `side` says.
-            entropy_coded: spend what q says on each patch code, instead of log2 K.
-
-        Raises:
-            ValueError: as `stream.to_bytes`, or an entropy model is wanted that this tokenizer does not have.
-        """
-        self._check_model(entropy_coded or tokens.side.positions == "replayed")
-        tokens = tokens.to("cpu")
-        with one_thread():
-            return to_bytes(tokens, self.format, self._model if entropy_coded else None, self._model)
-
-    def from_bytes(self, streams: list[bytes]) -> Tokens:
-        """The tokens of streams: one cut, without a ranking, on the tokenizer's device.
-
-        Raises:
-            ValueError: as `stream.from_bytes`.
-        """
-        has_model = self._tokenizer.entropy_model is not None
-        with one_thread():
-            found = from_bytes(streams, self.format, *((self._model, self._model) if has_model else (None, None)))
-        return found.to(self._model.device)
-
-    def _check_model(self, needed: bool) -> None:
-        if needed and self._tokenizer.entropy_model is None:
-            raise ValueError("this tokenizer has no entropy model; expected one for entropy-coded or replayed streams")
-
-
-class _OneImage:
-    """The entropy model on one image, as `stream.CodeModel` and `stream.Replay` want it."""
-
-    def __init__(self, tokenizer: TaTok, coding_rounds: int) -> None:
-        self.coding_rounds = coding_rounds
-        self.device = tokenizer.mask_token.device
-        self._tokenizer = tokenizer
-        self._order = grid_order(tokenizer.config.patch_positions).numpy()
-
-    def rounds(self, kept_mask: np.ndarray) -> list[np.ndarray]:
-        """The kept positions, spread evenly over the grid in every round, each round larger by at most one."""
-        kept = self._order[kept_mask[self._order]]
-        numbers = np.arange(len(kept)) * self.coding_rounds // max(len(kept), 1)
-        return [np.sort(kept[numbers == number]) for number in np.unique(numbers)]
-
-    def logits(
-        self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, positions: np.ndarray
-    ) -> np.ndarray:
-        """(M,) and (N,) int64 codes, (N,) bool where the latter are known, (n,) -> (n, K) float32."""
-        return self._ask(global_indices, patch_indices, known)[positions].cpu().numpy()
-
-    def next_positions(
-        self, global_indices: np.ndarray, patch_indices: np.ndarray, placed: np.ndarray, count: int
-    ) -> np.ndarray:
-        """The `count` open positions of highest entropy, (count,) int64."""
-        units = to_units(conditional_entropy(self._ask(global_indices, patch_indices, placed))).cpu()
-        return best_open(units[None], torch.from_numpy(placed)[None], count)[1][0].numpy()
-
-    def _ask(self, global_indices: np.ndarray, patch_indices: np.ndarray, given: np.ndarray) -> Tensor:
-        """(N, K) logits, asked at every position so that the shape is always the same."""
-        everywhere = torch.ones(1, len(given), dtype=torch.bool, device=self.device)
-        tokens = Tokens(self._one(global_indices), self._one(patch_indices), everywhere)
-        return self._tokenizer.patch_logits(tokens, self._one(given), everywhere)
-
-    def _one(self, values: np.ndarray) -> Tensor:
-        """A batch of one."""
-        return torch.from_numpy(values)[None].to(self.device)
-
-
-def model_id(tokenizer: TaTok) -> bytes:
-    """8 bytes that tell tokenizers with other weights apart: the beginning of a sha256 over them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.digest()[:8]

@@ -3,7 +3,7 @@
     magic "TaTk" | version | flags | positions | model id (8) | M (2) | N (2) | K (4) | T (2) | rounds (2) |
     coding rounds (2) | score, one byte of length and its name | payload | CRC-32 of all before (4)
 
-Integers are little-endian. `stream.py` knows what the payload says.
+Integers are little-endian. `payload.py` knows what the payload says.
 
 Shapes: M global tokens, N patch positions, K codebook entries, T kept patch tokens.
 """
@@ -112,22 +112,17 @@ def seal(header: Header, payload: bytes) -> bytes:
 
 
 def unseal(data: bytes) -> tuple[Header, bytes]:
-    """The header and the payload of a stream that is whole.
-
-    Raises:
-        ValueError: something else than a stream, of another version, cut short or damaged.
-    """
+    """The header and the payload of a stream; ValueError where it is none, of another version, cut short or damaged."""
     if data[:4] != MAGIC:
         raise ValueError(f"stream begins with {data[:4]!r}; expected {MAGIC!r}")
     if data[4:5] != bytes([VERSION]):
-        found = data[4] if len(data) > 4 else "missing"
-        raise ValueError(f"stream's version is {found}; expected {VERSION}")
+        raise ValueError(f"stream's version is {data[4] if len(data) > 4 else 'missing'}; expected {VERSION}")
     if len(data) < FIXED.size + CHECKSUM.size:
         raise ValueError(f"stream has {len(data)} bytes; expected at least {FIXED.size + CHECKSUM.size}")
-    body, found_sum = data[: -CHECKSUM.size], CHECKSUM.unpack(data[-CHECKSUM.size :])[0]
-    if zlib.crc32(body) != found_sum:
+    body, checksum = data[: -CHECKSUM.size], CHECKSUM.unpack(data[-CHECKSUM.size :])[0]
+    if zlib.crc32(body) != checksum:
         raise ValueError(
-            f"stream's checksum is {found_sum:08x}; expected {zlib.crc32(body):08x}: it is damaged or cut short"
+            f"stream's checksum is {checksum:08x}; expected {zlib.crc32(body):08x}: it is damaged or cut short"
         )
     _, _, flags, place, model_id, m, n, k, count, rounds, coding_rounds, length = FIXED.unpack_from(body)
     if flags >= 2 * COUNTED_GLOBALS or place >= len(POSITIONS) or len(body) < FIXED.size + length:

@@ -5,7 +5,8 @@ kept in whole numbers without bound: nothing is rounded, no carry can be lost, a
 A code of K = 1000 entries costs log2 1000 bits, a rank log2 C(N, T). The price is time quadratic in the length: about a
 millisecond for a picture's hundreds of tokens, and wrong for megabytes.
 
-`Encoder` and `Decoder` have the same methods, so that one function can be both writer and reader (`stream.py`).
+`RangeEncoder` and `RangeDecoder` have the same methods, so that one function can be both writer and reader
+(`payload.pass_image`).
 
 Shapes: n numbers, K codebook entries.
 
@@ -21,7 +22,7 @@ MOST_ENTRIES = 2**FREQUENCY_BITS // 256  # beyond, the 1 that every entry gets w
 
 
 class Coder(Protocol):
-    """What `Encoder` and `Decoder` have in common."""
+    """What `RangeEncoder` and `RangeDecoder` have in common."""
 
     def number(self, total: int, value: int) -> int:
         """Pass one of `total` equally likely numbers: what was written, whatever `value` a decoder is given."""
@@ -30,18 +31,14 @@ class Coder(Protocol):
         """Pass one of K numbers; (K + 1,) `bounds` are the running sums of their frequencies, from 0 to the total."""
 
 
-class Encoder:
+class RangeEncoder:
     """Writes numbers. `put` in any order that a decoder can follow, then `finish`."""
 
     def __init__(self) -> None:
         self._low, self._width, self._total = 0, 1, 1  # the interval [low, low + width) / total
 
     def put(self, low: int, frequency: int, total: int) -> None:
-        """Write what has the share [low, low + frequency) of `total`.
-
-        Raises:
-            ValueError: an empty share, or one that is not inside.
-        """
+        """Write what has the share [low, low + frequency) of `total`; ValueError for an empty share or one outside."""
         if frequency < 1 or not 0 <= low <= total - frequency:
             raise ValueError(f"share is {low} to {low + frequency} of {total}; expected a part of it that is not empty")
         self._low = self._low * total + low * self._width
@@ -68,13 +65,13 @@ class Encoder:
         return point.to_bytes(length, "big")
 
 
-class Decoder:
-    """Reads what `Encoder` wrote, asked for the same numbers in the same order."""
+class RangeDecoder:
+    """Reads what `RangeEncoder` wrote, asked for the same numbers in the same order."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._point, self._total = int.from_bytes(data, "big"), 1 << 8 * len(data)  # point / total inside the interval
-        self._again = Encoder()
+        self._again = RangeEncoder()
 
     def where(self, total: int) -> int:
         """The share out of `total` that comes next: 0 to total - 1."""
@@ -88,24 +85,20 @@ class Decoder:
 
     def number(self, total: int, value: int = 0) -> int:
         """Read one of `total` equally likely numbers; `value` is not looked at."""
-        found = self.where(total)
-        self.take(found, 1, total)
-        return found
+        number = self.where(total)
+        self.take(number, 1, total)
+        return number
 
     def symbol(self, bounds: np.ndarray, value: int = 0) -> int:
         """Read one of K numbers with frequencies; see `Coder`."""
         total = int(bounds[-1])
-        found = int(np.searchsorted(bounds, self.where(total), side="right")) - 1
-        low, high = int(bounds[found]), int(bounds[found + 1])
+        symbol = int(np.searchsorted(bounds, self.where(total), side="right")) - 1
+        low, high = int(bounds[symbol]), int(bounds[symbol + 1])
         self.take(low, high - low, total)
-        return found
+        return symbol
 
     def finish(self) -> None:
-        """Check that nothing is left.
-
-        Raises:
-            ValueError: an encoder would have written other bytes for what was read.
-        """
+        """Check that nothing is left: ValueError where an encoder would have written other bytes for what was read."""
         expected = self._again.finish()
         if self._data != expected:
             raise ValueError(
@@ -115,17 +108,11 @@ class Decoder:
 
 
 def quantise(logits: np.ndarray) -> np.ndarray:
-    """Integer frequencies of codes under q = softmax(logits), each at least 1.
+    """Integer frequencies of codes under q = softmax(logits), each at least 1: (n, K) floats -> (n, K) int64.
 
-    Rounded down in float64 after every entry got its 1; what is left goes to the likeliest. A code costs at most
-    log2(1 / (1 - K / 2**24)) bits more than -log2 q. The same logits give the same frequencies; other hardware may give
-    logits that differ in the last bits, which whoever decodes has to check.
-
-    Args:
-        logits: (n, K) floats.
-
-    Returns:
-        (n, K) int64, each row adds up to 2**FREQUENCY_BITS.
+    Rounded down in float64 after every entry got its 1; what is left of 2**FREQUENCY_BITS goes to the likeliest. A code
+    costs at most log2(1 / (1 - K / 2**24)) bits more than -log2 q. The same logits give the same frequencies; other
+    hardware may give logits that differ in the last bits, which whoever decodes has to check.
 
     Raises:
         ValueError: not 2-dimensional, too many entries, or not finite.

@@ -24,7 +24,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from tatok_model.config import GENERATOR_SIZES, GeneratorConfig, read_generator_config
-from tatok_model.generation.layers import EPS, Block, Cache, Rotation, init_weights
+from tatok_model.generation.layers import EPS, Cache, CausalBlock, Rotation, init_weights
 from tatok_model.generation.sequences import Sequences
 
 NO_CLASS = -1  # a label: none, or not told
@@ -55,7 +55,7 @@ class Generator(
     library_name="tatok",
     tags=["image-generation"],
 ):
-    """The generator.
+    """An autoregressive transformer over token sequences; the file's docstring says how it works.
 
     Source: LlamaGen (arXiv 2406.06525) for the plain autoregressive recipe; position and code heads are ours.
     """
@@ -67,9 +67,9 @@ class Generator(
         m, n, k = config.global_tokens, config.patch_positions, config.codebook_size
         self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last: no class
         self.rotation = Rotation(config.grid_size, width // heads)
-        self.blocks = nn.ModuleList(Block(width, heads, config.dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(CausalBlock(width, heads, config.dropout) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=EPS)
-        self.code_block = Block(width, heads, config.dropout)
+        self.code_block = CausalBlock(width, heads, config.dropout)
         self.code_norm = nn.RMSNorm(width, eps=EPS)
         if m:
             self.global_codes = nn.Embedding(k, width)
@@ -117,32 +117,26 @@ class Generator(
 
     @torch.no_grad()
     def start_from_codes(self, global_codes: Tensor | None, patch_codes: Tensor | None) -> None:
-        """Begin with the tokenizer's geometry: entries whose code vectors are alike are read and scored alike.
+        """Begin with the tokenizer's geometry: entries whose (K, d) code vectors are alike are read and scored alike.
 
         Embeddings and scores of a code start as a random projection of its vector, at the scale of the usual random
-        start. Training moves them freely afterwards. A short training gains much by it: docs/experiments.md.
-
-        Args:
-            global_codes: (K, d) code vectors of the global tokens' codebook; None where there are no global tokens.
-            patch_codes: (K, d) of the patch tokens'; None where there are none.
+        start. Training moves them freely afterwards. A short training gains much by it: docs/experiments.md. None for
+        a kind of token that there is not.
         """
         if global_codes is not None and self.config.global_tokens:
             _project(global_codes, self.global_codes.weight, self.to_global_codes.weight)
         if patch_codes is not None and self.config.patch_tokens:
             _project(patch_codes, self.patch_codes.weight, self.to_patch_codes.weight)
 
-    # What sampling.py does one step at a time, `forward` does for all steps at once with the same functions.
+    # `forward` does for all steps at once with these what sampling.py does one step at a time.
 
     def read(self, inputs: Tensor, turns: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states of embeddings, each from itself and those before it.
+        """Hidden states of embeddings, each from itself and those before it, normalised: (B, L, D) -> (B, L, D).
 
         Args:
-            inputs: (B, L, D); with a cache the newest one alone, L = 1.
+            inputs: with a cache the newest one alone, L = 1.
             turns: (B, L) int64, how they rotate.
             cache: what was read before; the new one is added.
-
-        Returns:
-            (B, L, D), normalised.
         """
         rotation = self.rotation.of(turns)
         x = inputs
@@ -199,7 +193,7 @@ class Generator(
         return logits.masked_fill(F.pad(passed, (0, 1)), -math.inf)
 
     def new_cache(self) -> Cache:
-        """For one batch of sequences."""
+        """An empty one, for one batch of sequences."""
         return Cache(len(self.blocks) + 1, self.config.max_length)
 
     def _inputs(self, sequences: Sequences, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,6 +290,5 @@ def check_labels(labels: Tensor, classes: int) -> None:
 def _bits(logits: Tensor, targets: Tensor) -> Tensor:
     """(B, S) of (B, S, C) scores and (B, S) targets, in float32 at least."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").unflatten(
-        0, targets.shape
-    ) / math.log(2)
+    nats = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
+    return nats.unflatten(0, targets.shape) / math.log(2)

@@ -49,16 +49,11 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the embeddings that were read, for every layer, in storage of one size for the whole run.
+    """Keys and values of the embeddings that were read, for every layer, in storage of one size for the whole run."""
 
-    Args:
-        layers: attention layers.
-        length: embeddings at most.
-    """
-
-    def __init__(self, layers: int, length: int) -> None:
-        self.layers, self.capacity = layers, length
-        self.length = 0
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.layers, self.capacity = layers, capacity
+        self.length = 0  # embeddings that every layer has
         self._stored: Tensor | None = None  # (layers, 2, B, H, capacity, E)
 
     def put(self, layer: int, at: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +71,7 @@ class Cache:
             self._stored = self._stored[:, :, rows]
 
 
-class Attention(nn.Module):
+class CausalAttention(nn.Module):
     """Causal attention of queries to keys, which may come from another stream of the same length."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -131,13 +126,13 @@ class SwiGLU(nn.Module):
         return self.to_out(F.silu(self.to_gate(x)) * self.to_hidden(x))
 
 
-class Block(nn.Module):
+class CausalBlock(nn.Module):
     """Attention and a SwiGLU, each normalised before and added after."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(width, eps=EPS)
-        self.attention = Attention(width, heads)
+        self.attention = CausalAttention(width, heads)
         self.norm2 = nn.RMSNorm(width, eps=EPS)
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)
@@ -150,7 +145,7 @@ class Block(nn.Module):
         source: Tensor | None = None,
         source_rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D); without a source the sequence attends to itself. See `Attention`."""
+        """(B, L, D) -> (B, L, D); without a source the sequence attends to itself. See `CausalAttention`."""
         normed = self.norm1(x)
         asked = normed if source is None else source
         rotation = x_rotation if source_rotation is None else source_rotation

@@ -1,6 +1,8 @@
-"""A batch of sequences in the middle of being written: asks the generator what comes next, takes what was chosen.
+"""Sampling from a generator: one step per token, with a cache of keys and values, or without to check it.
 
-Under guidance every sequence has a second row without its class; both are combined before anybody sees a score.
+`sample` draws whole sequences. A `Stepper` is a batch of them in the middle of being written: it asks the generator
+what comes next and takes what was chosen. Under guidance every sequence has a second row without its class; both are
+combined before anybody sees a score. Draws are functions of (seed, number of the sample, step): `uniforms`.
 
 Shapes: A sequences in the batch, R rows that are computed (A, or 2 A under guidance), L embeddings read, D width,
 N patch positions, K codebook entries.
@@ -13,11 +15,11 @@ from tatok_model.config import GENERATOR_SIZES, GeneratorConfig, SamplingConfig
 from tatok_model.generation.generator import NO_CLASS, Generator, check_labels
 from tatok_model.generation.sequences import Sequences
 
-# Random numbers that are a function of their key: the same on every device, in every batch, in every order.
+LEAVE_SHARE = 1 / 8  # ended sequences leave once they are that share of the batch: leaving copies the cache
 
 
 def uniforms(seed: int, numbers: Tensor, count: int) -> Tensor:
-    """(B, S) float64 in [0, 1), `count` numbers for each (seed, number), multiples of 2^-32.
+    """(B, S) float64 in [0, 1), multiples of 2^-32: `count` for each (seed, number), the same on every device.
 
     Args:
         seed: any integer.
@@ -92,25 +94,24 @@ class Stepper:
 
     def place_logits(self, last: Tensor) -> Tensor:
         """(A, N + 1) scores of the next position or the end, after (A,) positions; -1: none yet."""
-        rows = last.repeat(2) if self._config.guided else last
-        return self._guided(self._generator.place_logits(self._hidden[:, -1], rows), self._config.position_guidance)
+        logits = self._generator.place_logits(self._hidden[:, -1], self._rows(last))
+        return self._guided(logits, self._config.position_guidance)
 
     def code_logits(self, places: Tensor) -> Tensor:
         """(A, K) scores of the codes at (A,) positions."""
-        rows = places.repeat(2) if self._config.guided else places
+        rows = self._rows(places)
         asked = self._ask(self._generator.patch_targets(rows)[:, None], rows[:, None] + 1)
         return self._guided(self._generator.to_patch_codes(asked), self._config.guidance)
 
     def take_global(self, codes: Tensor, number: int) -> None:
         """Go on with (A,) codes of global token `number`."""
-        rows = codes.repeat(2) if self._config.guided else codes
+        rows = self._rows(codes)
         self._read(self._generator.global_input(rows, torch.full_like(rows, number)), torch.zeros_like(rows))
 
     def take_patch(self, codes: Tensor, places: Tensor) -> None:
         """Go on with (A,) codes at (A,) positions."""
-        if self._config.guided:
-            codes, places = codes.repeat(2), places.repeat(2)
-        self._read(self._generator.patch_input(codes, places), places + 1)
+        places = self._rows(places)
+        self._read(self._generator.patch_input(self._rows(codes), places), places + 1)
 
     def keep(self, stay: Tensor) -> None:
         """Go on with some of the sequences: (A',) numbers of those that stay."""
@@ -119,6 +120,10 @@ class Stepper:
         self._inputs, self._turns = ([part[rows] for part in parts] for parts in (self._inputs, self._turns))
         if self._cache is not None:
             self._cache.keep(rows)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """(A,) -> (R,)."""
+        return values.repeat(2) if self._config.guided else values
 
     def _read(self, newest: Tensor, turns: Tensor) -> None:
         """(R, D) and (R,): what the next token depends on most of all."""
@@ -146,13 +151,8 @@ class Stepper:
         scale = self._config.scale_at(scale, self._steps / self._generator.config.max_length)
         if scale == 1:
             return told
-        # Where both are -inf their difference is no number.
+        # Where both are -inf their difference is NaN.
         return torch.where(told.isinf(), told, untold + scale * (told - untold))
-
-
-# Sampling from a generator: one step per token, with a cache of keys and values, or without to check it.
-
-LEAVE_SHARE = 1 / 8  # ended sequences leave once they are that share of the batch: leaving copies the cache
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def sample(
     config: SamplingConfig,
     use_cache: bool = True,
 ) -> Sequences:
-    """Draw one sequence for each label.
+    """Draw one sequence for each label, on the labels' device; ValueError for a class that does not exist.
 
     Args:
         generator: in evaluation mode.
@@ -173,12 +173,6 @@ def sample(
         seed: keys the draws too.
         config: temperature, guidance, ...
         use_cache: False computes every step from the beginning: slow, the reference that the cache is tested against.
-
-    Returns:
-        B sequences in the order of the labels, on their device.
-
-    Raises:
-        ValueError: a class that does not exist.
     """
     check_labels(labels, generator.config.classes)
     m, most = generator.config.global_tokens, generator.config.max_patch_tokens
@@ -186,9 +180,9 @@ def sample(
     rows = Stepper(generator, labels, config, use_cache)
     global_indices = labels.new_zeros(len(labels), m)
     for number in range(m):
-        found = draw(rows.global_logits(number), draws[:, number], config.temperature, config.top_k, config.top_p)
-        global_indices[:, number] = found
-        rows.take_global(found, number)
+        code = draw(rows.global_logits(number), draws[:, number], config.temperature, config.top_k, config.top_p)
+        global_indices[:, number] = code
+        rows.take_global(code, number)
     codes, places = labels.new_full((len(labels), most), 0), labels.new_full((len(labels), most), -1)
     _draw_patches(rows, config, draws[:, m::2], draws[:, m + 1 :: 2], codes, places)
     counts = (places >= 0).sum(1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tatok_model.tokens import Tokens
@@ -40,7 +41,7 @@ class Sequences:
 
     @classmethod
     def from_tokens(cls, tokens: Tokens) -> "Sequences":
-        """Of tokens at one cut. Where global tokens lost a tail, every image has to have lost as many."""
+        """Of tokens at one cut; ValueError where some images have lost more of their global tokens than others."""
         counts = tokens.patch_counts
         longest = int(counts.max()) if len(tokens) else 0
         # Kept positions first, each kind in raster order.
@@ -48,24 +49,21 @@ class Sequences:
         real = torch.arange(longest, device=counts.device) < counts[:, None]
         places = places.where(real, 0)
         codes = tokens.patch_indices.gather(1, places).where(real, 0)
-        return cls(_global_indices(tokens), codes, places, counts)
+        global_indices = tokens.global_indices
+        if tokens.global_counts is not None and len(tokens):
+            if len(lengths := tokens.global_counts.unique()) > 1:
+                raise ValueError(f"images have {lengths.tolist()} global tokens; expected as many in all of them")
+            global_indices = global_indices[:, : int(lengths[0])]
+        return cls(global_indices, codes, places, counts)
 
     def to_tokens(self, patch_positions: int, global_tokens: int) -> Tokens:
-        """What a tokenizer decodes.
-
-        Args:
-            patch_positions: N.
-            global_tokens: M of the tokenizer; those that the sequences lack count as a lost tail.
-        """
+        """What a tokenizer of N and M tokens decodes; global tokens that the sequences lack count as a lost tail."""
         batch, own = self.global_indices.shape
-        zeros = self.codes.new_zeros(batch, patch_positions)
-        real = self.real
-        # Padding points at position 0: it goes to a column of its own that is cut off.
-        at = self.places.where(real, patch_positions)
-        wide = torch.cat([zeros, zeros.new_zeros(batch, 1)], dim=1)
+        wide = self.codes.new_zeros(batch, patch_positions + 1)  # padding goes to the last column, which is cut off
+        at = self.places.where(self.real, patch_positions)
         patch_indices = wide.scatter(1, at, self.codes)[:, :patch_positions]
         kept_mask = wide.bool().scatter(1, at, True)[:, :patch_positions]
-        globals_ = torch.cat([self.global_indices, zeros.new_zeros(batch, global_tokens - own)], dim=1)
+        globals_ = F.pad(self.global_indices, (0, global_tokens - own))
         counts = None if own == global_tokens else torch.full_like(self.counts, own)
         return Tokens(globals_, patch_indices, kept_mask, global_counts=counts)
 
@@ -93,12 +91,3 @@ class Sequences:
         parts = (self.global_indices, self.codes, self.places, self.counts)
         ahead = torch.device(device).type != "cpu"  # a copy to the CPU could be read before it has arrived
         return Sequences(*(part.to(device, non_blocking=ahead) for part in parts))
-
-
-def _global_indices(tokens: Tokens) -> Tensor:
-    """(B, M'), without a tail that was lost."""
-    if tokens.global_counts is None:
-        return tokens.global_indices
-    if len(found := tokens.global_counts.unique()) > 1:
-        raise ValueError(f"images have {found.tolist()} global tokens; expected as many in all of them")
-    return tokens.global_indices[:, : int(found[0])] if len(found) else tokens.global_indices

@@ -18,11 +18,7 @@ from torch import Tensor
 
 
 class FeatureStatistics:
-    """Mean and covariance of features, accumulated batch by batch and merged across processes.
-
-    Args:
-        feature_dim: F, the width of every batch to come.
-    """
+    """Mean and covariance of features, F = `feature_dim` wide, batch by batch and merged across processes."""
 
     def __init__(self, feature_dim: int) -> None:
         if feature_dim < 1:
@@ -33,13 +29,10 @@ class FeatureStatistics:
         self._outer = torch.zeros(feature_dim, feature_dim, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: (B, F), any floating type and device.
+        """Add (B, F) features of any floating type and device.
 
         Raises:
-            ValueError: if `features` is not 2-D, not F wide, or holds NaN or infinity.
+            ValueError: they are not 2-D, not F wide, or hold NaN or infinity.
         """
         if features.ndim != 2:
             raise ValueError(f"features must be 2-D (B, F), got shape {tuple(features.shape)}")
@@ -55,11 +48,7 @@ class FeatureStatistics:
         self._outer.addmm_(batch.T, batch)
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Add what another process has seen.
-
-        Raises:
-            ValueError: if the widths differ.
-        """
+        """Add what another process has seen; ValueError where the widths differ."""
         if other.feature_dim != self.feature_dim:
             raise ValueError(f"cannot merge features {other.feature_dim} wide into features {self.feature_dim} wide")
         self.n += other.n
@@ -67,21 +56,13 @@ class FeatureStatistics:
         self._outer += other._outer
 
     def mean(self) -> Tensor:
-        """(F,) float64.
-
-        Raises:
-            ValueError: if no image was seen.
-        """
+        """(F,) float64; ValueError where no image was seen."""
         if self.n < 1:
             raise ValueError("a mean needs at least 1 image, got 0")
         return self._sum / self.n
 
     def covariance(self) -> Tensor:
-        """(F, F) float64, divided by n - 1 as every published FID does.
-
-        Raises:
-            ValueError: if fewer than two images were seen.
-        """
+        """(F, F) float64, divided by n - 1 as every published FID does; ValueError below two images."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
         return (self._outer - torch.outer(self._sum, self.mean())) / (self.n - 1)
@@ -92,11 +73,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:
-        """The inverse of `to_arrays`.
-
-        Raises:
-            ValueError: if `outer` is not (F, F) for the F of `sum`.
-        """
+        """The inverse of `to_arrays`; ValueError where `outer` is not (F, F) for the F of `sum`."""
         width = len(arrays["sum"])
         if arrays["outer"].shape != (width, width):
             raise ValueError(f"outer must be ({width}, {width}) as sum is {width} wide, got {arrays['outer'].shape}")
@@ -110,22 +87,14 @@ class FeatureStatistics:
 def frechet_distance(
     mu1: Tensor | np.ndarray, sigma1: Tensor | np.ndarray, mu2: Tensor | np.ndarray, sigma2: Tensor | np.ndarray
 ) -> float:
-    """Squared Frechet distance between two Gaussians, what the literature calls FID.
+    """Squared Frechet distance between two Gaussians of (F,) means and (F, F) covariances: FID in the literature.
 
     The eigenvalues of S1 S2 are those of the symmetric sqrt(S1) S2 sqrt(S1), so the trace of its square root needs no
-    `sqrtm`, which returns imaginary parts for the near-singular covariances of real features.
-
-    Args:
-        mu1: (F,) mean of the one set.
-        sigma1: (F, F) its covariance.
-        mu2: (F,) mean of the other.
-        sigma2: (F, F) its covariance.
-
-    Returns:
-        The distance; about -1e-9 of its terms' size is possible for equal inputs.
+    `sqrtm`, which returns imaginary parts for the near-singular covariances of real features. Equal inputs may give
+    about -1e-9 of the terms' size.
 
     Raises:
-        ValueError: if shapes do not fit together or a value is not finite.
+        ValueError: shapes do not fit together or a value is not finite.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500).
     """

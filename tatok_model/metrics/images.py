@@ -19,16 +19,10 @@ SSIM_SIGMA = 1.5  # pixels
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Quantise by the one rule of this project: round half to even after scaling by 255, then clamp.
-
-    Args:
-        images: floating, [0, 1]; values outside are clamped.
-
-    Returns:
-        uint8 of the same shape.
+    """Floats in [0, 1] to uint8 by the one rule of this project: round half to even after scaling by 255, then clamp.
 
     Raises:
-        ValueError: if `images` is not floating or holds NaN or infinity, which a cast would turn into some colour.
+        ValueError: `images` is not floating or holds NaN or infinity, which a cast would turn into some colour.
     """
     if not images.is_floating_point():
         raise ValueError(f"images must be floating in [0, 1], got {images.dtype}")
@@ -41,27 +35,17 @@ def squared_error(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """Sum of squared differences of each image, exact: (B,) int64, in grey levels squared.
 
     Raises:
-        ValueError: if the two are not uint8 of one (B, C, H, W) shape.
+        ValueError: the two are not uint8 of one (B, C, H, W) shape.
     """
     _check_pair(originals, reconstructions)
     return (originals.int() - reconstructions.int()).square().sum((1, 2, 3), dtype=torch.int64)
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image.
+    """Peak signal-to-noise ratio of each image: (B,) float64, dB; arguments and errors as `squared_error`.
 
     Identical images would be infinite and spoil every mean. They count as if one value were off by one level, the best
     a different image can reach: 83.0 dB at 3 x 32 x 32.
-
-    Args:
-        originals: (B, C, H, W) uint8.
-        reconstructions: the same shape, uint8.
-
-    Returns:
-        (B,) float64, dB.
-
-    Raises:
-        ValueError: as `squared_error`.
     """
     values = originals[0].numel() if len(originals) else 1
     error = squared_error(originals, reconstructions).double()
@@ -69,40 +53,24 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each image: the mean of `ssim_map`.
-
-    Args:
-        originals: (B, C, H, W) uint8, H and W at least 11.
-        reconstructions: the same shape, uint8.
-
-    Returns:
-        (B,) float64, at most 1.
-
-    Raises:
-        ValueError: as `squared_error`, and for images smaller than the window, for which SSIM is not defined.
-    """
+    """Structural similarity of each image, the mean of `ssim_map`: (B,) float64, at most 1."""
     return ssim_map(originals, reconstructions).mean((1, 2, 3))
 
 
 def ssim_map(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity around each pixel: gaussian window 11, sigma 1.5, data range 1, K 0.01 and 0.03.
+    """Structural similarity around each pixel, (B, C, H, W) float64, of two uint8 batches, H and W at least 11.
+
+    Gaussian window 11, sigma 1.5, data range 1, K 0.01 and 0.03, population (not sample) variances.
 
     Border: pixels are mirrored about the outermost one and every pixel has a window, as in torchmetrics, so that the
     border counts as much as the middle: windows wholly inside would be centred on 47% of a 32-pixel image.
     scikit-image takes only those in its mean; there the two maps are equal. float64, because variances are differences
     of nearly equal numbers (float32 misses by 2e-5 on flat images).
 
-    Args:
-        originals: (B, C, H, W) uint8, H and W at least 11.
-        reconstructions: the same shape, uint8.
-
-    Returns:
-        (B, C, H, W) float64.
-
     Raises:
-        ValueError: as `ssim`.
+        ValueError: as `squared_error`, and for images smaller than the window, for which SSIM is not defined.
 
-    Source: Wang et al. 2004, population (not sample) variances.
+    Source: Wang et al. 2004.
     """
     _check_pair(originals, reconstructions)
     height, width = originals.shape[2:]
@@ -143,15 +111,7 @@ class ImageQuality:
         self._values = 0  # how many numbers were compared
 
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            originals: (B, C, H, W) uint8, H and W at least 11.
-            reconstructions: the same shape, uint8.
-
-        Raises:
-            ValueError: as `ssim`.
-        """
+        """Add a batch; arguments and errors as `ssim_map`."""
         structure = ssim(originals, reconstructions)
         self._ssim = np.append(self._ssim, structure.cpu().numpy())
         self._psnr = np.append(self._psnr, psnr(originals, reconstructions).cpu().numpy())
@@ -166,14 +126,10 @@ class ImageQuality:
         self._values += other._values
 
     def results(self) -> dict[str, float]:
-        """The same to the last bit in whatever order images came.
+        """The same to the last bit in whatever order images came; ValueError where none was seen.
 
-        Returns:
-            psnr: mean of per-image dB; psnr_pooled: dB of the mean squared error over all images (identical sets count
-            as one value off by one level); psnr_p10: dB that 90% of images exceed; ssim: mean.
-
-        Raises:
-            ValueError: if no image was seen.
+        psnr is the mean of per-image dB; psnr_pooled the dB of the mean squared error over all images (identical sets
+        count as one value off by one level); psnr_p10 the dB that 90% of images exceed; ssim the mean.
         """
         n = len(self._psnr)
         if n == 0:

@@ -22,7 +22,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3, chunk: int = C
         real: (B, F) features.
         generated: (C, F) features. Sets of equal size compare best: balls shrink as a set grows.
         k: neighbours, itself not counted.
-        chunk: rows of distances computed at once; decides memory, not results.
+        chunk: rows of distances in memory at once; the results are the same.
 
     Raises:
         ValueError: features that are not 2-D, of unequal width or not finite, or fewer than k + 1 in a set.
@@ -36,28 +36,18 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3, chunk: int = C
 
 def radii(features: Tensor, k: int, chunk: int = CHUNK) -> Tensor:
     """(B,) float64, distance of each of (B, F) features to its k-th nearest neighbour in the set, itself left out."""
-    found = []
+    reach = []
     for first in range(0, len(features), chunk):
         rows = features[first : first + chunk]
         distances = _distances(rows, features)
         own = torch.arange(len(rows), device=features.device)
         distances[own, first + own] = torch.inf
-        found.append(distances.topk(k, dim=1, largest=False).values[:, -1])
-    return torch.cat(found)
+        reach.append(distances.topk(k, dim=1, largest=False).values[:, -1])
+    return torch.cat(reach)
 
 
 def nearest(features: Tensor, among: Tensor, k: int = 1, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """The nearest members of another set.
-
-    Args:
-        features: (B, F).
-        among: (C, F), at least k.
-        k: how many.
-        chunk: as above.
-
-    Returns:
-        distances: (B, k) float64, ascending.
-        indices: (B, k) int64 into `among`.
+    """The k nearest members of another set: (B, F) and (C, F) -> (B, k) float64 distances, ascending, and indices.
 
     Raises:
         ValueError: features that are not 2-D, of unequal width or not finite, or fewer than k to choose among.
@@ -65,11 +55,11 @@ def nearest(features: Tensor, among: Tensor, k: int = 1, chunk: int = CHUNK) -> 
     _check(features, among)
     if not 0 < k <= len(among):
         raise ValueError(f"k is {k} among {len(among)} features; expected 1 to {len(among)}")
-    found = [
+    chunks = [
         _distances(features[first : first + chunk], among).topk(k, dim=1, largest=False)
         for first in range(0, len(features), chunk)
     ]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    return torch.cat([part.values for part in chunks]), torch.cat([part.indices for part in chunks])
 
 
 def _share_inside(features: Tensor, manifold: Tensor, k: int, chunk: int) -> float:

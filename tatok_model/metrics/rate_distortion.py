@@ -22,16 +22,16 @@ def bd_rate(rate_a: np.ndarray, psnr_a: np.ndarray, rate_b: np.ndarray, psnr_b: 
     included; points beyond it only shape the cubics.
 
     Args:
-        rate_a: (P_a,) bits or tokens, at least 0.
-        psnr_a: (P_a,) dB.
-        rate_b: (P_b,) in the unit of `rate_a`.
-        psnr_b: (P_b,) dB.
+        rate_a: (P,) bits or tokens, at least 0.
+        psnr_a: (P,) dB.
+        rate_b: (P',) in the unit of `rate_a`.
+        psnr_b: (P',) dB.
 
     Returns:
         Percent of a's rate; None, undefined, unless each curve has at least four efficient points within the overlap.
 
     Raises:
-        ValueError: rate and PSNR of a curve differ in shape, or hold what is no number or a negative rate.
+        ValueError: rate and PSNR of a curve differ in shape, or hold NaN, infinity or a negative rate.
 
     Source: Bjontegaard, VCEG-M33 (2001), with the piecewise cubics of JCTVC-L1100 in place of one polynomial.
     """
@@ -46,17 +46,10 @@ def bd_rate(rate_a: np.ndarray, psnr_a: np.ndarray, rate_b: np.ndarray, psnr_b: 
 
 
 def efficient_points(rate: np.ndarray, psnr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a curve that no other point beats: log rate and PSNR, both strictly rising.
+    """The points of a curve that no other point beats: log rate and PSNR, both strictly rising; errors as `bd_rate`.
 
     A point goes when another one has at most its rate and at least its PSNR; of equal points one stays. Points of rate
     0 go too, because they have no log rate.
-
-    Args:
-        rate: (P,) at least 0.
-        psnr: (P,) dB.
-
-    Raises:
-        ValueError: as `bd_rate`.
     """
     rate, psnr = np.asarray(rate, dtype=np.float64), np.asarray(psnr, dtype=np.float64)
     if rate.ndim != 1 or rate.shape != psnr.shape:
@@ -73,17 +66,12 @@ def efficient_points(rate: np.ndarray, psnr: np.ndarray) -> tuple[np.ndarray, np
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation, equal values having the mean of their ranks.
+    """Spearman's rank correlation of (B,) numbers, equal ones having the mean of their ranks: from -1 to 1.
 
-    Args:
-        x: (B,) numbers.
-        y: (B,) numbers.
-
-    Returns:
-        -1 to 1; not-a-number if all of `x` or all of `y` are equal, because nothing then can be said.
+    NaN if all of `x` or all of `y` are equal, because nothing then can be said.
 
     Raises:
-        ValueError: the shapes differ, there are fewer than two images, or a value is not-a-number.
+        ValueError: the shapes differ, there are fewer than two images, or a value is NaN.
     """
     levels_x, levels_y = _levels(x, y)
     return _correlation(_ranks(levels_x), _ranks(levels_y))
@@ -92,20 +80,10 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 def spearman_interval(
     x: np.ndarray, y: np.ndarray, seed: int, draws: int = DRAWS, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Percentile bootstrap over images for `spearman`: its lower and upper bound.
+    """Percentile bootstrap over images for `spearman`: its bounds; arguments as `bootstrap_mean_interval`.
 
-    Draws in which one side is constant have no correlation and are left out; both bounds are not-a-number if that is
-    all of them.
-
-    Args:
-        x: (B,) numbers.
-        y: (B,) numbers.
-        seed: of the draws; equal seeds give equal intervals.
-        draws: how often B images are drawn with replacement.
-        level: the share of draws within the interval.
-
-    Raises:
-        ValueError: as `spearman`, or `draws` or `level` is outside its range.
+    Draws in which one side is constant have no correlation and are left out; both bounds are NaN if that is all of
+    them. Raises as `spearman`, or where `draws` or `level` is outside its range.
     """
     levels_x, levels_y = _levels(x, y)
 
@@ -122,13 +100,12 @@ def bootstrap_mean_interval(
 
     Args:
         values: (B,) numbers.
-        seed: of the draws; equal seeds give equal intervals.
+        seed: equal seeds give equal intervals.
         draws: how often B images are drawn with replacement.
         level: the share of draws within the interval.
 
     Raises:
-        ValueError: `values` is not (B,) with at least one image and numbers only, or `draws` or `level` is outside its
-            range.
+        ValueError: `values` is not (B,) of at least one image and finite, or `draws` or `level` is outside its range.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
@@ -192,9 +169,9 @@ def _bootstrap(
     if draws < 1 or not 0 < level < 1:
         raise ValueError(f"draws is {draws} and level {level}; expected at least 1 draw and a level between 0 and 1")
     random = np.random.default_rng(seed)
-    found = np.array([statistic(random.integers(images, size=images)) for _ in range(draws)])
-    found = found[~np.isnan(found)]
-    if len(found) == 0:
+    values = np.array([statistic(random.integers(images, size=images)) for _ in range(draws)])
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
         return math.nan, math.nan
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

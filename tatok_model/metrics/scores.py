@@ -1,9 +1,10 @@
-"""Inception score and codebook usage, from sums that add up across processes.
+"""Scores that compare with no originals: of pictures by a classifier, and of codes by their use and code lengths.
 
-Neither compares with originals: the first says how sure and how varied a classifier finds the images, the second how
-many codebook entries do any work.
+The Inception score says how sure and how varied a classifier finds pictures, `CodeUsage` how many codebook entries do
+any work; both are sums that add up across processes. The functions at the end say what global and patch codes tell of
+one another, in bits, from code lengths under entropy models.
 
-Shapes: B images, C classes, K codebook entries.
+Shapes: B images, C classes, K codebook entries, N patch positions, O orders.
 """
 
 import math
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tatok_model.metrics.rate_distortion import bootstrap_mean_interval
+
+CHAIN_ORDERS = 4  # O, orders over which a chain of code lengths is averaged
 
 
 class InceptionScore:
@@ -36,15 +39,15 @@ class InceptionScore:
         self._p_log_p = torch.zeros(splits, dtype=torch.float64)
 
     def update(self, logits: Tensor, split: Tensor | None = None) -> None:
-        """Add a batch.
+        """Add (B, C) logits of any floating type and device.
 
         Args:
-            logits: (B, C), any floating type and device.
-            split: (B,) integer, the split that each image belongs to, from its place in the whole set, so that it does
-                not depend on who processes it; all in split 0 when left out.
+            logits: of a batch.
+            split: (B,) integers, the split of each image, from its place in the whole set, so that it does not depend
+                on who processes it; None: all in split 0.
 
         Raises:
-            ValueError: if shapes do not fit, a logit is not finite, or a split number is outside 0..splits-1.
+            ValueError: shapes do not fit, a logit is not finite, or a split number is outside 0 to splits - 1.
         """
         if logits.ndim != 2 or logits.shape[1] != self.classes:
             raise ValueError(f"logits must be (B, {self.classes}), got {tuple(logits.shape)}")
@@ -61,11 +64,7 @@ class InceptionScore:
         self._p_log_p.index_add_(0, rows, (log_p.exp() * log_p).sum(1))
 
     def merge(self, other: "InceptionScore") -> None:
-        """Add what another process has seen.
-
-        Raises:
-            ValueError: if classes or splits differ.
-        """
+        """Add what another process has seen; ValueError where classes or splits differ."""
         if (other.classes, other.splits) != (self.classes, self.splits):
             raise ValueError(
                 f"cannot merge {other.classes} classes in {other.splits} splits "
@@ -76,11 +75,7 @@ class InceptionScore:
         self._p_log_p += other._p_log_p
 
     def per_split(self) -> Tensor:
-        """(splits,) float64, from 1 to C.
-
-        Raises:
-            ValueError: if a split has no image.
-        """
+        """(splits,) float64, from 1 to C; ValueError where a split has no image."""
         if (self._counts == 0).any():
             raise ValueError(f"every split needs an image, got {self._counts.tolist()} images per split")
         marginal = self._p / self._counts[:, None]
@@ -107,11 +102,7 @@ class InceptionScore:
 
 
 def inception_score(logits: Tensor, splits: int = 1) -> float:
-    """The score of one set of logits in memory, cut in order into groups whose sizes differ by one at most.
-
-    Args:
-        logits: (B, C).
-        splits: how many groups.
+    """The score of (B, C) logits in memory, cut in order into groups whose sizes differ by one at most.
 
     Raises:
         ValueError: as `InceptionScore`, and where there are more splits than images.
@@ -124,11 +115,7 @@ def inception_score(logits: Tensor, splits: int = 1) -> float:
 
 
 class CodeUsage:
-    """How often each codebook entry was chosen.
-
-    Args:
-        codebook_size: K.
-    """
+    """How often each of K = `codebook_size` entries was chosen."""
 
     def __init__(self, codebook_size: int) -> None:
         if codebook_size < 1:
@@ -136,11 +123,7 @@ class CodeUsage:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
 
     def update(self, indices: Tensor) -> None:
-        """Add indices of any shape.
-
-        Raises:
-            ValueError: if they are not integers from 0 to K - 1.
-        """
+        """Add indices of any shape; ValueError where they are not integers from 0 to K - 1."""
         if indices.is_floating_point() or indices.dtype == torch.bool:
             raise ValueError(f"code indices must be integers, got {indices.dtype}")
         flat = indices.detach().reshape(-1).cpu().long()
@@ -151,11 +134,7 @@ class CodeUsage:
         self.counts += flat.bincount(minlength=len(self.counts))
 
     def merge(self, other: "CodeUsage") -> None:
-        """Add what another process has seen.
-
-        Raises:
-            ValueError: if the codebook sizes differ.
-        """
+        """Add what another process has seen; ValueError where the codebook sizes differ."""
         if len(other.counts) != len(self.counts):
             raise ValueError(f"cannot merge a codebook of {len(other.counts)} into one of {len(self.counts)}")
         self.counts += other.counts
@@ -186,35 +165,24 @@ class CodeUsage:
         return usage
 
 
-# What global and patch codes tell of one another, in bits, from code lengths under entropy models.
-
-ORDERS = 4  # over which a chain is averaged
-
-
 def chain_orders(positions: int, seed: int) -> np.ndarray:
     """(O, N) int64: random orders of the positions, the same for all images; row by row a permutation."""
     random = np.random.default_rng([seed, positions])
-    return np.stack([random.permutation(positions) for _ in range(ORDERS)])
+    return np.stack([random.permutation(positions) for _ in range(CHAIN_ORDERS)])
 
 
 def partners(images: int, seed: int) -> np.ndarray:
     """(B,) int64: for each image another one, drawn from all of them, as the null of what its own global codes tell.
 
-    One random cycle through all images, so that each gives its codes once: neighbours may be of one class.
-
-    Args:
-        images: B.
-        seed: of the draw.
-
-    Raises:
-        ValueError: fewer than two images.
+    One random cycle through all images, so that each gives its codes once: neighbours may be of one class. ValueError
+    below two images.
     """
     if images < 2:
         raise ValueError(f"images is {images}; expected at least 2 to exchange global codes")
     cycle = np.random.default_rng([seed, images]).permutation(images)
-    found = np.empty_like(cycle)
-    found[cycle] = np.roll(cycle, 1)
-    return found
+    partner = np.empty_like(cycle)
+    partner[cycle] = np.roll(cycle, 1)
+    return partner
 
 
 def redundancy(one_pass: np.ndarray, chain: np.ndarray) -> float:
@@ -246,12 +214,7 @@ def mutual_information(blind: np.ndarray, seeing: np.ndarray, seed: int) -> tupl
 
 
 def unigram_bits(indices: np.ndarray, codebook_size: int) -> float:
-    """Bits of an image whose codes are coded by how often each entry is used among these images.
-
-    Args:
-        indices: (B, N) int64 codes.
-        codebook_size: K.
-    """
+    """Bits of an image of (B, N) int64 codes that are coded by how often each of K entries is used among them all."""
     shares = np.bincount(indices.ravel(), minlength=codebook_size) / indices.size
     used = shares[shares > 0]
     return float(-(used * np.log2(used)).sum() * indices.shape[1])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import demo
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 
 
 @pytest.mark.ray

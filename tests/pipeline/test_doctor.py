@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import doctor
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import resolve_paths
+from pipeline.core.presets import load_config
 from pipeline.doctor import look
 
 KEYS = ("data.num_workers=1", "tracking.uri=")
@@ -196,7 +196,7 @@ def test_a_cluster_is_asked_on_all_its_nodes(run_python, tmp_path):
 import os
 from ray.cluster_utils import Cluster
 from pipeline import doctor
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "include_dashboard": False}})
 cluster.add_node(num_cpus=2)
 os.environ["RAY_ADDRESS"] = cluster.address

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.core import run as run_module
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.run import Run, check_folder, commit, hardware, versions
+from pipeline.core.presets import load_config
+from pipeline.core.run import Run, check_folder, commit, hardware, parse_metrics, read_metrics, read_summary, versions
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def run(config: Config):
 
 
 def summary(run: Run) -> dict:
-    return json.loads((run.folder / "summary.json").read_text())
+    return read_summary(run.folder)
 
 
 def test_an_opened_run_says_that_it_is_running_and_what_was_asked_for(run, config):
@@ -44,11 +45,8 @@ def test_the_summary_holds_what_the_stage_filled_in(run):
     run.write_summary("finished", exit_code=0)
     found = summary(run)
     assert found["results"] == {"psnr": 24.5, "loss": None}
-    assert (found["outputs"], found["inputs"]["shards"]["path"], found["mlflow_run_id"]) == (
-        {"checkpoint": "/x"},
-        "/s",
-        "abc",
-    )
+    assert (found["outputs"], found["inputs"]["shards"]["path"]) == ({"checkpoint": "/x"}, "/s")
+    assert found["mlflow_run_id"] == "abc"
     assert found["seconds"] >= 0
 
 
@@ -118,8 +116,27 @@ def test_rewound_metrics_end_at_the_step_and_go_on_from_there(run):
         file.write('{"time": 1, "st')  # torn by a kill
     run.rewind_metrics(2)
     run.log({"loss": 2.0}, 3)
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["metrics"]["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(line.step, line.metrics["loss"]) for line in read_metrics(run.folder)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_only_whole_lines_of_metrics_that_are_understood_are_read(run):
+    assert read_metrics(run.folder) == []
+    run.log({"loss": math.nan, "psnr": 20}, step=1)
+    run.log({"loss": 0.5}, step=2)
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('[]\n{"step": 3}\n{"time": 1, "st')
+    assert [line.step for line in read_metrics(run.folder)] == [1, 2]
+    (line,) = read_metrics(run.folder, holding="psnr")
+    assert (line.step, line.metrics["psnr"]) == (1, 20.0)
+    assert math.isnan(line.metrics["loss"])
+    assert parse_metrics(b"") == []
+
+
+@pytest.mark.parametrize("text", ['{"status": "fin', "[]"])
+def test_a_torn_or_foreign_summary_is_an_error(run, text):
+    (run.folder / "summary.json").write_text(text)
+    with pytest.raises(ValueError):  # noqa: PT011 - whatever the words
+        read_summary(run.folder)
 
 
 def test_asking_to_stop_is_remembered(run):

@@ -4,31 +4,17 @@ import math
 import pytest
 import torch
 
-from tatok_model import TaTok, TokenizerConfig
 from tatok_model.codec.bytestream import Codec, model_id
 from tatok_model.codec.header import payload_bits, unseal
-from tatok_model.threads import one_thread
+from tatok_model.vit import one_thread
 
-CONFIG = TokenizerConfig(
-    image_size=32, patch_size=4, global_tokens=4, codebook_size=100, codebook_dim=8, entropy_width=32
-)
+SIZES = {"patch_size": 4, "codebook_size": 100}
 CUTS = [("count", 0), ("count", 20), ("count", 64), ("relative", 0.5), ("residual", 200.0)]
 
 
-def opinionated(**changes):
-    torch.manual_seed(0)
-    model = TaTok(dataclasses.replace(CONFIG, **changes)).train()
-    model(torch.rand(16, 3, 32, 32))
-    if model.entropy_model is not None:
-        with torch.no_grad():
-            for parameter in model.entropy_model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def tokenizer():
-    return opinionated()
+def tokenizer(opinionated):
+    return opinionated(**SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +99,9 @@ def test_an_image_that_a_replay_does_not_reach_has_its_positions_sent(tokenizer,
     assert same(cut, codec.from_bytes(streams))
 
 
-def test_streams_of_another_tokenizer_are_refused(tokenizer, tokens):
+def test_streams_of_another_tokenizer_are_refused(tokenizer, tokens, opinionated):
     streams = Codec(tokenizer).to_bytes(tokenizer.rank(tokens).cut("count", 20))
-    other = opinionated()
+    other = opinionated(**SIZES)
     with torch.no_grad():
         other.fill_gate.add_(0.1)
     assert model_id(other) != model_id(tokenizer)
@@ -123,8 +109,8 @@ def test_streams_of_another_tokenizer_are_refused(tokenizer, tokens):
         Codec(other).from_bytes(streams)
 
 
-def test_what_needs_an_entropy_model_is_refused_without_one(tokens):
-    without = opinionated(entropy_layers=0)
+def test_what_needs_an_entropy_model_is_refused_without_one(tokens, opinionated):
+    without = opinionated(**SIZES, entropy_layers=0)
     codec = Codec(without)
     with pytest.raises(ValueError, match="this tokenizer has no entropy model"):
         codec.to_bytes(tokens, entropy_coded=True)

@@ -7,8 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tatok_model.filtering_rules import RULES, SCORES
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import RULES, SCORES, QualityLine
 
 SCORED = [name for name, score in SCORES.items() if score.unit]
 PAIRS = [(score, rule) for score in SCORED for rule in RULES if rule != "quality" or SCORES[score].in_signal]
@@ -64,26 +63,6 @@ def middle(ranking, rule):
     return thresholds(ranking, rule)[3]
 
 
-def by_definition(ranking, rule, threshold):
-    """T of each image, from scores in their unit."""
-    counts = []
-    for units in ranking.score_units.tolist():
-        h = [step / RESOLUTIONS[ranking.score] for step in units]
-        total, n = sum(h), len(h)
-        if rule == "count":
-            counts.append(threshold)
-        elif rule == "marginal":
-            counts.append(next((t for t in range(n) if h[t] < threshold), n))
-        elif rule == "relative":
-            counts.append(n if threshold == 1 else next(t for t in range(n + 1) if sum(h[:t]) >= threshold * total))
-        elif rule == "residual":
-            counts.append(next(t for t in range(n + 1) if sum(h[t:]) <= threshold))
-        else:  # the shortest whose predicted PSNR is what was asked for
-            line, wanted = ranking.line, 10 ** (-threshold / 10) + 1e-12
-            counts.append(next(t for t in range(n + 1) if line.intercept + line.slope * sum(h[t:]) <= wanted))
-    return counts
-
-
 @pytest.mark.parametrize(
     ("score", "rule", "rounds"),
     [(*pair, rounds) for pair in PAIRS for rounds in (1, 4) if rounds == 1 or SCORES[pair[0]].in_rounds],
@@ -102,18 +81,6 @@ def test_kept_sets_nest_from_none_to_all(ranked, score, rule, rounds):
 
 
 @pytest.mark.parametrize(("score", "rule"), PAIRS)
-def test_a_cut_keeps_what_its_rule_says_first_in_the_order(ranked, score, rule):
-    tokens = ranked(score)
-    for threshold in thresholds(tokens.ranking, rule)[1:-1]:
-        cut = tokens.cut(rule, threshold)
-        counts = by_definition(tokens.ranking, rule, threshold)
-        assert cut.patch_counts.tolist() == counts
-        for image, count in enumerate(counts):
-            kept = cut.kept_mask[image].nonzero()[:, 0].tolist()
-            assert kept == sorted(tokens.ranking.order[image, :count].tolist())
-
-
-@pytest.mark.parametrize(("score", "rule"), PAIRS)
 def test_an_image_is_cut_alone_as_in_a_batch(tokenizer, ranked, images, score, rule):
     together = ranked(score)
     threshold = middle(together.ranking, rule)
@@ -125,18 +92,6 @@ def test_an_image_is_cut_alone_as_in_a_batch(tokenizer, ranked, images, score, r
         alone = tokenizer.rank(tokenizer.encode(image), score, 1, image)
         alone = replace(alone, ranking=replace(alone.ranking, line=together.ranking.line))
         assert torch.equal(alone.cut(rule, threshold).kept_mask[0], kept[number])
-
-
-@pytest.mark.parametrize(("score", "rule"), PAIRS)
-def test_permuting_a_batch_permutes_its_cut(tokenizer, ranked, images, score, rule):
-    order, together = torch.tensor([3, 0, 5, 1, 4, 2]), ranked(score)
-    threshold = middle(together.ranking, rule)
-    permuted = tokenizer.rank(tokenizer.encode(images[order]), score, 1, images[order])
-    permuted = replace(permuted, ranking=replace(permuted.ranking, line=together.ranking.line))
-    assert torch.equal(permuted.ranking.order, together.ranking.order[order])
-    cut, other = together.cut(rule, threshold), permuted.cut(rule, threshold)
-    assert torch.equal(other.kept_mask, cut.kept_mask[order])
-    torch.testing.assert_close(tokenizer.decode(other), tokenizer.decode(cut)[order], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("score", "rule"), PAIRS)

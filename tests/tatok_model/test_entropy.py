@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tatok_model.entropy import EntropyModel
+from tatok_model.entropy import EntropyModel, hidden_without_gradients
 
 B, N, K = 3, 16, 20
 
@@ -17,30 +17,22 @@ def model_of(global_tokens, layers):
     return model
 
 
-def logits_of(hidden, head):
-    return head(hidden)
-
-
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("global_tokens", [0, 5])
-def test_before_any_code_is_given_the_shared_first_block_changes_nothing(global_tokens, layers):
+@pytest.mark.parametrize("case", ["first round", "later round", "hidden globals"])
+def test_without_gradients_the_hidden_states_are_those_of_the_plain_pass(global_tokens, layers, case):
     model = model_of(global_tokens, layers)
-    global_codes, nothing = torch.randn(B, global_tokens, 4), torch.zeros(B, N, dtype=torch.bool)
-    expected = model(global_codes, torch.randn(B, N, 4), nothing, ~nothing)
-    found = model.before_any(global_codes, logits_of)
+    given, without_globals = torch.zeros(B, N, dtype=torch.bool), None
+    at = ~given
+    if case != "first round":
+        given = torch.rand(B, N) < 0.5
+        at = ~given & (torch.rand(B, N) < 0.7)
+    if case == "hidden globals":
+        without_globals = torch.tensor([True, False, False])
+    asked = torch.randn(B, global_tokens, 4), torch.randn(B, N, 4), given, at, without_globals
+    found, expected = hidden_without_gradients(model, *asked), model.hidden(*asked)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert expected.std() > 1
+    torch.testing.assert_close(model.to_logits(found), model(*asked), atol=1e-4, rtol=1e-4)
+    assert model(*asked).std() > 1
+    assert expected.requires_grad
     assert not found.requires_grad
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("global_tokens", [0, 5])
-@pytest.mark.parametrize("grad", [True, False])
-def test_what_is_read_is_read_off_the_same_logits(global_tokens, layers, grad):
-    model = model_of(global_tokens, layers)
-    given = torch.rand(B, N) < 0.5
-    at = ~given & (torch.rand(B, N) < 0.7)
-    hidden = torch.tensor([True, False, False])
-    asked = torch.randn(B, global_tokens, 4), torch.randn(B, N, 4), given, at, hidden if global_tokens else None
-    with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(model(*asked, logits_of), model(*asked), atol=1e-4, rtol=1e-4)

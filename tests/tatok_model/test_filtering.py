@@ -12,13 +12,12 @@ from tatok_model.filtering import (
     conditional_entropy,
     kept_counts,
     kept_mask_of,
-    rank_in_rounds,
     rate_bits,
-    round_bounds,
     surprisal,
     to_units,
 )
 from tatok_model.filtering_rules import RULES, SCORES, UNITS, check_cut, check_threshold, fixes_length, keeps_all
+from tatok_model.ranking import rank_in_rounds, round_bounds
 
 RULES_OF_UNITS = [rule for rule in RULES if rule != "quality"]  # test_quality.py has that one, a residual told in dB
 RESOLUTIONS = [UNITS, 2**16, 2**20]

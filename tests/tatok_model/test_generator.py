@@ -231,24 +231,6 @@ def test_what_the_generator_was_not_made_for_is_refused() -> None:
         Generator(replace(CONFIG, positions="derived"))(sequences, labels)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"size": "huge"}, "size is 'huge'"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"classes": -1}, "classes is -1"),
-        ({"codebook_size": 1}, "codebook_size is 1"),
-        ({"positions": "sent"}, "positions is 'sent'"),
-        ({"global_tokens": 0, "patch_tokens": False}, "expected at least one kind"),
-        ({"max_patch_tokens": 17}, "expected 0 to 16"),
-        ({"positions": "derived", "max_patch_tokens": 3}, "with derived positions; expected 16"),
-    ],
-)
-def test_a_configuration_that_cannot_be_is_refused(values: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(CONFIG, **values)
-
-
 def test_sixteen_images_with_classes_of_their_own_are_learnt_by_heart() -> None:
     """Greedy sampling gives back the exact tokens of each class: positions, codes and lengths."""
     config = replace(CONFIG, classes=16)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tatok_model.filtering import grid_order, pixel_entropy_units, random_order
+from tatok_model.ranking import grid_order, pixel_entropy_units, random_order
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 7, 16])

@@ -7,22 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tatok_model import ranking
-from tatok_model.filtering import conditional_entropy, surprisal
-from tatok_model.ranking import (
+from tatok_model import vit
+from tatok_model.entropy import (
     read_distortion,
     read_entropy,
     read_expected,
     read_surprisal,
     read_surprisal_and_expected,
 )
+from tatok_model.filtering import conditional_entropy, surprisal
 
 N, WIDTH, CODES = 37, 12, 50
 
 
 @pytest.fixture(params=[1, 7, 1000], ids=["a row at a time", "a few rows", "all rows"])
 def rows(request, monkeypatch):
-    monkeypatch.setattr(ranking, "CPU_LOGITS", request.param * CODES)
+    monkeypatch.setattr(vit, "CPU_PRODUCT", request.param * CODES)
 
 
 @pytest.fixture

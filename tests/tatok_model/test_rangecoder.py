@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tatok_model.codec.range_coder import FREQUENCY_BITS, MOST_ENTRIES, Decoder, Encoder, bounds_of, quantise
+from tatok_model.codec.range_coder import FREQUENCY_BITS, MOST_ENTRIES, RangeDecoder, RangeEncoder, bounds_of, quantise
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -16,11 +16,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def code(logits: np.ndarray, codes: list[int]) -> bytes:
     """Encode, check that it can be read back, and return the bytes."""
     tables = bounds_of(quantise(logits))
-    encoder = Encoder()
+    encoder = RangeEncoder()
     for bounds, value in zip(tables, codes, strict=True):
         assert encoder.symbol(bounds, value) == value
     data = encoder.finish()
-    decoder = Decoder(data)
+    decoder = RangeDecoder(data)
     assert [decoder.symbol(bounds) for bounds in tables] == codes
     decoder.finish()
     return data
@@ -28,12 +28,12 @@ def code(logits: np.ndarray, codes: list[int]) -> bytes:
 
 @given(st.lists(st.integers(1, 2**70).flatmap(lambda total: st.tuples(st.just(total), st.integers(0, total - 1)))))
 def test_numbers_come_back_and_cost_the_logarithm_of_their_totals(numbers: list[tuple[int, int]]) -> None:
-    encoder = Encoder()
+    encoder = RangeEncoder()
     for total, value in numbers:
         encoder.number(total, value)
     data = encoder.finish()
     assert len(data) == math.ceil((math.prod(total for total, _ in numbers) - 1).bit_length() / 8)
-    decoder = Decoder(data)
+    decoder = RangeDecoder(data)
     assert [decoder.number(total) for total, _ in numbers] == [value for _, value in numbers]
     decoder.finish()
 
@@ -94,17 +94,17 @@ def test_logits_that_make_no_table_are_refused() -> None:
 @pytest.mark.parametrize(("low", "frequency", "total"), [(0, 0, 4), (3, 2, 4), (-1, 1, 4), (4, 1, 4)])
 def test_a_share_outside_the_total_is_refused(low: int, frequency: int, total: int) -> None:
     with pytest.raises(ValueError, match=f"share is {low} to {low + frequency} of {total}"):
-        Encoder().put(low, frequency, total)
+        RangeEncoder().put(low, frequency, total)
 
 
 @pytest.mark.parametrize(
     "change", [lambda data: data + b"\0", lambda data: data[:-1], lambda data: b"\xff" * len(data)]
 )
 def test_bytes_that_no_encoder_writes_are_refused(change) -> None:
-    encoder = Encoder()
+    encoder = RangeEncoder()
     for value in (999, 500, 7):
         encoder.number(1000, value)
-    decoder = Decoder(change(encoder.finish()))
+    decoder = RangeDecoder(change(encoder.finish()))
     for _ in range(3):
         assert 0 <= decoder.number(1000) < 1000
     with pytest.raises(ValueError, match="that no encoder writes; expected 4 bytes"):
@@ -112,5 +112,5 @@ def test_bytes_that_no_encoder_writes_are_refused(change) -> None:
 
 
 def test_nothing_takes_no_bytes() -> None:
-    assert Encoder().finish() == b""
-    Decoder(b"").finish()
+    assert RangeEncoder().finish() == b""
+    RangeDecoder(b"").finish()

@@ -8,9 +8,8 @@ import torch
 
 from tatok_model import TaTok
 from tatok_model.config import KeptSetConfig
-from tatok_model.filtering_rules import SCORES
+from tatok_model.filtering_rules import SCORES, QualityLine
 from tatok_model.kept_sets import draw
-from tatok_model.quality import QualityLine
 from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tatok_model.config import GeneratorConfig, SamplingConfig
 from tatok_model.generation.generator import Generator
-from tatok_model.generation.sampling import Stepper, draw, kv_cache_bytes, sample
+from tatok_model.generation.sampling import Stepper, draw, kv_cache_bytes, sample, uniforms
 from tatok_model.generation.sequences import Sequences
 
 CONFIG = GeneratorConfig(
@@ -194,18 +194,31 @@ def test_a_class_that_does_not_exist_and_a_context_that_is_too_long_are_refused(
             rows.take_patch(torch.tensor([0]), torch.tensor([place % 16]))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"temperature": -1}, "temperature is -1"),
-        ({"position_temperature": math.nan}, "position_temperature is nan"),
-        ({"guidance": -0.5}, "guidance is -0.5"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0}, "top_p is 0"),
-        ({"schedule": "cubic"}, "schedule is 'cubic'"),
-        ({"schedule_power": 0}, "schedule_power is 0"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(values: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingConfig(**values)
+def test_numbers_depend_on_their_key_alone() -> None:
+    many = uniforms(3, torch.arange(50), 7)
+    assert torch.equal(uniforms(3, torch.tensor([41, 2]), 7), many[[41, 2]])
+    assert torch.equal(uniforms(3, torch.arange(50), 4), many[:, :4])
+
+
+def test_another_seed_gives_other_numbers() -> None:
+    assert not torch.equal(uniforms(0, torch.arange(5), 2), uniforms(1, torch.arange(5), 2))
+    assert torch.equal(uniforms(-1, torch.arange(5), 2), uniforms(2**64 - 1, torch.arange(5), 2))
+
+
+def test_numbers_are_uniform_and_below_one() -> None:
+    found = uniforms(0, torch.arange(2000), 50)
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1 - 2**-32
+    counts = torch.histc(found.flatten(), bins=20, min=0, max=1)
+    expected = found.numel() / 20
+    assert float(((counts - expected) ** 2 / expected).sum()) < 43.8  # chi-square, 19 degrees of freedom, 0.1%
+    centred = found - 0.5
+    assert abs(float((centred[:, 0] * centred[:, 1]).mean())) < 0.01
+    assert abs(float((centred[1:] * centred[:-1]).mean())) < 0.002
+
+
+def test_numbers_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected int64"):
+        uniforms(0, torch.zeros(2, 2, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="expected int64"):
+        uniforms(0, torch.zeros(2), 1)

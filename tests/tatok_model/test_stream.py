@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tatok_model.codec.bytestream import Format, from_bytes, to_bytes
 from tatok_model.codec.header import FIXED, payload_bits, unseal
-from tatok_model.filtering import grid_order, random_order, rank_in_rounds
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import QualityLine
+from tatok_model.ranking import grid_order, random_order, rank_in_rounds
 from tatok_model.tokens import Ranking, Side, Tokens
 
 MODEL = b"weights!"
@@ -127,7 +127,7 @@ def test_sent_positions_come_back_with_their_codes(data: st.DataObject, length: 
     form, tokens, counts = data.draw(cases(score))
     tokens = keep(tokens, counts if length else counts[:1] * len(counts), Side(length, "sent"))
     model = FakeModel(form.codebook_size) if coded else None
-    streams = to_bytes(tokens, form, model)
+    streams = to_bytes(tokens, form, model, coded)
     found = from_bytes(streams, form, model)
     assert_same(found, tokens)
     assert found.side == tokens.side
@@ -145,7 +145,7 @@ def test_derived_positions_come_back_with_their_codes(
     form, tokens, counts = data.draw(cases(score))
     tokens = keep(tokens, counts if length else counts[:1] * len(counts), Side(length, "derived"))
     model = FakeModel(form.codebook_size) if coded else None
-    streams = to_bytes(tokens, form, model)
+    streams = to_bytes(tokens, form, model, coded)
     found = from_bytes(streams, form, model)
     assert_same(found, tokens)
     assert found.side == tokens.side
@@ -163,9 +163,8 @@ def test_replayed_positions_come_back_with_their_codes(data: st.DataObject, leng
     model = FakeModel(form.codebook_size)
     kept = np.array([model.kept(tokens[[i]], rounds, count) for i, count in enumerate(counts)])
     tokens = replace(tokens, kept_mask=torch.from_numpy(kept), side=Side(length, "replayed"))
-    code_model = model if coded else None
-    streams = to_bytes(tokens, form, code_model, model, ranked_by=("entropy", rounds))
-    found = from_bytes(streams, form, code_model, model)
+    streams = to_bytes(tokens, form, model, coded, ranked_by=("entropy", rounds))
+    found = from_bytes(streams, form, model)
     assert_same(found, tokens)
     assert found.side == tokens.side
     header = unseal(streams[0])[0]
@@ -256,7 +255,7 @@ def test_entropy_coded_streams_are_within_2_percent_of_the_ideal(k: int, spread:
             ideal -= math.log2(q[row, codes[position]])
         known[positions] = True
     tokens = replace(tokens, patch_indices=torch.from_numpy(codes)[None])
-    streams = to_bytes(tokens, form, model)
+    streams = to_bytes(tokens, form, model, True)
     assert_same(from_bytes(streams, form, model), tokens)
     rest = 8 * math.log2(k) + float(tokens.side.bits(tokens.patch_counts, 64))
     assert payload_bits(streams[0]) <= 1.02 * ideal + rest + 64
@@ -279,10 +278,9 @@ def test_an_image_whose_replay_differs_has_its_positions_sent(coded: bool) -> No
     kept = tokens.kept_mask.clone()
     kept[1] = ~kept[1]
     tokens = replace(tokens, kept_mask=kept)
-    code_model = model if coded else None
-    streams = to_bytes(tokens, FORM, code_model, model)
+    streams = to_bytes(tokens, FORM, model, coded)
     assert [unseal(data)[0].side.positions for data in streams] == ["replayed", "sent", "replayed"]
-    found = from_bytes(streams, FORM, code_model, model)
+    found = from_bytes(streams, FORM, model)
     assert_same(found, tokens)
     assert found.side == Side(True, "sent")
 
@@ -291,14 +289,14 @@ def test_an_image_whose_replay_differs_has_its_positions_sent(coded: bool) -> No
 def test_a_reader_whose_model_says_something_else_notices(coded: bool) -> None:
     tokens, model = replayed()
     other = FakeModel(FORM.codebook_size, secret=1)
-    streams = to_bytes(tokens, FORM, model if coded else None, model)
+    streams = to_bytes(tokens, FORM, model, coded)
     with pytest.raises(ValueError, match="the models here do not compute what the writer's did"):
-        from_bytes(streams, FORM, other if coded else None, other)
+        from_bytes(streams, FORM, other)
 
 
 def test_a_code_model_that_says_something_else_is_noticed_too() -> None:
     tokens = keep(batch(FORM, 1), [9], Side(True, "sent"))
-    streams = to_bytes(tokens, FORM, FakeModel(10))
+    streams = to_bytes(tokens, FORM, FakeModel(10), True)
     with pytest.raises(ValueError, match="the models here do not compute"):
         from_bytes(streams, FORM, FakeModel(10, secret=1))
 
@@ -310,8 +308,8 @@ def test_positions_that_change_places_within_a_round_do_no_harm() -> None:
         def next_positions(self, *args) -> np.ndarray:
             return super().next_positions(*args)[::-1]
 
-    streams = to_bytes(tokens, FORM, replay=model)
-    assert_same(from_bytes(streams, FORM, replay=Backwards(10)), tokens)
+    streams = to_bytes(tokens, FORM, model)
+    assert_same(from_bytes(streams, FORM, Backwards(10)), tokens)
 
 
 def test_missing_and_foreign_models_are_named() -> None:
@@ -319,8 +317,8 @@ def test_missing_and_foreign_models_are_named() -> None:
     with pytest.raises(ValueError, match="positions are replayed; expected a replay"):
         to_bytes(tokens, FORM)
     with pytest.raises(ValueError, match="positions are replayed; expected a replay"):
-        from_bytes(to_bytes(tokens, FORM, replay=model), FORM)
-    coded = to_bytes(keep(batch(FORM, 1), [9], Side(True, "sent")), FORM, model)
+        from_bytes(to_bytes(tokens, FORM, model), FORM)
+    coded = to_bytes(keep(batch(FORM, 1), [9], Side(True, "sent")), FORM, model, True)
     with pytest.raises(ValueError, match="entropy-coded; expected the code model"):
         from_bytes(coded, FORM)
     with pytest.raises(ValueError, match="coded in 3 rounds; expected 5"):
@@ -340,13 +338,13 @@ def test_models_that_name_wrong_positions_are_refused() -> None:
             return super().rounds(kept_mask)[:1]
 
     with pytest.raises(ValueError, match=r"replay names the positions \[0, 1, 2, 3\]; expected 3 different ones"):
-        to_bytes(tokens, FORM, replay=Stuck(10))
+        to_bytes(tokens, FORM, Stuck(10))
     with pytest.raises(ValueError, match="code model's rounds have 3 positions; expected all 9 kept ones"):
-        to_bytes(keep(batch(FORM, 1), [9], Side(True, "sent")), FORM, Stuck(10))
+        to_bytes(keep(batch(FORM, 1), [9], Side(True, "sent")), FORM, Stuck(10), True)
     outside = FakeModel(10)
     outside.rounds = lambda kept_mask: [np.array([16])]
     with pytest.raises(ValueError, match=r"code model names the positions \[16\]"):
-        to_bytes(keep(batch(FORM, 1), [9], Side(True, "sent")), FORM, outside)
+        to_bytes(keep(batch(FORM, 1), [9], Side(True, "sent")), FORM, outside, True)
 
 
 def test_tokens_that_do_not_fit_are_refused() -> None:
@@ -450,7 +448,7 @@ def test_streams_of_different_cuts_are_not_one_batch() -> None:
         "score 'grid'; expected 'surprisal'": to_bytes(
             keep(batch(FORM, 1, score="grid"), [3], Side(True, "derived")), FORM
         ),
-        "coded True; expected False": to_bytes(keep(tokens, [3], Side(True, "sent")), FORM, FakeModel(10)),
+        "coded True; expected False": to_bytes(keep(tokens, [3], Side(True, "sent")), FORM, FakeModel(10), True),
         "length=False; expected True": to_bytes(keep(tokens, [0], Side(False, "sent")), FORM),
         "positions derived; expected sent": to_bytes(keep(tokens, [0], Side(True, "derived")), FORM),
     }
@@ -464,7 +462,7 @@ def test_mutations_raise_nothing_but_one_kind_of_error(fits: bool) -> None:
     """`fits`: the checksum is made to fit again, so that the mutation reaches the decoder."""
     tokens, model = replayed()
     coded = keep(batch(FORM, 1), [9], Side(True, "sent"))
-    sources = [stream(), *to_bytes(tokens, FORM, replay=model), *to_bytes(coded, FORM, model)]
+    sources = [stream(), *to_bytes(tokens, FORM, model), *to_bytes(coded, FORM, model, True)]
     sources += to_bytes(keep(batch(FORM, 1, score="random"), [9], Side(False, "derived")), FORM)
     rng = noise(int(fits))
     refused = 0
@@ -486,7 +484,7 @@ def test_mutations_raise_nothing_but_one_kind_of_error(fits: bool) -> None:
         if fits:
             data = sealed(data)
         try:
-            from_bytes([data], FORM, model, model)
+            from_bytes([data], FORM, model)
         except ValueError:
             refused += 1
     assert refused > 1400 if not fits else refused > 500

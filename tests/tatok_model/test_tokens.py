@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tatok_model import Tokens
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import QualityLine
 from tatok_model.tokens import Ranking, Side, joined
 
 

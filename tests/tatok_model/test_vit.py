@@ -37,7 +37,7 @@ def with_gradients(attend, tensors, masked, dtype):
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 def test_attention_in_bfloat16_is_that_in_float32_up_to_rounding(masked, scale):
     expected, expected_gradients = with_gradients(F.scaled_dot_product_attention, given(scale), masked, torch.float32)
-    found, gradients = with_gradients(vit._attend, given(scale), masked, torch.bfloat16)
+    found, gradients = with_gradients(vit.attend, given(scale), masked, torch.bfloat16)
     assert found.dtype == torch.bfloat16
     for part, whole in zip((found, *gradients), (expected, *expected_gradients), strict=True):
         off = (part.float() - whole).norm() / whole.norm()
@@ -48,7 +48,7 @@ def test_attention_in_bfloat16_is_that_in_float32_up_to_rounding(masked, scale):
 @pytest.mark.parametrize("masked", [False, True])
 def test_in_bfloat16_it_is_as_exact_as_the_fused_kernel(masked):
     expected, expected_gradients = with_gradients(F.scaled_dot_product_attention, given(), masked, torch.float32)
-    found, gradients = with_gradients(vit._attend, given(), masked, torch.bfloat16)
+    found, gradients = with_gradients(vit.attend, given(), masked, torch.bfloat16)
     fused, fused_gradients = with_gradients(F.scaled_dot_product_attention, given(), masked, torch.bfloat16)
     for ours, theirs, whole in zip(
         (found, *gradients), (fused, *fused_gradients), (expected, *expected_gradients), strict=True
@@ -61,8 +61,8 @@ def test_a_masked_key_is_not_looked_at(dtype):
     q, k, v, weights = given()
     there = mask().squeeze(1).squeeze(1)[:, None, :, None]  # (B, 1, L, 1)
     other = [q, k.where(there, k + 100), v.where(there, v - 100), weights]
-    found, gradients = with_gradients(vit._attend, [q, k, v, weights], True, dtype)
-    changed, other_gradients = with_gradients(vit._attend, other, True, dtype)
+    found, gradients = with_gradients(vit.attend, [q, k, v, weights], True, dtype)
+    changed, other_gradients = with_gradients(vit.attend, other, True, dtype)
     assert torch.equal(found, changed)
     assert torch.equal(gradients[0], other_gradients[0])
     for gradient in gradients[1:]:
@@ -73,7 +73,7 @@ def test_a_masked_key_is_not_looked_at(dtype):
 
 def test_huge_scores_in_bfloat16_give_numbers():
     q, k, v, weights = given()
-    found, gradients = with_gradients(vit._attend, [q * 1e4, k * 1e4, v, weights], True, torch.bfloat16)
+    found, gradients = with_gradients(vit.attend, [q * 1e4, k * 1e4, v, weights], True, torch.bfloat16)
     assert found.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients)
     best = (q[0] @ k[0].mT).argmax(-1)  # (H, L)
@@ -83,7 +83,7 @@ def test_huge_scores_in_bfloat16_give_numbers():
 @pytest.mark.parametrize("masked", [False, True])
 def test_in_float32_the_fused_kernel_is_used(masked):
     expected, _ = with_gradients(F.scaled_dot_product_attention, given(), masked, torch.float32)
-    found, _ = with_gradients(vit._attend, given(), masked, torch.float32)
+    found, _ = with_gradients(vit.attend, given(), masked, torch.float32)
     assert torch.equal(found, expected)
 
 

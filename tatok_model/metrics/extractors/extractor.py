@@ -1,4 +1,4 @@
-"""What the feature networks that `jobs/train_extractor.py` trains have in common: their input, their file.
+"""Feature networks behind a Frechet distance, from outside; and the frame of those that this project trains.
 
 A file is in safetensors format and says in its metadata which network it is for. Distances over such a network compare
 tokenizers within this project and with nothing published.
@@ -17,8 +17,6 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# What every feature network behind a Frechet distance looks like from outside.
-
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -34,28 +32,24 @@ class FeatureExtractor(nn.Module):
     class_names: tuple[str, ...] = ()  # of the logits, in order, lower case; empty: not known
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features for the Frechet distance and logits for the Inception score.
+        """(B, F) features for the Frechet distance and (B, C) logits for the Inception score, float32 both.
 
-        Args:
-            images: (B, 3, H, W) uint8 RGB, any H and W that the network accepts.
-
-        Returns:
-            features (B, F) float32 and logits (B, C) float32.
-
-        Raises:
-            ValueError: if `images` has another type or shape (see `check_images`).
+        `images` are (B, 3, H, W) uint8 RGB, of any H and W that the network accepts; raises as `check_images`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward(images)")
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse anything but (B, 3, H, W) uint8: a float batch would be scaled twice without a word.
-
-    Raises:
-        ValueError: naming the shape and type that came.
-    """
+    """ValueError for anything but (B, 3, H, W) uint8: a float batch would be scaled twice without a word."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+
+
+def resized(pixels: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) floats -> (B, 3, side, side), bilinear, antialiased, aspect ratio not kept, without rounding."""
+    if pixels.shape[2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
 
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's pixels in [0, 1]; near those of others
@@ -70,7 +64,7 @@ class TrainableExtractor(FeatureExtractor):
         image_size: side of the pictures that the layers see, pixels.
     """
 
-    architecture: ClassVar[str]  # as in `extractor.architecture`
+    architecture: ClassVar[str]  # as in the key `extractor.architecture`
     mean: Tensor
     std: Tensor
 
@@ -85,16 +79,12 @@ class TrainableExtractor(FeatureExtractor):
         self.weights_sha256 = ""  # of the file that the weights came from
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits; see `FeatureExtractor`.
+        """Features and logits; see `FeatureExtractor`. Images of another size are `resized`.
 
-        Images of another size are resized (bilinear, antialiased, aspect ratio not kept) without rounding.
         Training runs it under autocast; features that are to be compared are computed outside of it, in float32.
         """
         check_images(images)
-        side = self.image_size
-        pixels = images.float().contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-        if pixels.shape[2:] != (side, side):
-            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        pixels = resized(images.float().contiguous(memory_format=torch.channels_last), self.image_size)
         maps = self.layers((pixels - self.mean) / self.std)  # (B, F, h, w)
         features = maps.float().mean(dim=(2, 3))  # (B, F)
         return features, self.head(features).float()
@@ -118,9 +108,7 @@ class TrainableExtractor(FeatureExtractor):
     def save(self, path: str | Path, origin: dict[str, str]) -> None:
         """Write the weights in safetensors format: kernels in float16, which halves the file, the rest as it is.
 
-        Args:
-            path: of the file.
-            origin: goes into the metadata, beside which network it is.
+        `origin` goes into the metadata, beside which network it is.
         """
         tensors = {
             name: (value.half() if value.ndim > 1 else value).contiguous() for name, value in self.state_dict().items()
@@ -131,11 +119,7 @@ class TrainableExtractor(FeatureExtractor):
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself.
-
-    Raises:
-        SafetensorError: it is no such file.
-    """
+    """What a safetensors file says of itself; SafetensorError where it is none."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

@@ -36,28 +36,23 @@ class Inception2015(FeatureExtractor):
         self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
-        self.Mixed_5b = Block35(192, pool_channels=32)
-        self.Mixed_5c = Block35(256, pool_channels=64)
-        self.Mixed_5d = Block35(288, pool_channels=64)
-        self.Mixed_6a = Reduction17()
-        self.Mixed_6b = Block17(middle=128)
-        self.Mixed_6c = Block17(middle=160)
-        self.Mixed_6d = Block17(middle=160)
-        self.Mixed_6e = Block17(middle=192)
-        self.Mixed_7a = Reduction8()
-        self.Mixed_7b = Block8(1280, pool=_average_pool)
-        self.Mixed_7c = Block8(2048, pool=_same_max_pool)
+        self.Mixed_5b = block35(192, pool_channels=32)
+        self.Mixed_5c = block35(256, pool_channels=64)
+        self.Mixed_5d = block35(288, pool_channels=64)
+        self.Mixed_6a = reduction17()
+        self.Mixed_6b = block17(middle=128)
+        self.Mixed_6c = block17(middle=160)
+        self.Mixed_6d = block17(middle=160)
+        self.Mixed_6e = block17(middle=192)
+        self.Mixed_7a = reduction8()
+        self.Mixed_7b = block8(1280, pool=_average_pool)
+        self.Mixed_7c = block8(2048, pool=_same_max_pool)
         self.fc = nn.Linear(2048, self.classes)
         self.eval().requires_grad_(False)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Load the public weight file.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if its SHA-256 does not begin with 6726825d.
-        """
+        """Load the public weight file; FileNotFoundError without one, ValueError for any other."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no Inception weights at {path}: expected pt_inception-2015-12-05-6726825d.pth")
@@ -71,11 +66,7 @@ class Inception2015(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `FeatureExtractor.forward`; always full float32: under autocast, and where cuDNN would take TF32.
-
-        Args:
-            images: (B, 3, H, W) uint8 RGB of any size.
-        """
+        """See `FeatureExtractor.forward`; always full float32: under autocast, and where cuDNN would take TF32."""
         check_images(images)
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with exact, torch.autocast(images.device.type, enabled=False):
@@ -92,14 +83,9 @@ class Inception2015(FeatureExtractor):
 
 
 def tf1_bilinear(images: Tensor, side: int) -> Tensor:
-    """TensorFlow 1's resize_bilinear: pixel i reads source i * H / side, no half-pixel offset, no antialiasing.
+    """TensorFlow 1's resize_bilinear: (B, C, H, W) floats -> (B, C, side, side).
 
-    Args:
-        images: (B, C, H, W) float.
-        side: pixels a side of the result.
-
-    Returns:
-        (B, C, side, side), the same type.
+    Pixel i reads source i * H / side, no half-pixel offset, no antialiasing.
     """
     low, high, weight = _source_pixels(images.shape[2], side, images)
     rows = torch.lerp(images[:, :, low], images[:, :, high], weight[:, None])
@@ -122,8 +108,12 @@ def _same_max_pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
+def _halving_max_pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=2)
+
+
 class ConvUnit(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Convolution without bias, batch normalisation, ReLU. The kernel is (rows, columns)."""
 
     def __init__(
         self,
@@ -142,6 +132,32 @@ class ConvUnit(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+class Mixed(nn.Module):
+    """Branches side by side, their channels one after the other.
+
+    Args:
+        pool: what the branch that begins with a pool does to the input.
+        units: by their names in the weight file, what each one reads: `x`, `pool` or another unit, and the unit.
+        outputs: names whose results make up the output, in order.
+    """
+
+    def __init__(
+        self, pool: Callable[[Tensor], Tensor], units: dict[str, tuple[str, ConvUnit]], outputs: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.pool, self.outputs = pool, outputs
+        self.reads = {name: source for name, (source, _) in units.items()}
+        for name, (_, unit) in units.items():
+            self.add_module(name, unit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, sum of the outputs' channels, H', W')."""
+        maps = {"x": x, "pool": self.pool(x)}
+        for name, source in self.reads.items():
+            maps[name] = self.get_submodule(name)(maps[source])
+        return torch.cat([maps[name] for name in self.outputs], 1)
+
+
 def _row(inputs: int, outputs: int, length: int) -> ConvUnit:
     """A 1 x length convolution that keeps the size."""
     return ConvUnit(inputs, outputs, (1, length), padding=(0, length // 2))
@@ -152,109 +168,73 @@ def _column(inputs: int, outputs: int, length: int) -> ConvUnit:
     return ConvUnit(inputs, outputs, (length, 1), padding=(length // 2, 0))
 
 
-class Block35(nn.Module):
+def block35(inputs: int, pool_channels: int) -> Mixed:
     """Mixed_5b to 5d, on 35 x 35: 224 channels and those of the pool branch."""
-
-    def __init__(self, inputs: int, pool_channels: int) -> None:
-        super().__init__()
-        self.branch1x1 = ConvUnit(inputs, 64, 1)
-        self.branch5x5_1 = ConvUnit(inputs, 48, 1)
-        self.branch5x5_2 = ConvUnit(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvUnit(inputs, 64, 1)
-        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, padding=1)
-        self.branch_pool = ConvUnit(inputs, pool_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, 35, 35) to (B, 224 + pool_channels, 35, 35)."""
-        b5x5 = self.branch5x5_2(self.branch5x5_1(x))
-        b3x3 = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), b5x5, b3x3, self.branch_pool(_average_pool(x))], 1)
+    units = {
+        "branch1x1": ("x", ConvUnit(inputs, 64, 1)),
+        "branch5x5_1": ("x", ConvUnit(inputs, 48, 1)),
+        "branch5x5_2": ("branch5x5_1", ConvUnit(48, 64, 5, padding=2)),
+        "branch3x3dbl_1": ("x", ConvUnit(inputs, 64, 1)),
+        "branch3x3dbl_2": ("branch3x3dbl_1", ConvUnit(64, 96, 3, padding=1)),
+        "branch3x3dbl_3": ("branch3x3dbl_2", ConvUnit(96, 96, 3, padding=1)),
+        "branch_pool": ("pool", ConvUnit(inputs, pool_channels, 1)),
+    }
+    return Mixed(_average_pool, units, ("branch1x1", "branch5x5_2", "branch3x3dbl_3", "branch_pool"))
 
 
-class Reduction17(nn.Module):
+def reduction17() -> Mixed:
     """Mixed_6a: 288 channels on 35 x 35 to 768 on 17 x 17."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3 = ConvUnit(288, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvUnit(288, 64, 1)
-        self.branch3x3dbl_2 = ConvUnit(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvUnit(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 288, 35, 35) to (B, 768, 17, 17)."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
+    units = {
+        "branch3x3": ("x", ConvUnit(288, 384, 3, stride=2)),
+        "branch3x3dbl_1": ("x", ConvUnit(288, 64, 1)),
+        "branch3x3dbl_2": ("branch3x3dbl_1", ConvUnit(64, 96, 3, padding=1)),
+        "branch3x3dbl_3": ("branch3x3dbl_2", ConvUnit(96, 96, 3, stride=2)),
+    }
+    return Mixed(_halving_max_pool, units, ("branch3x3", "branch3x3dbl_3", "pool"))
 
 
-class Block17(nn.Module):
+def block17(middle: int) -> Mixed:
     """Mixed_6b to 6e, on 17 x 17: 768 channels in and out, 7 x 7 factorised into rows and columns."""
-
-    def __init__(self, middle: int) -> None:
-        super().__init__()
-        self.branch1x1 = ConvUnit(768, 192, 1)
-        self.branch7x7_1 = ConvUnit(768, middle, 1)
-        self.branch7x7_2 = _row(middle, middle, 7)
-        self.branch7x7_3 = _column(middle, 192, 7)
-        self.branch7x7dbl_1 = ConvUnit(768, middle, 1)
-        self.branch7x7dbl_2 = _column(middle, middle, 7)
-        self.branch7x7dbl_3 = _row(middle, middle, 7)
-        self.branch7x7dbl_4 = _column(middle, middle, 7)
-        self.branch7x7dbl_5 = _row(middle, 192, 7)
-        self.branch_pool = ConvUnit(768, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 768, 17, 17) to the same."""
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average_pool(x))], 1)
+    units = {
+        "branch1x1": ("x", ConvUnit(768, 192, 1)),
+        "branch7x7_1": ("x", ConvUnit(768, middle, 1)),
+        "branch7x7_2": ("branch7x7_1", _row(middle, middle, 7)),
+        "branch7x7_3": ("branch7x7_2", _column(middle, 192, 7)),
+        "branch7x7dbl_1": ("x", ConvUnit(768, middle, 1)),
+        "branch7x7dbl_2": ("branch7x7dbl_1", _column(middle, middle, 7)),
+        "branch7x7dbl_3": ("branch7x7dbl_2", _row(middle, middle, 7)),
+        "branch7x7dbl_4": ("branch7x7dbl_3", _column(middle, middle, 7)),
+        "branch7x7dbl_5": ("branch7x7dbl_4", _row(middle, 192, 7)),
+        "branch_pool": ("pool", ConvUnit(768, 192, 1)),
+    }
+    return Mixed(_average_pool, units, ("branch1x1", "branch7x7_3", "branch7x7dbl_5", "branch_pool"))
 
 
-class Reduction8(nn.Module):
+def reduction8() -> Mixed:
     """Mixed_7a: 768 channels on 17 x 17 to 1280 on 8 x 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch3x3_1 = ConvUnit(768, 192, 1)
-        self.branch3x3_2 = ConvUnit(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvUnit(768, 192, 1)
-        self.branch7x7x3_2 = _row(192, 192, 7)
-        self.branch7x7x3_3 = _column(192, 192, 7)
-        self.branch7x7x3_4 = ConvUnit(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 768, 17, 17) to (B, 1280, 8, 8)."""
-        b3x3 = self.branch3x3_2(self.branch3x3_1(x))
-        b7x7 = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([b3x3, b7x7, F.max_pool2d(x, 3, stride=2)], 1)
+    units = {
+        "branch3x3_1": ("x", ConvUnit(768, 192, 1)),
+        "branch3x3_2": ("branch3x3_1", ConvUnit(192, 320, 3, stride=2)),
+        "branch7x7x3_1": ("x", ConvUnit(768, 192, 1)),
+        "branch7x7x3_2": ("branch7x7x3_1", _row(192, 192, 7)),
+        "branch7x7x3_3": ("branch7x7x3_2", _column(192, 192, 7)),
+        "branch7x7x3_4": ("branch7x7x3_3", ConvUnit(192, 192, 3, stride=2)),
+    }
+    return Mixed(_halving_max_pool, units, ("branch3x3_2", "branch7x7x3_4", "pool"))
 
 
-class Block8(nn.Module):
+def block8(inputs: int, pool: Callable[[Tensor], Tensor]) -> Mixed:
     """Mixed_7b and 7c, on 8 x 8: 2048 channels out; the two differ in their pool."""
-
-    def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = ConvUnit(inputs, 320, 1)
-        self.branch3x3_1 = ConvUnit(inputs, 384, 1)
-        self.branch3x3_2a = _row(384, 384, 3)
-        self.branch3x3_2b = _column(384, 384, 3)
-        self.branch3x3dbl_1 = ConvUnit(inputs, 448, 1)
-        self.branch3x3dbl_2 = ConvUnit(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _row(384, 384, 3)
-        self.branch3x3dbl_3b = _column(384, 384, 3)
-        self.branch_pool = ConvUnit(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, 8, 8) to (B, 2048, 8, 8)."""
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        parts = [
-            self.branch1x1(x),
-            *(self.branch3x3_2a(single), self.branch3x3_2b(single)),
-            *(self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)),
-            self.branch_pool(self.pool(x)),
-        ]
-        return torch.cat(parts, 1)
+    units = {
+        "branch1x1": ("x", ConvUnit(inputs, 320, 1)),
+        "branch3x3_1": ("x", ConvUnit(inputs, 384, 1)),
+        "branch3x3_2a": ("branch3x3_1", _row(384, 384, 3)),
+        "branch3x3_2b": ("branch3x3_1", _column(384, 384, 3)),
+        "branch3x3dbl_1": ("x", ConvUnit(inputs, 448, 1)),
+        "branch3x3dbl_2": ("branch3x3dbl_1", ConvUnit(448, 384, 3, padding=1)),
+        "branch3x3dbl_3a": ("branch3x3dbl_2", _row(384, 384, 3)),
+        "branch3x3dbl_3b": ("branch3x3dbl_2", _column(384, 384, 3)),
+        "branch_pool": ("pool", ConvUnit(inputs, 192, 1)),
+    }
+    split = "branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b"
+    return Mixed(pool, units, ("branch1x1", *split, "branch_pool"))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.benchmarks import benchmark
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
 
 

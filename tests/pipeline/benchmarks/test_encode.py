@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.benchmarks.encode_speed import findings
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokenizer import TaTok
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.benchmarks import generation_speed
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from tatok_model.config import GeneratorConfig, TokenizerConfig
 from tatok_model.generation.generator import Generator
 from tatok_model.tokenizer import TaTok

@@ -3,14 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.benchmarks import benchmark
 from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread, publish, rate_table, ratio, spread_results
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.tracking import Tracker
-
-
-def test_every_kind_names_a_module_of_its_own():
-    assert len(set(benchmark.KINDS.values())) == len(benchmark.KINDS) == 7
 
 
 def test_a_ratio_says_whether_its_goal_is_met_and_by_how_much_not():

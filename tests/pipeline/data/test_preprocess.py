@@ -10,6 +10,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,13 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data import preprocess
-from pipeline.data.listing import Scan
-from pipeline.data.preprocess import Plan, class_names, make_or_load_plan, split_of
+from pipeline.data.preprocess import PicturePlan, PreprocessWork, class_names, make_or_load_plan, split_of
 from pipeline.data.shards import Manifest, ShardDataset, read_manifest
+from pipeline.data.sources import Scan
+from pipeline.tracking import Tracker
 
 Bytes = Callable[..., bytes]
 
@@ -36,20 +39,19 @@ def configured(tmp_path: Path) -> Callable[..., Config]:
 
     def configure(source: Path | str, *overrides: str) -> Config:
         common = ["data.image_size=16", "data.rows_per_shard=4", "data.num_workers=1", "data.heldout_fraction=0.3"]
-        return load_config("smoke", [*common, f"run.output={tmp_path}/runs", f"data.source={source}", *overrides])
+        places = [f"run.output={tmp_path}/runs", f"data.source={source}", "tracking.uri="]
+        return load_config("smoke", [*common, *places, *overrides])
 
     return configure
 
 
-def made(config: Config, name: str, resume: bool = False, prepare: Callable[[Run], None] = lambda run: None) -> Run:
+def made(config: Config, name: str, resume: bool = False, stop: bool = False) -> Run:
     """The finished run of the stage."""
     preprocess.check(config)
-    run = Run.open("preprocess", config, name, resume)
-    try:
-        prepare(run)
+    with closing(Run.open("preprocess", config, name, resume)) as run:
+        if stop:
+            run.request_stop()
         preprocess.run(run)
-    finally:
-        run.close()
     return run
 
 
@@ -114,18 +116,30 @@ def test_every_good_picture_is_kept_and_every_bad_one_named(
         "dog/012.png": "10000x10000 pixels, more than data.max_pixels 1000000",
     }
     assert set(rejected(run)) == bad
-    for name, (_, _, label) in rows(run).items():
+    for name, (_, data, label) in rows(run).items():
         assert label == ("cat", "dog").index(name.split("/")[0])
+        assert (data == (folder / name).read_bytes()) == name.startswith("cat"), "dogs were resized"
     assert run.results["rows_train"] + run.results["rows_heldout"] == len(good)
     assert run.results["rejected"] == len(bad)
+    assert json.loads((run.folder / "metrics.jsonl").read_text())["metrics"] == run.results
     assert run.outputs["shards"] == str(run.folder)
     assert set(run.inputs) == {"source"}
+
+
+def test_a_run_is_tracked_with_its_source_and_its_manifest(
+    configured: Callable[..., Config], class_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked: list[Any] = []
+    monkeypatch.setattr(Tracker, "start", lambda run, tags: tracked.append(tags) or Tracker(run, None))
+    monkeypatch.setattr(Tracker, "artifact", lambda tracker, path: tracked.append(path.name))
+    run = made(configured(class_folders), "a")
+    assert tracked == [{"source_fingerprint": read_manifest(run.folder).source_fingerprint}, "manifest.json"]
 
 
 def test_a_file_that_vanishes_after_the_plan_is_rejected(
     configured: Callable[..., Config], class_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan_and_lose(*arguments: Any, plan: Callable[..., Plan] = make_or_load_plan) -> Plan:
+    def plan_and_lose(*arguments: Any, plan: Callable[..., PicturePlan] = make_or_load_plan) -> PicturePlan:
         made_plan = plan(*arguments)
         (class_folders / "cat/1.png").unlink()
         return made_plan
@@ -134,21 +148,6 @@ def test_a_file_that_vanishes_after_the_plan_is_rejected(
     run = made(configured(class_folders), "a")
     assert rejected(run) == {"cat/1.png": "file cannot be read (FileNotFoundError)"}
     assert len(rows(run)) == 5
-
-
-def test_pictures_of_the_right_kind_keep_their_bytes(
-    configured: Callable[..., Config], broken_folder: tuple[Path, set[str], set[str]]
-) -> None:
-    folder, _, _ = broken_folder
-    for name, (_, data, _) in rows(made(configured(folder), "a")).items():
-        assert (data == (folder / name).read_bytes()) == name.startswith("cat")  # dogs were resized
-
-
-def test_twice_gives_the_same_bytes(
-    configured: Callable[..., Config], broken_folder: tuple[Path, set[str], set[str]]
-) -> None:
-    config = configured(broken_folder[0])
-    assert checksums(made(config, "a")) == checksums(made(config, "b"))
 
 
 def test_other_settings_give_other_bytes(configured: Callable[..., Config], class_folders: Path) -> None:
@@ -235,8 +234,8 @@ def test_resuming_makes_what_is_missing_or_damaged(
     before = checksums(run)
     harm(run.folder)
     remade = []
-    make = preprocess._make
-    monkeypatch.setattr(preprocess, "_make", lambda task, *how: remade.append(task.number) or make(task, *how))
+    make = PreprocessWork.make
+    monkeypatch.setattr(PreprocessWork, "make", lambda work, task: remade.append(task.number) or make(work, task))
     assert checksums(made(config, "a", resume=True)) == before
     assert 0 < len(remade) < 20  # of 20 ranges
 
@@ -246,7 +245,7 @@ def test_a_stop_keeps_what_is_done_and_resuming_ends_the_same(
 ) -> None:
     config = configured(broken_folder[0])
     with pytest.raises(Stopped, match="1 of 20 shards are made; --resume makes the others"):
-        made(config, "a", prepare=lambda run: run.request_stop())
+        made(config, "a", stop=True)
     assert not (Path(config.run.output) / "a/manifest.json").exists()
     assert checksums(made(config, "a", resume=True)) == checksums(made(config, "b"))
 
@@ -264,13 +263,6 @@ def test_resuming_with_another_source_is_refused(
     (class_folders / "cat/new.png").write_bytes(picture_bytes(99))
     with pytest.raises(BadInput, match=r"data.source .* has changed since the run in .* was begun; expected the same"):
         made(configured(class_folders), "a", resume=True)
-
-
-def test_parts_of_another_plan_are_not_used(configured: Callable[..., Config], class_folders: Path) -> None:
-    run = made(configured(class_folders), "a")
-    (run.folder / "plan.json").unlink()
-    changed = configured(class_folders, "data.image_size=8")
-    assert checksums(made(changed, "a", resume=True)) == checksums(made(changed, "b"))
 
 
 def test_a_source_of_bad_pictures_only_is_refused(configured: Callable[..., Config], tmp_path: Path) -> None:
@@ -304,7 +296,7 @@ def test_checking_names_the_key_that_cannot_work(
 
 def test_checking_loads_neither_torch_nor_ray(repository: Path) -> None:
     code = (
-        "import sys; from pipeline.core.config import load_config; from pipeline.data import preprocess;"
+        "import sys; from pipeline.core.presets import load_config; from pipeline.data import preprocess;"
         "preprocess.check(load_config('smoke')); print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
@@ -354,7 +346,7 @@ def test_two_ray_workers_give_the_same_bytes_as_one(
     together = made(configured(broken_folder[0], "data.num_workers=2"), "together")
     assert checksums(together) == checksums(alone)
     with pytest.raises(Stopped, match=r"\d+ of 20 shards are made"):
-        made(configured(broken_folder[0], "data.num_workers=2"), "stopped", prepare=lambda run: run.request_stop())
+        made(configured(broken_folder[0], "data.num_workers=2"), "stopped", stop=True)
 
 
 @pytest.mark.ray
@@ -362,7 +354,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     configured: Callable[..., Config], repository: Path, tmp_path: Path
 ) -> None:
     """SIGKILL half way through two Ray workers; the rest is made by one."""
-    arguments = ["smoke", "data.rows_per_shard=32", f"run.output={tmp_path}/runs", "run.name=killed"]
+    arguments = ["smoke", "data.rows_per_shard=32", f"run.output={tmp_path}/runs", "run.name=killed", "tracking.uri="]
     command = [sys.executable, str(repository / "jobs/preprocess.py"), *arguments, "data.num_workers=2"]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     parts = tmp_path / "runs/killed/parts"
@@ -384,7 +376,7 @@ def test_the_job_tells_where_the_shards_are(
     class_folders: Path, tmp_path: Path, run_job: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     options = ["smoke", f"data.source={class_folders}", "data.image_size=16", "data.heldout_fraction=0.3"]
-    done = run_job("preprocess", *options, "run.name=a")
+    done = run_job("preprocess", *options, "run.name=a", "tracking.uri=")
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.splitlines()[-1].removeprefix("RUN_FOLDER="))
     manifest: Manifest = read_manifest(folder)

@@ -10,19 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
 from pipeline.data.shards import (
     CACHED_GROUPS,
     ROW_GROUP_ROWS,
     Manifest,
-    Shard,
     ShardDataset,
     ShardWriter,
-    Split,
     check_shards,
-    fingerprint,
     read_manifest,
+    write_manifest,
 )
 
 SIZE = 8
@@ -46,24 +44,14 @@ def rows_of(numbers: range) -> list[dict[str, Any]]:
     return rows
 
 
-def write_shard(rows: list[dict[str, Any]], folder: Path, file: str) -> Shard:
-    with ShardWriter(folder, file) as writer:
-        for row in rows:
-            writer.add(row)
-    assert writer.shard is not None
-    return writer.shard
-
-
 def write_folder(folder: Path, shard_rows: list[int]) -> Path:
     """A folder of shards with the pictures 0, 1, 2, ... in `train`; `heldout` is empty."""
     (folder / "shards").mkdir(parents=True)
-    shards, start = [], 0
-    for number, rows in enumerate(shard_rows):
-        shards.append(write_shard(rows_of(range(start, start + rows)), folder, f"shards/train-{number:05d}.parquet"))
-        start += rows
-    splits = {"train": Split(start, tuple(shards)), "heldout": Split(0, ())}
-    manifest = Manifest(SIZE, {}, "source", ("cat", "dog"), splits, 0, fingerprint(splits))
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    shards = []
+    for number, (rows, end) in enumerate(zip(shard_rows, np.cumsum(shard_rows).tolist(), strict=True)):
+        made = ShardWriter.write(folder, f"shards/train-{number:05d}.parquet", rows_of(range(end - rows, end)))
+        shards.append(("train", made))
+    write_manifest(folder, Manifest.of(SIZE, {}, "source", ("cat", "dog"), shards))
     return folder
 
 
@@ -169,7 +157,7 @@ def test_an_unknown_split_is_refused(folder: Path) -> None:
 def test_a_missing_or_damaged_or_exchanged_shard_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", [4, 4])
     shard = folder / "shards/train-00001.parquet"
-    write_shard(rows_of(range(3)), folder, "shards/train-00001.parquet")
+    ShardWriter.write(folder, "shards/train-00001.parquet", rows_of(range(3)))
     with pytest.raises(BadInput, match="has 3 rows; expected 4"):
         ShardDataset(folder, "train").images([5])
     shard.write_bytes(b"no Parquet")

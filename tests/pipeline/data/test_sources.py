@@ -16,7 +16,7 @@ import pytest
 from pipeline.core.config import DataConfig
 from pipeline.core.errors import BadInput
 from pipeline.data import sources
-from pipeline.data.listing import Picture, Scan
+from pipeline.data.sources import Picture, Scan
 
 DATA = DataConfig(image_size=16)
 Bytes = Callable[..., bytes]
@@ -26,7 +26,7 @@ def opened(place: Path | str, data: DataConfig = DATA) -> tuple[Scan, list[list[
     """What the scan found, and the pictures of every range."""
     sources.check_source("data.source", str(place), data)
     source = sources.open_source("data.source", str(place), data)
-    found = sources.scan("data.source", source, data)
+    found = sources.scan(source, data)
     return found, [list(sources.read(source, units, data)) for units in found.ranges]
 
 
@@ -75,7 +75,7 @@ def test_ranges_hold_as_many_pictures_as_asked_for(class_folders: Path) -> None:
 
 def test_a_file_that_is_gone_is_a_problem_of_its_own(class_folders: Path) -> None:
     source = sources.open_source("data.source", str(class_folders), DATA)
-    found = sources.scan("data.source", source, DATA)
+    found = sources.scan(source, DATA)
     (class_folders / "cat/1.png").unlink()
     problems = {picture.id: picture.problem for picture in sources.read(source, found.ranges[0], DATA)}
     assert problems.pop("cat/1.png") == "file cannot be read (FileNotFoundError)"
@@ -270,7 +270,7 @@ def test_a_source_that_shows_its_fault_when_scanned_is_refused(
 ) -> None:
     source = sources.open_source("data.source", str(make(tmp_path)), DATA)
     with pytest.raises(BadInput, match=message):
-        sources.scan("data.source", source, DATA)
+        sources.scan(source, DATA)
 
 
 @pytest.mark.parametrize("keep", [0, 700, 1536, 2000])
@@ -279,7 +279,7 @@ def test_a_tar_that_is_not_whole_is_refused(tmp_path: Path, picture_bytes: Bytes
     path.write_bytes(path.read_bytes()[:keep])
     source = sources.open_source("data.source", str(path), DATA)
     with pytest.raises(BadInput, match="cannot be read as tar .*; expected a whole, uncompressed tar file"):
-        sources.scan("data.source", source, DATA)
+        sources.scan(source, DATA)
 
 
 def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
@@ -287,4 +287,4 @@ def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
         pass
     source = sources.open_source("data.source", str(tmp_path / "a.tar"), DATA)
     with pytest.raises(BadInput, match="expected a whole, uncompressed tar file"):
-        sources.scan("data.source", source, DATA)
+        sources.scan(source, DATA)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from pipeline.evaluation.evaluation_checks import check_blind, check_information, load_blind
 from tatok_model.tokenizer import TaTok
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
 from pipeline.evaluation.evaluation_checks import check_baselines, fixed_bits
 from pipeline.evaluation.measurements import Cuts
 from tatok_model.tokenizer import TaTok

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from pipeline.core.config import load_config
+from pipeline.core.checkpoints import check_quality, load_tokenizer
 from pipeline.core.errors import BadInput, Stopped
-from pipeline.core.pretrained import check_quality, load_tokenizer
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation import calibrate
-from tatok_model.quality import QualityLine, read_lines
+from tatok_model.filtering_rules import QualityLine, read_lines
 from tatok_model.tokenizer import TaTok
 
 

@@ -12,7 +12,7 @@ from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, merged
 from pipeline.evaluation.measurements import Cuts, Measurements, Pictures, Plan, Totals
 from tatok_model.losses import LPIPS, _alexnet
-from tatok_model.metrics.extractors.cifar_resnets import ResNet20
+from tatok_model.metrics.extractors.small_networks import ResNet20
 from tatok_model.metrics.frechet import FeatureStatistics
 from tatok_model.metrics.images import psnr, to_uint8
 from tatok_model.tokenizer import TaTok

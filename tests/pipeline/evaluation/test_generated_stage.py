@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, ShardDataset, ShardWriter, Split, fingerprint
 from pipeline.evaluation import evaluate, generated_features
@@ -22,7 +23,7 @@ from pipeline.evaluation.generated import drawn, real_lengths
 from pipeline.evaluation.generated_features import FeatureWork, FeatureWorker
 from pipeline.generator import generate
 from pipeline.tokens import tokenize as tokenizing
-from pipeline.tokens.ranges import Range
+from pipeline.tokens.token_manifest import RowRange
 from tatok_model.config import GeneratorConfig, TokenizerConfig
 from tatok_model.generation.generator import Generator
 from tatok_model.metrics.extractors.extractor import CIFAR10
@@ -167,11 +168,11 @@ def test_what_was_computed_serves_the_next_run(
 
 def test_mirrored_features_are_those_of_the_mirrored_picture(made: Path, tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
-    task = Range(0, "train", 0, 0, 4, 4, ROWS["train"])
+    task = RowRange(0, "train", 0, 0, 4, 4, ROWS["train"])
     work = FeatureWork(tmp_path, "key", str(made / "shards"), 4, mirrored=True)
     network = CompactExtractor().eval().requires_grad_(False)
     FeatureWorker(network, work, "cpu").make(task)
-    images = ShardDataset(made / "shards", "train").images(task.rows().tolist())[:, :, ::-1]
+    images = ShardDataset(made / "shards", "train").images(task.places().tolist())[:, :, ::-1]
     with np.load(tmp_path / "features" / f"{task.name}.npz") as file:
         expected, _ = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
         np.testing.assert_allclose(file["features"], expected.numpy(), rtol=1e-5, atol=1e-6)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.checkpoints import load_lpips, load_tokenizer
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.inputs import with_tokenizer
-from pipeline.core.pretrained import load_lpips, load_tokenizer
+from pipeline.core.presets import load_config
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation import evaluate
 from tatok_model.losses import BACKBONES
@@ -170,7 +171,7 @@ def test_a_tokenizer_of_another_architecture_or_image_size_is_refused(
 def test_checking_loads_neither_torch_nor_ray(run_python: Any, shards: Path) -> None:
     code = f"""
 import sys
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.evaluation import evaluate
 evaluate.check(load_config("smoke", ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}"]))
 assert evaluate.default_name(load_config("smoke")) == "smoke-evaluate"

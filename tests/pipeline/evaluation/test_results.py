@@ -15,8 +15,8 @@ from pipeline.evaluation.evaluator import Evaluator, Instruments, measure_here, 
 from pipeline.evaluation.measurements import Measurements, Plan
 from pipeline.evaluation.reference import Extractor, Reference, extractor_name, load_extractor, load_more
 from pipeline.evaluation.results import Distance, baseline_results, rows, tokenizer_results, warnings
-from tatok_model.metrics.extractors.cifar_resnets import ResNet20, ResNet56
 from tatok_model.metrics.extractors.inception import Inception2015
+from tatok_model.metrics.extractors.small_networks import ResNet20, ResNet56
 from tatok_model.tokenizer import TaTok
 
 PLAN = Plan(count=30, total=30, batch_size=8, range_size=32, grid=2)

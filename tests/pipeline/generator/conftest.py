@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.tokens.stream import to_parquet, to_table
 from pipeline.tokens.token_manifest import Stream, TokenFile, TokenManifest, TokenSplit, fingerprint

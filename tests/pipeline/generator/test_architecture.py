@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
 from pipeline.generator.fit import generator_config
 from pipeline.tokens.token_manifest import Stream, TokenManifest, TokenSplit
 

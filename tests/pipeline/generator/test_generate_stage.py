@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,26 +54,12 @@ def generator_folder(new_generator: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def begin(opened_runs: Any, configure: Callable[..., Config], generator_folder: Path) -> Iterator[Started]:
-    """`begin("name", "section.key=value")` makes a run, checked, that has not begun."""
-    with opened_runs() as open_run:
+def finished(carry_out: Any, configure: Callable[..., Config], generator_folder: Path) -> Started:
+    """`finished("name", "section.key=value")` checks and runs the stage; returns the closed run."""
 
-        def begin(name: str, *more: str, resume: bool = False) -> Run:
-            config = configure(f"generator.checkpoint={generator_folder}", *SIZES, *more)
-            return open_run("generate", generate, config, name, resume)
-
-        yield begin
-
-
-@pytest.fixture
-def finished(begin: Started) -> Started:
-    """As `begin`; the run has ended."""
-
-    def finish(*arguments: str, **options: bool) -> Run:
-        run = begin(*arguments, **options)
-        generate.run(run)
-        run.close()
-        return run
+    def finish(name: str, *more: str, **options: bool) -> Run:
+        config = configure(f"generator.checkpoint={generator_folder}", *SIZES, *more)
+        return carry_out("generate", generate, config, name, **options)
 
     return finish
 
@@ -143,16 +129,14 @@ def test_what_made_the_pictures_is_told(finished: Started, generator_folder: Pat
     assert found.speed["images_per_second"] > 0
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(begin: Started, finished: Started) -> None:
-    run = begin("stopped")
-    run.request_stop()
+def test_a_stopped_run_resumes_to_the_same_bytes(finished: Started, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="1 of 3 files are made"):
-        generate.run(run)
-    assert not (run.folder / "generated.json").exists()
-    run.close()
-    first = (run.folder / "shards/heldout-00000.parquet").stat().st_mtime_ns
+        finished("stopped", stop=True)
+    folder = tmp_path / "runs/stopped"
+    assert not (folder / "generated.json").exists()
+    first = (folder / "shards/heldout-00000.parquet").stat().st_mtime_ns
     resumed, whole = finished("stopped", resume=True), finished("whole")
-    assert (run.folder / "shards/heldout-00000.parquet").stat().st_mtime_ns == first, "it is not made again"
+    assert (folder / "shards/heldout-00000.parquet").stat().st_mtime_ns == first, "it is not made again"
     assert_same_bytes(resumed.folder, whole.folder)
     (whole.folder / "tokens/part-00001.parquet").unlink()
     again = finished("whole", resume=True)
@@ -191,21 +175,20 @@ def assert_same_bytes(one: Path, other: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(
-    begin: Started, overrides: list[str], sentence: str, tmp_path: Path
+    finished: Started, overrides: list[str], sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match=sentence):
-        begin("refused", *overrides)
+        finished("refused", *overrides)
     assert not (tmp_path / "runs/refused").exists()
 
 
-def test_a_generator_of_another_tokenizer_is_refused(begin: Started, new_generator: Callable[..., Path]) -> None:
+def test_a_generator_of_another_tokenizer_or_other_classes_is_refused(
+    finished: Started, new_generator: Callable[..., Path]
+) -> None:
     with pytest.raises(BadInput, match="writes tokens of a tokenizer with sha256 0000.*; expected that of tokenizer"):
-        begin("refused", f"generator.checkpoint={new_generator(tokenizer_sha256='0' * 64)}")
-
-
-def test_a_stream_of_other_classes_is_refused(begin: Started, new_generator: Callable[..., Path]) -> None:
+        finished("refused", f"generator.checkpoint={new_generator(tokenizer_sha256='0' * 64)}")
     with pytest.raises(BadInput, match="tokens.path has 3 classes; expected 4, the generator's"):
-        begin("refused", f"generator.checkpoint={new_generator(classes=4)}")
+        finished("refused", f"generator.checkpoint={new_generator(classes=4)}")
 
 
 def test_a_class_is_looked_for_in_the_generator_that_training_left_too(
@@ -229,12 +212,11 @@ def test_classes_without_names_are_numbered(finished: Started) -> None:
     assert read_manifest(finished("numbers", "tokens.path=").folder).classes == ("0", "1", "2")
 
 
-def test_without_a_generator_one_is_trained_first(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_without_a_generator_one_is_trained_first(
+    carry_out: Any, configure: Callable[..., Config], tmp_path: Path
+) -> None:
     config = configure(*SIZES, "train_generator.max_steps=2", "train_generator.validate_every=0")
-    generate.check(config)
-    run = Run.open("generate", config, "made", resume=False)
-    generate.run(run)
-    run.close()
+    run = carry_out("generate", generate, config, "made")
     trained = tmp_path / "runs/smoke-train-generator"
     assert run.inputs["generator"]["path"] == str(trained / "checkpoint")
     assert json.loads((trained / "summary.json").read_text())["status"] == "finished"
@@ -245,10 +227,6 @@ def test_occupancy_counts_the_rows_that_wait_for_the_longest() -> None:
     config = GenerateConfig(batch_size=2, images_per_shard=3)
     counts = np.array([4, 2, 3, 5, 1])  # batches (4, 2), (3) of the first shard, (5, 1) of the second
     assert generate.occupancy(counts, config) == pytest.approx(15 / (8 + 3 + 10))
-
-
-def test_the_run_is_named_after_the_preset(configure: Callable[..., Config]) -> None:
-    assert generate.default_name(configure()) == "smoke-generate"
 
 
 def test_the_job_refuses_bad_input_in_one_sentence(run_job: Callable, generator_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.data.shards import SPLITS, Manifest, Shard, Split, fingerprint
+from pipeline.core.ranges import Shard
+from pipeline.data.shards import SPLITS, Manifest, Split, fingerprint
 from pipeline.generator.generated_files import Generated, read_generated
 from pipeline.generator.sampler import token_table
 from pipeline.tokens.stream import to_parquet
@@ -59,7 +60,7 @@ def test_a_folder_without_it_is_refused(tmp_path: Path) -> None:
         ("{", "generated.json in .* cannot be read"),
         ({"format": "other"}, "is not of format 'tatok-generated'; expected one by jobs/generate.py"),
         ({"version": 2}, "has version 2; expected 1"),
-        ({"seed": None}, "is damaged .TypeError"),
+        ({"seed": None}, "is damaged .seed: Input should be a valid integer"),
         ({"pictures": "0"}, "is of other pictures than manifest.json; expected a folder that one run wrote"),
     ],
 )

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.generator import train_generator as stage
 from pipeline.tokens.token_manifest import read_token_manifest

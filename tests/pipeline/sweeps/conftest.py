@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.config import Config, load_config
+from pipeline.core.config import Config
+from pipeline.core.presets import load_config
 from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
 from pipeline.sweeps.trials import Plan
 

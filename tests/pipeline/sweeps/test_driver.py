@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.sweeps import sweep as sweep_stage
 from pipeline.sweeps.trials import Ledger, Plan

@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
 from pipeline.sweeps.trials import Trial, cuts_in_words
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokenizer import TaTok

@@ -48,12 +48,12 @@ def test_what_cannot_work_is_one_sentence(configure, overrides, sentence):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["sweep.kind=all"], "sweep.kind is 'all'; expected one of thresholds, architecture"),
-        (["sweep.search=grid"], "sweep.search is 'grid'; expected one of random, optuna"),
-        (["sweep.scheduler=pbt"], "sweep.scheduler is 'pbt'; expected one of none, asha"),
-        (["sweep.rate=bytes"], "sweep.rate is 'bytes'; expected one of tokens_per_image"),
+        (["sweep.kind=all"], "sweep.kind is 'all'; expected thresholds or architecture"),
+        (["sweep.search=grid"], "sweep.search is 'grid'; expected random or optuna"),
+        (["sweep.scheduler=pbt"], "sweep.scheduler is 'pbt'; expected none or asha"),
+        (["sweep.rate=bytes"], "sweep.rate is 'bytes'; expected tokens_per_image, bits_fixed or bits_coded"),
         (["sweep.samples=0"], "sweep.samples is 0; expected at least 1"),
-        (["sweep.budget_tokens=-1"], "sweep.budget_tokens is -1.0; expected 0 or more"),
+        (["sweep.budget_tokens=-1"], "sweep.budget_tokens is -1; expected at least 0"),
         (["sweep.reduction=1"], "sweep.reduction is 1; expected at least 2"),
         (["sweep.objective=bd_rate"], "sweep.control is ''; expected the run folder of jobs/evaluate.py"),
         (["sweep.space={}"], "sweep.space is {}; expected at least one key to vary"),

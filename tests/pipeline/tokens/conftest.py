@@ -1,8 +1,7 @@
 """A tiny tokenizer with an entropy model and made shards of three classes: no training, no download."""
 
 import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
-from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
-from pipeline.tokens import detokenize, ranges, tokenize
+from pipeline.data.shards import Manifest, ShardWriter, write_manifest
+from pipeline.tokens import detokenize, token_manifest, tokenize
 from pipeline.tokens.token_manifest import Stream
 from tatok_model.config import TokenizerConfig
 from tatok_model.tokenizer import TaTok
@@ -33,17 +32,13 @@ def smooth_picture(number: int) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-def write_split(folder: Path, split: str, numbers: range) -> Split:
-    """One shard with the pictures `numbers`; every fourth has no label."""
-    with ShardWriter(folder, f"shards/{split}-00000.parquet") as writer:
-        for number in numbers:
-            file = io.BytesIO()
-            Image.fromarray(smooth_picture(number)).save(file, "PNG")
-            label = number % 4 if number % 4 < 3 else -1
-            row = {"id": str(number), "image": file.getvalue(), "height": SIDE, "width": SIDE, "label": label}
-            writer.add({**row, "label_name": CLASSES[label] if label >= 0 else ""})
-    assert writer.shard is not None
-    return Split(len(numbers), (writer.shard,))
+def row_of(number: int) -> dict[str, Any]:
+    """Of a shard; every fourth has no label."""
+    file = io.BytesIO()
+    Image.fromarray(smooth_picture(number)).save(file, "PNG")
+    label = number % 4 if number % 4 < 3 else -1
+    row = {"id": str(number), "image": file.getvalue(), "height": SIDE, "width": SIDE, "label": label}
+    return {**row, "label_name": CLASSES[label] if label >= 0 else ""}
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +46,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shards with pictures in both splits."""
     folder = tmp_path_factory.mktemp("tokenizing") / "shards"
     (folder / "shards").mkdir(parents=True)
-    splits = {
-        "train": write_split(folder, "train", range(TRAIN)),
-        "heldout": write_split(folder, "heldout", range(1000, 1000 + HELDOUT)),
-    }
+    numbers = {"train": range(TRAIN), "heldout": range(1000, 1000 + HELDOUT)}
+    shards = [
+        (split, ShardWriter.write(folder, f"shards/{split}-00000.parquet", map(row_of, numbers[split])))
+        for split in numbers
+    ]
     config = {"image_size": SIDE, "encoding": "png", "quality": 95}
-    manifest = Manifest(SIDE, config, "made", CLASSES, splits, 0, fingerprint(splits))
-    (folder / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+    write_manifest(folder, Manifest.of(SIDE, config, "made", CLASSES, shards))
     return folder
 
 
@@ -111,29 +106,12 @@ def overrides(tmp_path: Path, shards: Path, checkpoint: Path) -> list[str]:
     return [*shape, *places, "tracking.uri=", "tokens.batch_size=4"]
 
 
-Started = Callable[..., Run]
-
-
 @pytest.fixture
-def begin(opened_runs: Any, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
-    """`begin("tokenize_images", "name", "section.key=value")` makes a run, checked, that has not begun."""
-    monkeypatch.setattr(ranges, "RANGE_ROWS", 8)  # three ranges of the 21 pictures, two of the 10
-    with opened_runs() as open_run:
+def finished(carry_out: Any, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """`finished("tokenize_images", "name", "section.key=value")` checks and runs a stage; returns the closed run."""
+    monkeypatch.setattr(token_manifest, "RANGE_ROWS", 8)  # three ranges of the 21 pictures, two of the 10
 
-        def begin(kind: str, name: str, *more: str, resume: bool = False) -> Run:
-            return open_run(kind, STAGES[kind], load_config("smoke", [*overrides, *more]), name, resume)
-
-        yield begin
-
-
-@pytest.fixture
-def finished(begin: Started) -> Started:
-    """As `begin`; the run has ended."""
-
-    def finish(kind: str, *arguments: str, **options: bool) -> Run:
-        run = begin(kind, *arguments, **options)
-        STAGES[kind].run(run)
-        run.close()
-        return run
+    def finish(kind: str, name: str, *more: str, **options: bool) -> Run:
+        return carry_out(kind, STAGES[kind], load_config("smoke", [*overrides, *more]), name, **options)
 
     return finish

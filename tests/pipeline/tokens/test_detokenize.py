@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset, read_manifest
 from pipeline.tokens import detokenize
 from pipeline.tokens.stream import from_table
 from tatok_model.metrics.images import to_uint8
-from tatok_model.threads import one_thread
 from tatok_model.tokenizer import TaTok
+from tatok_model.vit import one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # Ray Data's own old settings
 
@@ -93,7 +94,7 @@ def test_some_pictures_in_another_encoding(finished: Started, tokens: Path) -> N
 
 
 def test_tokens_that_are_only_global_are_decoded_and_cut_too(
-    begin: Started, finished: Started, new_tokenizer: Callable[..., Path]
+    finished: Started, new_tokenizer: Callable[..., Path]
 ) -> None:
     kind = "tokenizer.patch_tokens=false", f"tokenizer.checkpoint={new_tokenizer(patch_tokens=False)}"
     stream = finished("tokenize_images", "tokens", *kind).folder
@@ -104,11 +105,9 @@ def test_tokens_that_are_only_global_are_decoded_and_cut_too(
     assert shorter.results["tokens_per_image"] == 1
     assert read_manifest(shorter.folder).fingerprint != read_manifest(run.folder).fingerprint
     with pytest.raises(BadInput, match="filter.threshold is 2"):
-        detokenize.run(
-            begin("detokenize", "cut", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=2", resume=True)
-        )
+        finished("detokenize", "cut", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=2", resume=True)
     with pytest.raises(BadInput, match="filter.threshold has 3; expected a whole number from 1 to 2"):
-        begin("detokenize", "half", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=3")
+        finished("detokenize", "half", f"tokens.path={stream}", *kind, cut[0], "filter.threshold=3")
 
 
 def test_without_a_stream_it_is_made_first(finished: Started) -> None:
@@ -130,12 +129,9 @@ def test_one_and_two_workers_make_the_same_bytes(ray_session: ModuleType, finish
         assert (together.folder / path.relative_to(alone.folder)).read_bytes() == path.read_bytes()
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(begin: Started, finished: Started, tokens: Path) -> None:
-    run = begin("detokenize", "stopped", f"tokens.path={tokens}", *CUT)
-    run.request_stop()
+def test_a_stopped_run_resumes_to_the_same_bytes(finished: Started, tokens: Path) -> None:
     with pytest.raises(Stopped, match="1 of 5 files are made"):
-        detokenize.run(run)
-    run.close()
+        finished("detokenize", "stopped", f"tokens.path={tokens}", *CUT, stop=True)
     resumed = finished("detokenize", "stopped", f"tokens.path={tokens}", *CUT, resume=True)
     whole = finished("detokenize", "whole", f"tokens.path={tokens}", *CUT)
     assert read_manifest(resumed.folder) == read_manifest(whole.folder)
@@ -144,7 +140,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(begin: Started, finished: Start
 
 
 def test_a_stream_that_does_not_fit_is_refused_before_anything_is_made(
-    begin: Started, tokens: Path, new_tokenizer: Callable[..., Path]
+    finished: Started, tokens: Path, new_tokenizer: Callable[..., Path]
 ) -> None:
     for override, sentence in {
         f"tokenizer.checkpoint={new_tokenizer(1)}": "is of a tokenizer with sha256 .*; expected that of",
@@ -155,17 +151,16 @@ def test_a_stream_that_does_not_fit_is_refused_before_anything_is_made(
         f"tokens.path={tokens.parent}": "holds no tokens.json; expected a folder written by jobs/tokenize_images.py",
     }.items():
         with pytest.raises(BadInput, match=sentence):
-            begin("detokenize", "pictures", f"tokens.path={tokens}", override)
+            finished("detokenize", "pictures", f"tokens.path={tokens}", override)
     assert not (tokens.parent / "pictures").exists()
 
 
-def test_a_truncated_file_is_refused_before_any_is_decoded(begin: Started, tokens: Path) -> None:
+def test_a_truncated_file_is_refused_before_any_is_decoded(finished: Started, tokens: Path) -> None:
     last = tokens / "tokens/heldout-00001.parquet"
     last.write_bytes(last.read_bytes()[:-1])
-    run = begin("detokenize", "pictures", f"tokens.path={tokens}")
     with pytest.raises(BadInput, match="token file .* does not match its checksum"):
-        detokenize.run(run)
-    assert not (run.folder / "shards").exists()
+        finished("detokenize", "pictures", f"tokens.path={tokens}")
+    assert not (tokens.parent / "pictures" / "shards").exists()
 
 
 @pytest.mark.parametrize(
@@ -188,6 +183,6 @@ def test_the_job_refuses_bad_input_in_one_sentence(
     assert not (tokens.parent / "smoke-detokenize-relative-1").exists()
 
 
-def test_every_cut_has_a_run_folder_of_its_own(begin: Started, tokens: Path) -> None:
-    run = begin("detokenize", "one", f"tokens.path={tokens}", "filter.rule=residual", "filter.threshold=60")
-    assert detokenize.default_name(run.config) == "smoke-detokenize-residual-60"
+def test_every_cut_has_a_run_folder_of_its_own() -> None:
+    config = load_config("smoke", ["filter.rule=residual", "filter.threshold=60"])
+    assert detokenize.default_name(config) == "smoke-detokenize-residual-60"

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from pipeline.core.config import TrackingConfig, load_config
+from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import resolve_paths
+from pipeline.core.presets import load_config
 from pipeline.tracking import check_tracking, masked
 from pipeline.tracking.address import artifact_folder
 
@@ -44,14 +45,10 @@ def test_a_database_that_is_a_folder_is_bad_input(tmp_path):
         check(uri=f"sqlite:///{tmp_path}")
 
 
-def test_an_empty_experiment_is_bad_input():
-    with pytest.raises(BadInput, match=r"tracking\.experiment is ' '"):
-        check(experiment=" ")
-
-
-def test_a_pause_of_zero_is_bad_input():
-    with pytest.raises(BadInput, match=r"tracking\.flush_seconds is 0;"):
-        check(flush_seconds=0.0)
+@pytest.mark.parametrize(("key", "value", "shown"), [("experiment", " ", "' '"), ("flush_seconds", 0.0, "0;")])
+def test_no_experiment_and_no_pause_are_bad_input(key, value, shown):
+    with pytest.raises(BadInput, match=rf"tracking\.{key} is {shown}"):
+        check(**{key: value})
 
 
 def test_bad_input_does_not_show_the_password():
@@ -71,10 +68,13 @@ def test_an_address_without_credentials_is_shown_as_it_is():
         assert masked(text) == text
 
 
-def test_pictures_of_a_sqlite_store_lie_beside_the_database():
-    assert artifact_folder("sqlite:////data/mlflow.db", "my runs") == "/data/mlartifacts/my runs"
-    assert artifact_folder("sqlite:////data/mlflow.db", "../a/b") == "/data/mlartifacts/..%2Fa%2Fb"
-
-
-def test_a_server_decides_itself_where_pictures_lie():
-    assert artifact_folder("http://host:5000", "tatok") is None
+@pytest.mark.parametrize(
+    ("uri", "experiment", "folder"),
+    [
+        ("sqlite:////data/mlflow.db", "my runs", "/data/mlartifacts/my runs"),
+        ("sqlite:////data/mlflow.db", "../a/b", "/data/mlartifacts/..%2Fa%2Fb"),
+        ("http://host:5000", "tatok", None),  # the server decides
+    ],
+)
+def test_pictures_of_a_sqlite_store_lie_beside_the_database(uri, experiment, folder):
+    assert artifact_folder(uri, experiment) == folder

@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from pipeline.tracking.feed import Feed, Point
+from pipeline.tracking.mlflow_store import MetricPoint
+from pipeline.tracking.sender import Feed
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_a_point_keeps_name_value_time_and_step(path):
     write(path, 3)
     feed = Feed(path, {})
     feed.commit()
-    assert feed.next().points == [Point("loss", 3.0, 1003500, 3)]
+    assert feed.next().points == [MetricPoint("loss", 3.0, 1003500, 3)]
 
 
 def test_there_is_nothing_before_the_first_commit_nor_without_a_file(path):

@@ -15,11 +15,10 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from pipeline.core.config import load_config
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.tracking import Tracker
-from pipeline.tracking.feed import Point
-from pipeline.tracking.mlflow_store import MlflowStore, Refused
+from pipeline.tracking.mlflow_store import MetricPoint, MlflowStore, Refused
 from pipeline.tracking.tracker import parameters
 
 
@@ -137,20 +136,20 @@ def test_a_run_that_is_opened_again_is_running_again(uri, client, store):
 
 
 def test_the_same_points_sent_twice_are_kept_once(store, client):
-    points = [Point("loss", math.nan if step == 2 else float(step), 1000 + step, step) for step in range(5)]
+    points = [MetricPoint("loss", math.nan if step == 2 else float(step), 1000 + step, step) for step in range(5)]
     store.metrics(points[:3])
     store.metrics(points)
     assert [metric.step for metric in client.get_metric_history(store.run_id, "loss")] == [0, 1, 2, 3, 4]
 
 
 def test_names_that_mlflow_does_not_take_are_changed(store, client):
-    store.metrics([Point("psnr@56 (db)", 1.0, 0, 0)])
+    store.metrics([MetricPoint("psnr@56 (db)", 1.0, 0, 0)])
     assert client.get_run(store.run_id).data.metrics == {"psnr_56 _db_": 1.0}
 
 
 def test_points_that_mlflow_calls_invalid_are_refused(store):
     with pytest.raises(Refused):
-        store.metrics([Point("x" * 300, 1.0, 0, 0)])
+        store.metrics([MetricPoint("x" * 300, 1.0, 0, 0)])
 
 
 def test_a_file_that_is_gone_is_refused(store, tmp_path):

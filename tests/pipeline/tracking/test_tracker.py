@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from pipeline.core.config import load_config
 from pipeline.core.errors import Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.tracking import Tracker, sender
 from pipeline.tracking.mlflow_store import Refused

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.config import Config, config_from_dict
+from pipeline.core.config import Config
+from pipeline.core.presets import config_from_dict
 from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
 
 

@@ -114,9 +114,9 @@ import json, os, sys, threading, time, traceback  # reads FOLDER, AT, ADDED_BACK
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from pipeline.core.cluster import connect
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
-from pipeline.training import train as stage
+from pipeline.training import train
 
 folder, at = Path(os.environ["FOLDER"]), int(os.environ["AT"])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -130,7 +130,7 @@ ended = []
 
 def work():
     try:
-        stage.run(run)
+        train.run(run)
         ended.append(0)
     except BaseException:
         traceback.print_exc()

@@ -24,7 +24,7 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
 from pipeline.training.tokenizer_training import work
 
@@ -43,7 +43,7 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.training.tokenizer_training import TokenizerState
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -73,7 +73,7 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.training.distributed import whole
 from pipeline.training.tokenizer_training import TokenizerState
 

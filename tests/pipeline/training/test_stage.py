@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch._dynamo.eval_frame import OptimizedModule
 
 from pipeline.core import checkpoints
-from pipeline.core.config import load_config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.training import loop, train
 from pipeline.training.distributed import prepared
@@ -308,12 +308,12 @@ def test_the_loop_runs_without_ray_and_mlflow(run_python, configure, tmp_path):
 import sys
 for name in ("ray", "mlflow"): sys.modules[name] = None
 from pathlib import Path
-from pipeline.core.config import config_from_dict
+from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
-from pipeline.training import loop, train as stage
+from pipeline.training import train
 config = config_from_dict({config.to_dict()!r})
 run = Run.open("train", config, "bare", resume=False)
-stage.run(run)
+train.run(run)
 print(int(run.results["steps"]))
 """
     found = run_python(code)

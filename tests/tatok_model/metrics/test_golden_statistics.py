@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tatok_model.metrics.extractors.cifar_resnets import CifarResNet
+from tatok_model.metrics.extractors.small_networks import CifarResNet
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
 from tatok_model.metrics.scores import InceptionScore
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import BadInput
 from pipeline.tokens.stream import SCHEMA, from_table, read_token_file, to_parquet, to_table
 from pipeline.tokens.token_manifest import METADATA, Stream, TokenFile
-from tatok_model.filtering_rules import SCORES
-from tatok_model.quality import QualityLine
+from tatok_model.filtering_rules import SCORES, QualityLine
 from tatok_model.tokens import Ranking, Tokens
 
 STREAM = Stream("surprisal", 1, "0" * 64, 2, 16, 16, 16, 4)

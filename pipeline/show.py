@@ -1,0 +1,263 @@
+"""Pictures drawn from fewer and fewer of their tokens, as a page with a slider and as one PNG: `jobs/show.py`.
+
+The page holds everything it shows and opens without a network, also as an artifact inside MLflow.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # heavy imports wait until the arguments are understood
+    import numpy as np
+    from torch import Tensor
+
+    from tatok_model import TaTok
+
+SHARES = (0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
+FIRST = 3  # of SHARES, where the slider stands at first
+IN_DOCUMENTS = (0.12, 0.25, 0.5)  # shares in the PNG
+SAMPLES = ("astronaut", "coffee", "chelsea")  # of skimage.data
+SAMPLE_SIDE = 364  # pixels of the longer side of a sample: six tiles of 64 pixels
+LONGEST = 512  # pixels of a picture's longer side; larger ones are shown smaller, unless asked otherwise
+QUALITY = 92  # of the JPEG files that stand for reconstructions inside the page
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A picture at one budget."""
+
+    share: float  # of all tokens
+    tokens: int
+    bits: int  # bits_fixed
+    size: int  # bytes of the .tatok file
+    psnr: float  # dB
+    picture: "np.ndarray"  # (H, W, 3) uint8
+    kept: "np.ndarray"  # (H, W) floats: which share of the patches there was kept
+    jpeg: tuple[int, float, bytes] | None  # bytes, dB and file of the best JPEG that is not larger; None: all are
+    smallest_jpeg: int  # bytes
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture at every budget."""
+
+    name: str
+    original: "np.ndarray"  # (H, W, 3) uint8
+    all_tokens: int
+    cuts: tuple[Cut, ...]
+
+
+def main(description: str | None) -> NoReturn:
+    """Run `jobs/show.py` with the arguments of this process; exits 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files; without any, three of scikit-image")
+    parser.add_argument("--tokenizer", default="tatok64", help="a name in the box, a checkpoint folder or a hub id")
+    parser.add_argument("--output", default="show", metavar="FOLDER", help="where show.html and show.png are written")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="pixels of the longer side, at most")
+    arguments = parser.parse_args()
+    try:
+        show(arguments.pictures, arguments.tokenizer, Path(arguments.output), arguments.longest)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: int = LONGEST) -> list[Shown]:
+    """Write `show.html` and `show.png` into `folder` and a line a picture to stdout.
+
+    Args:
+        pictures: paths; none: photographs inside scikit-image.
+        tokenizer_name: as `TaTok.from_pretrained` takes it.
+        folder: made if it is not there.
+        longest: pixels of the longer side; larger pictures are made smaller.
+
+    Raises:
+        ValueError: something that is no picture or no tokenizer.
+        OSError: a file that is not there or cannot be written.
+    """
+    if longest < 16:
+        raise ValueError(f"--longest is {longest}; expected at least 16 pixels")
+    names_and_pixels = [_opened(path, longest) for path in pictures] or _samples(longest)
+    from tatok_model import TaTok
+
+    tokenizer = TaTok.from_pretrained(tokenizer_name).eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for name, pixels in names_and_pixels:
+        shown.append(at_every_budget(tokenizer, name, pixels))
+        for cut in shown[-1].cuts:
+            if cut.share in IN_DOCUMENTS:
+                rate = f"{cut.tokens:>6,} of {shown[-1].all_tokens:,} tokens, {cut.size:>6,} bytes, {cut.psnr:.2f} dB"
+                print(f"{name:<12} {cut.share:>4.0%}  {rate}", flush=True)
+    write_page(folder / "show.html", shown)
+    write_png(folder / "show.png", shown)
+    print(f"move the slider in {folder / 'show.html'}; for documents {folder / 'show.png'}")
+    return shown
+
+
+def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Sequence[float] = SHARES) -> Shown:
+    """A (3, H, W) picture in [0, 1], cut at each share of its tokens that the tokenizer can reach."""
+    import tempfile
+
+    from tatok_model.pictures import decode_picture, encode_picture, save_picture
+
+    tokens = encode_picture(tokenizer, pixels)
+    original = _as_uint8(pixels)
+    jpegs = [_jpeg(original, quality) for quality in (*range(1, 30), *range(30, 96, 5))]
+    config = tokenizer.config
+    least = config.global_tokens / (config.global_tokens + config.patch_positions)
+    cuts = []
+    for share in shares:
+        short = tokens.keep(max(share, least)) if config.patch_tokens else tokens
+        picture = _as_uint8(decode_picture(tokenizer, short))
+        with tempfile.TemporaryDirectory() as scratch:
+            size = save_picture(tokenizer, short, Path(scratch) / "picture.tatok")
+        fitting = [file for file in jpegs if len(file) <= size]
+        jpeg = max(((len(file), _psnr(_of_jpeg(file), original), file) for file in fitting[-1:]), default=None)
+        kept = short.kept_map(config.patch_size).numpy()
+        numbers = int(short.counts.sum()), round(short.bits), size, _psnr(picture, original)
+        cuts.append(Cut(share, *numbers, picture, kept, jpeg, len(jpegs[0])))
+    return Shown(name, original, tokens.all_tokens, tuple(cuts))
+
+
+def write_page(path: Path, shown: Sequence[Shown], introduction: str = "") -> None:
+    """A page that holds all pictures; a slider moves over the budgets, which are the same for every picture."""
+    pictures = [
+        {
+            "name": picture.name,
+            "width": picture.original.shape[1],
+            "height": picture.original.shape[0],
+            "all_tokens": picture.all_tokens,
+            "original": _data_url(_jpeg(picture.original, QUALITY), "jpeg"),
+            "cuts": [_cut_values(cut) for cut in picture.cuts],
+        }
+        for picture in shown
+    ]
+    text = (resources.files("pipeline") / "show.html").read_text(encoding="utf-8")
+    values = {
+        "INTRODUCTION": html.escape(introduction or INTRODUCTION),
+        "LAST": str(len(shown[0].cuts) - 1),
+        "FIRST": str(min(FIRST, len(shown[0].cuts) - 1)),
+        "DATA": json.dumps(pictures).replace("<", "\\u003c"),
+    }
+    path.write_text(re.sub(r"__([A-Z]+)__", lambda found: values[found[1]], text), encoding="utf-8")
+
+
+INTRODUCTION = (
+    "The tokenizer writes every picture as tokens, tile by tile, and drops those that would be missed least. "
+    "Move the slider: tokens stay where the detail is."
+)
+
+
+def write_png(path: Path, shown: Sequence[Shown], shares: Sequence[float] = IN_DOCUMENTS) -> None:
+    """A row for each picture: original, then the map of kept tokens and the reconstruction at some budgets."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    cuts = [[cut for cut in picture.cuts if cut.share in shares] for picture in shown]
+    columns = 1 + max(len(row) for row in cuts) + 1
+    heights = [picture.original.shape[0] / picture.original.shape[1] for picture in shown]
+    width = 2.6
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure((columns * width, sum(heights) * width + 0.28 * len(shown)), layout="constrained", dpi=150)
+        grid = figure.subplots(len(shown), columns, squeeze=False, height_ratios=heights)
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, picture, row in zip(grid, shown, cuts, strict=True):
+            axes[0].imshow(picture.original)
+            axes[0].set_title(f"original, {picture.all_tokens:,} tokens")
+            middle = row[len(row) // 2]
+            axes[1].imshow(middle.kept, cmap="inferno", vmin=0, vmax=1)
+            axes[1].set_title(f"kept at {middle.share:.0%}")
+            for place, cut in zip(axes[2:], row, strict=False):
+                place.imshow(cut.picture)
+                place.set_title(f"{cut.share:.0%}: {cut.tokens:,} tokens, {cut.psnr:.1f} dB")
+        figure.savefig(path)
+
+
+def _cut_values(cut: Cut) -> dict[str, Any]:
+    from PIL import Image
+
+    jpeg = None
+    if cut.jpeg:
+        jpeg = {"bytes": cut.jpeg[0], "psnr": cut.jpeg[1], "picture": _data_url(cut.jpeg[2], "jpeg")}
+    buffer = io.BytesIO()
+    Image.fromarray((cut.kept * 255).astype("uint8")).save(buffer, "PNG")
+    return {
+        "share": cut.share,
+        "tokens": cut.tokens,
+        "bits": cut.bits,
+        "bytes": cut.size,
+        "psnr": cut.psnr,
+        "picture": _data_url(_jpeg(cut.picture, QUALITY), "jpeg"),
+        "map": _data_url(buffer.getvalue(), "png"),
+        "jpeg": jpeg,
+        "smallest_jpeg": cut.smallest_jpeg,
+    }
+
+
+def _opened(path: str, longest: int) -> tuple[str, "Tensor"]:
+    from tatok_model.pictures import as_pixels
+
+    return Path(path).name, _shrunk(as_pixels(path), longest)
+
+
+def _samples(longest: int) -> list[tuple[str, "Tensor"]]:
+    from skimage import data
+
+    from tatok_model.pictures import as_pixels
+
+    return [(name, _shrunk(as_pixels(getattr(data, name)()), min(longest, SAMPLE_SIDE))) for name in SAMPLES]
+
+
+def _shrunk(pixels: "Tensor", longest: int) -> "Tensor":
+    """(3, H, W), made smaller where its longer side has more than `longest` pixels."""
+    import torch.nn.functional as F
+
+    height, width = pixels.shape[1:]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def _as_uint8(pixels: "Tensor") -> "np.ndarray":
+    return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _jpeg(picture: "np.ndarray", quality: int) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
+
+
+def _of_jpeg(data: bytes) -> "np.ndarray":
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _psnr(picture: "np.ndarray", original: "np.ndarray") -> float:
+    """dB, of uint8 pictures."""
+    import numpy as np
+
+    error = float(np.mean((picture.astype(float) - original.astype(float)) ** 2))
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

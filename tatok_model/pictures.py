@@ -1,0 +1,328 @@
+"""Pictures of any size: overlapping tiles of the tokenizer's side, cut at one level together, blended when decoded.
+
+    photo = encode_picture(tokenizer, "photo.jpg")     # a path, PIL image, array or tensor; every token, ranked
+    short = photo.keep(0.25)                           # a quarter of all tokens, where they would be missed most
+    short.tokens_per_tile                              # (rows, columns)
+    picture = decode_picture(tokenizer, short)         # (3, H, W) in [0, 1]
+    save_picture(tokenizer, short, "photo.tatok")      # and load_picture
+
+Tiles are spread evenly, so that neighbours share at least `OVERLAP` pixels; a side shorter than a tile is reflected.
+
+Shapes: H, W picture, S tile side, R x C tiles, M global tokens, N patch positions of a tile.
+"""
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tatok_model.filtering import calibrate
+from tatok_model.filtering_rules import SCORES
+from tatok_model.tokens import Tokens, joined
+
+if TYPE_CHECKING:  # Pillow and the codec are imported where they are needed
+    from PIL import Image
+
+    from tatok_model.tokenizer import TaTok
+
+OVERLAP = 4  # pixels that neighbouring tiles share at least
+BATCH = 64  # tiles at once
+MAGIC, VERSION = b"TaTP", 1
+FIXED = struct.Struct("<4sBIIHH")  # magic, version, H, W, S, bytes of the streams' common head
+LENGTH, CHECKSUM = struct.Struct("<H"), struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class PictureTokens:
+    """The tokens of a picture.
+
+    Attributes:
+        tokens: of R * C tiles, row by row.
+        height: H in pixels.
+        width: W in pixels.
+        side: S in pixels.
+        bits_per_token: log2 K.
+    """
+
+    tokens: Tokens
+    height: int
+    width: int
+    side: int
+    bits_per_token: float
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"a picture has {self.height}x{self.width} pixels; expected at least 1x1")
+        if len(self.tokens) != math.prod(self.grid):
+            raise ValueError(f"tokens are of {len(self.tokens)} tiles; expected {self.grid[0]} x {self.grid[1]}")
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return (
+            f"PictureTokens({self.height}x{self.width} pixels, {rows}x{columns} tiles of {self.side}, "
+            f"{int(self.counts.sum())} of {self.all_tokens} tokens, {self.bits:.0f} bits)"
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return len(tile_starts(self.height, self.side)), len(tile_starts(self.width, self.side))
+
+    @property
+    def counts(self) -> Tensor:
+        """(R * C,) int64, tokens of each tile."""
+        return self.tokens.counts()
+
+    @property
+    def tokens_per_tile(self) -> Tensor:
+        """(R, C) int64."""
+        return self.counts.view(self.grid)
+
+    @property
+    def all_tokens(self) -> int:
+        """How many tokens the picture has before any is dropped."""
+        patch_tokens = self.tokens.patch_indices.shape[1] if self.tokens.ranking or self.tokens.kept_mask.any() else 0
+        return len(self.tokens) * (self.tokens.global_indices.shape[1] + patch_tokens)
+
+    @property
+    def bits(self) -> float:
+        """`bits_fixed` of all tiles: log2 K for every token, plus length and positions."""
+        return float(self.tokens.bits(self.bits_per_token).sum())
+
+    def cut(self, rule: str, threshold: float) -> "PictureTokens":
+        """Every tile cut alike, as `Tokens.cut`: `marginal` is one level for the whole picture."""
+        return replace(self, tokens=self.tokens.cut(rule, threshold))
+
+    def keep(self, share: float) -> "PictureTokens":
+        """About this share of all tokens, by one level for the whole picture; global tokens are always kept.
+
+        Raises:
+            ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
+        """
+        globals_, positions = self.tokens.global_indices.shape[1], self.tokens.patch_indices.shape[1]
+        least = globals_ / (globals_ + positions)
+        if not least <= share <= 1:
+            raise ValueError(f"share is {share}; expected {math.ceil(least * 1000) / 1000} (global tokens alone) to 1")
+        ranking = self.tokens.ranking
+        if ranking is None:
+            raise ValueError("these tokens hold one cut and no ranking; expected those of encode_picture")
+        patch_tokens = share * (globals_ + positions) - globals_
+        if share == 1 or not SCORES[ranking.score].unit:
+            return self.cut("count", round(patch_tokens))
+        return self.cut("marginal", calibrate(ranking.score_units, "marginal", patch_tokens, ranking.resolution))
+
+    def kept_map(self, patch_size: int) -> Tensor:
+        """(H, W) floats: which share of the patches that cover a pixel was kept."""
+        patches = self.tokens.kept_mask.view(-1, 1, self.side // patch_size, self.side // patch_size).float()
+        return self._blend(F.interpolate(patches, size=(self.side, self.side)))[0]
+
+    def _blend(self, tiles: Tensor) -> Tensor:
+        """(R * C, c, S, S) tiles -> (c, H, W); where tiles overlap, each counts less towards its edge."""
+        tops, lefts = tile_starts(self.height, self.side), tile_starts(self.width, self.side)
+        rows, columns = _weights(tops, self.side), _weights(lefts, self.side)
+        size = tops[-1] + self.side, lefts[-1] + self.side
+        total, weight = tiles.new_zeros(tiles.shape[1], *size), tiles.new_zeros(size)
+        for number, tile in enumerate(tiles):
+            row, column = divmod(number, len(lefts))
+            window = (rows[row][:, None] * columns[column]).to(tiles)
+            place = slice(tops[row], tops[row] + self.side), slice(lefts[column], lefts[column] + self.side)
+            total[:, *place] += tile * window
+            weight[place] += window
+        return (total / weight)[:, : self.height, : self.width]
+
+
+def tile_starts(length: int, side: int) -> list[int]:
+    """Where tiles of `side` begin along `length` pixels: as few as overlap enough, spread evenly."""
+    if length <= side:
+        return [0]
+    number = math.ceil((length - OVERLAP) / (side - OVERLAP))
+    return [round(place * (length - side) / (number - 1)) for place in range(number)]
+
+
+def encode_picture(
+    tokenizer: "TaTok", picture: Any, score: str | None = None, rounds: int = 1, batch: int = BATCH
+) -> PictureTokens:
+    """All tokens of a picture, ranked.
+
+    Args:
+        tokenizer: of square pictures; its side is that of a tile.
+        picture: a path, a PIL image, or an array or tensor (H, W), (H, W, 3), (3, H, W) or (1, 3, H, W), uint8 or
+            floats in [0, 1].
+        score: as `TaTok.rank`; None: `error` where there are patch tokens.
+        rounds: as `TaTok.rank`.
+        batch: tiles at once.
+
+    Raises:
+        ValueError: something else than a picture.
+        FileNotFoundError: a path that does not exist.
+    """
+    config = tokenizer.config
+    pixels = as_pixels(picture).to(tokenizer.mask_token.device)
+    height, width = pixels.shape[1:]
+    tiles = _tiles(pixels, config.image_size)
+    parts = []
+    for some in tiles.split(batch):
+        tokens = tokenizer.encode(some)
+        parts.append(tokenizer.rank(tokens, score or "error", rounds, some) if config.patch_tokens else tokens)
+    return PictureTokens(joined(parts), height, width, config.image_size, math.log2(config.codebook_size))
+
+
+def decode_picture(tokenizer: "TaTok", picture: PictureTokens, batch: int = BATCH) -> Tensor:
+    """(3, H, W) floats in [0, 1] of the tokens that are kept.
+
+    Raises:
+        ValueError: tokens of tiles of another size, or that `TaTok.decode` does not take.
+    """
+    if picture.side != tokenizer.config.image_size:
+        raise ValueError(f"tiles have {picture.side} pixels a side; expected {tokenizer.config.image_size}")
+    numbers = torch.arange(len(picture.tokens)).split(batch)
+    return picture._blend(torch.cat([tokenizer.decode(picture.tokens[some]) for some in numbers]))
+
+
+def save_picture(tokenizer: "TaTok", picture: PictureTokens, path: str | Path, entropy_coded: bool = False) -> int:
+    """Write a `.tatok` file; returns its size in bytes.
+
+    The file: magic "TaTP", version, H, W, S, the head that the streams of all tiles share, then the payload of each
+    with its length, and a CRC-32. `Codec` writes the streams.
+
+    Raises:
+        ValueError: as `Codec.to_bytes`.
+    """
+    from tatok_model.codec.bytestream import Codec
+    from tatok_model.codec.header import seal, unseal
+
+    streams = [unseal(stream) for stream in Codec(tokenizer).to_bytes(picture.tokens, entropy_coded)]
+    head = seal(streams[0][0], b"")
+    if any(seal(header, b"") != head for header, _ in streams):
+        raise ValueError(
+            "tiles differ in how their positions are sent; expected a cut whose positions are not replayed"
+        )
+    body = FIXED.pack(MAGIC, VERSION, picture.height, picture.width, picture.side, len(head)) + head
+    body += b"".join(LENGTH.pack(len(payload)) + payload for _, payload in streams)
+    data = body + CHECKSUM.pack(zlib.crc32(body))
+    Path(path).write_bytes(data)
+    return len(data)
+
+
+def load_picture(tokenizer: "TaTok", path: str | Path) -> PictureTokens:
+    """The tokens of a `.tatok` file that `save_picture` wrote with the same tokenizer: one cut, without a ranking.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, another version, a damaged one, or one of another tokenizer.
+    """
+    from tatok_model.codec.bytestream import Codec
+    from tatok_model.codec.header import seal, unseal
+
+    data = Path(path).read_bytes()
+    if data[:4] != MAGIC:
+        raise ValueError(f"{str(path)!r} begins with {data[:4]!r}; expected {MAGIC!r}, a .tatok file")
+    if data[4:5] != bytes([VERSION]):
+        raise ValueError(f"{str(path)!r} has version {data[4:5].hex() or 'none'}; expected {VERSION:02x}")
+    body, checksum = data[: -CHECKSUM.size], data[-CHECKSUM.size :]
+    if len(data) < FIXED.size + CHECKSUM.size or CHECKSUM.pack(zlib.crc32(body)) != checksum:
+        raise ValueError(f"{str(path)!r} is damaged: its checksum differs; expected a whole .tatok file")
+    _, _, height, width, side, head_size = FIXED.unpack_from(body)
+    header, _ = unseal(body[FIXED.size : FIXED.size + head_size])
+    streams, place = [], FIXED.size + head_size
+    while place < len(body):
+        (size,) = LENGTH.unpack_from(body, place)
+        place += LENGTH.size + size
+        streams.append(seal(header, body[place - size : place]))
+    tokens = Codec(tokenizer).from_bytes(streams)
+    return PictureTokens(tokens, height, width, side, math.log2(tokenizer.config.codebook_size))
+
+
+def as_pixels(picture: Any) -> Tensor:
+    """(3, H, W) float32 in [0, 1] of a path, PIL image, array or tensor; see `encode_picture`.
+
+    Transparency is laid on white, as preprocessing does.
+
+    Raises:
+        ValueError: another type or shape, values outside [0, 1] or NaN.
+        FileNotFoundError: a path that does not exist.
+    """
+    if isinstance(picture, str | Path):
+        return _of_pil(_opened(Path(picture)))
+    if type(picture).__module__.startswith("PIL."):
+        return _of_pil(picture)
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+    if not isinstance(picture, Tensor):
+        raise ValueError(f"picture is a {type(picture).__name__}; expected a path, a PIL image, an array or a tensor")
+    shape = tuple(picture.shape)
+    if picture.ndim == 4 and len(picture) == 1:
+        picture = picture[0]
+    if picture.ndim == 2:
+        picture = picture.expand(3, -1, -1)
+    elif picture.ndim == 3 and picture.shape[0] != 3 and picture.shape[-1] == 3:
+        picture = picture.permute(2, 0, 1)
+    if picture.ndim != 3 or picture.shape[0] != 3 or 0 in picture.shape:
+        raise ValueError(f"picture is {shape}; expected (H, W), (H, W, 3), (3, H, W) or (1, 3, H, W)")
+    if picture.dtype == torch.uint8:
+        return picture.float() / 255
+    if not picture.is_floating_point():
+        raise ValueError(f"picture is {picture.dtype}; expected uint8 or floats in [0, 1]")
+    low, high = float(picture.min()), float(picture.max())
+    if not (low >= 0 and high <= 1):  # also where one is NaN
+        raise ValueError(f"picture has values from {low:g} to {high:g}; expected floats in [0, 1]")
+    return picture.float()
+
+
+def _opened(path: Path) -> "Image.Image":
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{str(path)!r} is not a picture that Pillow reads; expected PNG, JPEG, WebP, ...") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{str(path)!r} is a folder; expected one picture") from error
+    return picture
+
+
+def _of_pil(picture: "Image.Image") -> Tensor:
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I;16", "I")):  # Pillow's own conversion would clip 16 bits at 255
+        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+        return torch.from_numpy(grey / 65535).float().expand(3, -1, -1)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+
+
+def _tiles(pixels: Tensor, side: int) -> Tensor:
+    """(3, H, W) -> (R * C, 3, S, S), row by row."""
+    height, width = pixels.shape[1:]
+    while min(pixels.shape[1:]) < side:  # reflecting adds at most one less than there is
+        down, right = (min(max(side - size, 0), max(size - 1, 1)) for size in pixels.shape[1:])
+        mode = "reflect" if min(pixels.shape[1:]) > 1 else "replicate"
+        pixels = F.pad(pixels[None], (0, right, 0, down), mode=mode)[0]
+    tops, lefts = tile_starts(height, side), tile_starts(width, side)
+    return torch.stack([pixels[:, top : top + side, left : left + side] for top in tops for left in lefts])
+
+
+def _weights(starts: list[int], side: int) -> list[Tensor]:
+    """(S,) for each tile along one side: 1, falling linearly over what is shared with a neighbour."""
+    weights = []
+    for number, start in enumerate(starts):
+        weight = torch.ones(side)
+        if number:
+            shared = starts[number - 1] + side - start
+            weight[:shared] *= (torch.arange(shared) + 0.5) / shared
+        if number + 1 < len(starts):
+            shared = start + side - starts[number + 1]
+            weight[side - shared :] *= 1 - (torch.arange(shared) + 0.5) / shared
+        weights.append(weight)
+    return weights

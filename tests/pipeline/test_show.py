@@ -1,0 +1,102 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.show import SHARES, show
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The folder of a page of two small pictures, one of them of an odd shape."""
+    folder = tmp_path_factory.mktemp("show")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (70, 100, 3), dtype=np.uint8)
+    noise[:, :50] = 128
+    Image.fromarray(noise).save(folder / "half <noise>.png")
+    Image.fromarray(noise[:40, 30:60]).save(folder / "small.png")
+    shown = show([str(folder / "half <noise>.png"), str(folder / "small.png")], "tatok64", folder / "out", longest=80)
+    return folder / "out", shown
+
+
+def pictures_of(folder: Path) -> list[dict]:
+    text = (folder / "show.html").read_text()
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, flags=re.DOTALL)[1])
+
+
+def test_the_page_holds_every_budget_of_every_picture(page):
+    folder, shown = page
+    pictures = pictures_of(folder)
+    assert [(picture["name"], picture["width"], picture["height"]) for picture in pictures] == [
+        ("half <noise>.png", 80, 56), ("small.png", 30, 40),
+    ]  # fmt: skip
+    for picture, made in zip(pictures, shown, strict=True):
+        tokens = [cut["tokens"] for cut in picture["cuts"]]
+        assert [cut["share"] for cut in picture["cuts"]] == list(SHARES)
+        assert tokens == sorted(tokens)
+        assert tokens[-1] == picture["all_tokens"] == 272 * (2 if picture["width"] > 64 else 1)  # tiles of 64 pixels
+        assert all(cut["bytes"] * 8 >= cut["bits"] - 8 for cut in picture["cuts"])
+        assert made.cuts[-1].psnr > made.cuts[0].psnr
+        assert all(cut["picture"].startswith("data:image/jpeg;base64,") for cut in picture["cuts"])
+
+
+def test_tokens_go_where_the_detail_is(page):
+    kept = page[1][0].cuts[4].kept  # the left half is flat
+    assert kept[:, 44:].mean() > 2 * kept[:, :36].mean()
+
+
+def test_the_page_needs_nothing_else(page):
+    text = (page[0] / "show.html").read_text()
+    assert "__" not in re.sub(r"base64,[^\"]*", "", text)
+    assert not re.search(r"(src|href)=\"?http", text)
+    with Image.open(page[0] / "show.png") as picture:
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "No such file or directory: '.*none.png'"),
+        (["."], "is a folder; expected one picture"),
+        ([__file__], "is not a picture that Pillow reads"),
+        (["--longest", "3"], "--longest is 3; expected at least 16 pixels"),
+        (["--tokenizer", "tatok65"], "checkpoint 'tatok65' does not exist; expected a folder, a hub id"),
+    ],
+)
+def test_what_cannot_be_shown_is_said_in_a_sentence(arguments, message, tmp_path):
+    command = [sys.executable, ROOT / "jobs" / "show.py", *arguments]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2
+    assert re.fullmatch(rf"error: .*{message}.*", finished.stderr.strip())
+
+
+@pytest.mark.browser
+def test_moving_the_slider_changes_picture_and_numbers(page, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium, which is absent here (on Debian and Ubuntu: apt install chromium)")
+    text = (page[0] / "show.html").read_text()
+    seen = []
+    for place in (0, 8):
+        move = f"<script>budget.value = {place}; budget.dispatchEvent(new Event('input'));</script></html>"
+        (tmp_path / "page.html").write_text(text.replace("</html>", move))
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        seen.append((
+            re.findall(r'class="result"[^>]*src="([^"]*)"', dom), re.findall(r'class="numbers">(.+?)</div>', dom),
+            re.findall(r'<output[^>]*>([^<]*)<', dom),
+        ))  # fmt: skip
+    assert seen[0][2] == ["8% of the tokens"]
+    assert seen[1][2] == ["100% of the tokens"]
+    for few, all_ in zip(seen[0][0] + seen[0][1], seen[1][0] + seen[1][1], strict=True):
+        assert few
+        assert few != all_
+    assert all("dB" in line for line in seen[0][1] + seen[1][1])
