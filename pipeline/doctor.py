@@ -245,7 +245,7 @@ def _ask_cluster(address: str, seen: list[str], written: list[str], marker: str)
 
 def _check_resources(config: Config, resources: dict[str, float]) -> str:
     """Whether the workers of every stage find room."""
-    from pipeline.training.workers import check_resources
+    from pipeline.training.train import check_resources
 
     for section in ("train", "train_generator"):
         part = getattr(config, section)

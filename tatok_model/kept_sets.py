@@ -7,12 +7,15 @@ them without global tokens. docs/decisions/0003 says why.
 Shapes: B images, N patch positions.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tatok_model.config import KeptSetConfig
+from tatok_model.tokens import Tokens
 
 LANES = 4  # uniform numbers per sample before the N of the positions
 
@@ -37,6 +40,35 @@ class Wanted(NamedTuple):
     without_globals: Tensor  # (B,) bool
     by_entropy: Tensor  # (B,) bool: ranked by entropy, else by surprisal
     noise: Tensor  # (B, N) in [0, 1)
+
+
+@torch.no_grad()
+def hide(
+    tokens: Tokens, uniforms: Tensor, config: KeptSetConfig, filtering: bool, places: Callable[[Wanted], Tensor] | None
+) -> tuple[Tokens, KeptSets | None]:
+    """What a training step keeps of all tokens of its images; the sets are None where there are no patch tokens.
+
+    Args:
+        tokens: all of them.
+        uniforms: (B, LANES + N) in [0, 1), keyed by seed, step and sample.
+        config: shares of the kinds.
+        filtering: False while the entropy model warms up: prefixes are random sets then.
+        places: gives `kept_sets` its `ranked`; None: there are no patch tokens.
+    """
+    sets = None
+    if places is not None:
+        wanted = draw(uniforms, config, filtering)
+        sets = kept_sets(wanted, places(wanted))
+        tokens = replace(tokens, kept_mask=sets.kept_mask)
+    if config.global_tail:
+        tokens = replace(tokens, global_counts=_global_counts(uniforms, tokens.global_indices.shape[1], config))
+    return tokens, sets
+
+
+def _global_counts(uniforms: Tensor, most: int, config: KeptSetConfig) -> Tensor:
+    """(B,) int64: leading global tokens that stay, at least 1, for the share of samples that lose a tail."""
+    kind, size = uniforms[:, 0], uniforms[:, 1]
+    return torch.where(kind < config.global_tail, 1 + (size * most).long().clamp(max=most - 1), most)
 
 
 def draw(uniforms: Tensor, config: KeptSetConfig, filtering: bool) -> Wanted:

@@ -214,17 +214,13 @@ class LeCam(nn.Module):
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
 
-    def forward(self, real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-        """Scalar penalty for scores; updates the running means.
+    def update(self, real: Tensor, fake: Tensor) -> None:
+        """Move the running means towards a step's scalar means, those over all its pictures, of all workers."""
+        self.real_mean.lerp_(real.detach(), 1 - self.decay)
+        self.fake_mean.lerp_(fake.detach(), 1 - self.decay)
 
-        Args:
-            real: scores of originals, any shape.
-            fake: scores of reconstructions, any shape.
-            real_mean: scalar mean of `real` over all workers.
-            fake_mean: scalar mean of `fake` over all workers.
-        """
-        self.real_mean.lerp_(real_mean.detach(), 1 - self.decay)
-        self.fake_mean.lerp_(fake_mean.detach(), 1 - self.decay)
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Scalar penalty for scores of originals and of reconstructions, any shape."""
         towards_fake = torch.relu(real - self.fake_mean).square().mean()
         return towards_fake + torch.relu(self.real_mean - fake).square().mean()
 

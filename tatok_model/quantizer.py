@@ -7,10 +7,12 @@ Shapes: B images, L tokens, D width, K codebook entries, d code width.
 """
 
 import math
+from types import MethodType
 
 import torch
 from torch import Tensor, distributed, nn
 from vector_quantize_pytorch import FSQ, VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, batched_sample_vectors
 
 from tatok_model.config import TokenizerConfig
 from tatok_model.vit import rows_at_once
@@ -21,7 +23,8 @@ GRACE = 40  # steps
 class VQ(nn.Module):
     """Nearest entry by cosine similarity; entries are averages of what they are chosen for, dead ones are re-drawn.
 
-    Under `torch.distributed` the averages and the re-drawn entries are the same on every rank.
+    Under `torch.distributed` the averages and the re-drawn entries are the same on every rank, and the same as those of
+    one process with the whole batch.
     """
 
     def __init__(self, width: int, config: TokenizerConfig) -> None:
@@ -44,8 +47,12 @@ class VQ(nn.Module):
         )
         # The library starts every entry with a count of 1, which decays for hundreds of steps before an unused entry
         # counts as dead. From 0, entries that no token chooses are re-drawn from the data at once.
-        self.quantize._codebook.cluster_size.zero_()
-        self.quantize._codebook.embed_avg.zero_()
+        codebook = self.quantize._codebook
+        codebook.cluster_size.zero_()
+        codebook.embed_avg.zero_()
+        # The library lets each rank draw entries from its own part of the batch.
+        codebook.replace_sample_fn = batched_sample_vectors
+        codebook.replace = MethodType(_replace, codebook)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each embedding by its entry.
@@ -96,12 +103,31 @@ class VQ(nn.Module):
         The library wants a number of uses per step. With few tokens and many entries (8 global tokens of 64 images,
         1000 entries) the average itself is below one: a fixed number would re-draw every entry at every step.
         """
-        world = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         codebook = self.quantize._codebook
-        codebook.threshold_ema_dead_code = self.dead_code_share * tokens * world / self.codebook_size
+        codebook.threshold_ema_dead_code = self.dead_code_share * tokens * _world() / self.codebook_size
         # A re-drawn entry that stays unused is drawn again after GRACE steps: while the encoder still moves fast,
         # entries drawn from its first outputs would otherwise wait for hundreds of steps.
         codebook.reset_cluster_size = codebook.threshold_ema_dead_code / codebook.decay**GRACE
+
+
+def _world() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _replace(codebook: Codebook, batch_samples: Tensor, batch_mask: Tensor, seq_mask: None = None) -> None:
+    """The library's re-drawing of dead entries, from the vectors of all ranks in their order: (1, n, d), (1, K) bool.
+
+    Every rank's generator has been keyed alike by the step, so that all draw the same.
+    """
+    if _world() > 1:
+        counts = [torch.zeros(1, dtype=torch.int64, device=batch_samples.device) for _ in range(_world())]
+        distributed.all_gather(counts, torch.full_like(counts[0], batch_samples.shape[1]))
+        padded = batch_samples.new_zeros(max(map(int, counts)), batch_samples.shape[2])
+        padded[: batch_samples.shape[1]] = batch_samples[0]
+        parts = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(parts, padded)
+        batch_samples = torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])[None]
+    type(codebook).replace(codebook, batch_samples, batch_mask, seq_mask)
 
 
 class FiniteScalar(nn.Module):

@@ -38,7 +38,7 @@ from tatok_model.entropy import (
     read_surprisal_and_expected,
 )
 from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, lines_json, read_lines
-from tatok_model.kept_sets import KeptSets, draw, kept_sets
+from tatok_model.kept_sets import KeptSets, Wanted, hide
 from tatok_model.quantizer import build_quantizer
 from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
@@ -134,23 +134,12 @@ class TaTok(
             reconstruct: False leaves the decoder out, to train the entropy model alone; the images come back as given.
         """
         codes = self._quantize(*self._encode_features(images))
-        tokens = Tokens(codes.global_indices, codes.patch_indices, self._kept_mask(images, kept_mask))
-        given_mask, without_globals = tokens.kept_mask, None
+        tokens, sets = Tokens(codes.global_indices, codes.patch_indices, self._kept_mask(images, kept_mask)), None
         if uniforms is not None and mix is not None:
-            if self.patch_quantizer is not None:
-                sets = self._draw_sets(tokens, images, uniforms, mix, filtering_now)
-                tokens = replace(tokens, kept_mask=sets.kept_mask)
-                given_mask, without_globals = sets.given_mask, sets.without_globals
-            if mix.global_tail:
-                tokens = replace(tokens, global_counts=self._draw_tails(uniforms, mix))
-        fill, code_bits = None, images.new_zeros(0)
-        if self.entropy_model is not None and kept_mask is None and uniforms is not None:
-            at = ~given_mask
-            read = self._read_bits_and_expected(tokens.patch_indices[at])
-            code_bits, expected = self._predict(tokens, given_mask, at, read, without_globals)
-            fill = self._fill(expected, at)
-        elif not bool(tokens.kept_mask.all()):
-            fill = self._fill_of(tokens)
+            filtering_now = filtering_now and (self.entropy_model is not None or mix.order not in BY_MODEL)
+            places = partial(self._training_places, tokens, images, mix) if self.config.patch_tokens else None
+            tokens, sets = hide(tokens, uniforms, mix, filtering_now, places)
+        fill, code_bits = self._training_fill(tokens, sets)
         pictures = images
         if reconstruct:
             pictures = self._decode_embeddings(codes.global_embeddings, codes.patch_embeddings, tokens, fill)
@@ -370,24 +359,27 @@ class TaTok(
             )
         return self._fill(expected, at)
 
+    def _training_fill(self, tokens: Tokens, sets: KeptSets | None) -> tuple[Tensor | None, Tensor]:
+        """What q expects where tokens are dropped, and (n,) bits of the codes that it predicted, with gradients.
+
+        Where no sets were drawn q is not trained: it predicts nothing, and fills what `tokens` lack.
+        """
+        if sets is None or self.entropy_model is None:
+            fill = None if bool(tokens.kept_mask.all()) else self._fill_of(tokens)
+            return fill, self.mask_token.new_zeros(0)
+        at = ~sets.given_mask
+        read = self._read_bits_and_expected(tokens.patch_indices[at])
+        code_bits, expected = self._predict(tokens, sets.given_mask, at, read, sets.without_globals)
+        return self._fill(expected, at), code_bits
+
     @torch.no_grad()
-    def _draw_sets(
-        self, tokens: Tokens, images: Tensor, uniforms: Tensor, mix: KeptSetConfig, filtering_now: bool
-    ) -> KeptSets:
-        """Kept sets of a training step; only samples that need a ranking are ranked."""
-        by_model = mix.order in BY_MODEL
-        wanted = draw(uniforms, mix, filtering_now and not (by_model and self.entropy_model is None))
+    def _training_places(self, tokens: Tokens, images: Tensor, mix: KeptSetConfig, wanted: Wanted) -> Tensor:
+        """(B, N) int64: the place of every position in its image's ranking, where a prefix of one is wanted."""
         places = training_places(tokens, images, wanted, mix, self._models())
         # Older releases of torch keep the weights that autocast has cast here, without gradients, for the pass that
         # needs them (pytorch#112583).
         torch.clear_autocast_cache()
-        return kept_sets(wanted, places)
-
-    def _draw_tails(self, uniforms: Tensor, mix: KeptSetConfig) -> Tensor:
-        """(B,) int64: leading global tokens that stay, at least 1, for the share of samples that lose a tail."""
-        m = self.config.global_tokens
-        kind, size = uniforms[:, 0], uniforms[:, 1]
-        return torch.where(kind < mix.global_tail, 1 + (size * m).long().clamp(max=m - 1), m)
+        return places
 
     @property
     def _global_quantizer(self) -> Any:

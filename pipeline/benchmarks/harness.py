@@ -37,7 +37,7 @@ from pipeline.data.shards import MEMORY_BYTES, ShardDataset, read_manifest
 from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.training.batches import Batches
+    from pipeline.training.order import Batches
     from tatok_model.tokenizer import TaTok
 
 # The time on a device, and what it is called.
@@ -388,8 +388,7 @@ def tokenizer_of(run: Run) -> "TaTok":
 
 def training_batches(config: Config, memory_bytes: int = MEMORY_BYTES) -> "Batches":
     """Our reader on the training split, kept in memory up to a size, as a worker that trains alone has it."""
-    from pipeline.training.batches import Batches
-    from pipeline.training.order import SampleOrder
+    from pipeline.training.order import Batches, SampleOrder
     from tatok_model.kept_sets import LANES
 
     train = config.train

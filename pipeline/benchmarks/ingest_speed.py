@@ -22,8 +22,8 @@ from pipeline.core.run import Run
 from pipeline.data.shards import MEMORY_BYTES
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.training.batches import Batch, Batches
-    from pipeline.training.tokenizer_training import Objective
+    from pipeline.training.order import Batch, Batches
+    from pipeline.training.tokenizer_training import TokenizerObjective
 
 MEMORY, FILES, MOCK = "in_memory", "from_files", "mock"
 BYTES_IN_MEMORY = {MEMORY: MEMORY_BYTES, FILES: 0}
@@ -112,15 +112,18 @@ def _measure(run: Run) -> Findings:
     return Findings(table, ratios, numbers, facts, conclusion)
 
 
-def _rate(source: BatchSource, objective: "Objective", same: "Batch", steps: int, device: Any) -> float:
+def _rate(source: BatchSource, objective: "TokenizerObjective", same: "Batch", steps: int, device: Any) -> float:
     """Pictures per second through that many steps."""
+    from pipeline.training.loop import take_step
+    from pipeline.training.order import read_ahead
+
     start, asked = source.next_step, time.perf_counter()
     began = asked
-    batches = source.batches.between(start, start + steps) if source.batches else itertools.repeat(same, steps)
+    batches = read_ahead(source.batches.load, start, start + steps) if source.batches else itertools.repeat(same, steps)
     for number, batch in enumerate(batches):
         if number:
             source.waits.append(time.perf_counter() - asked)
-        objective.step(batch)
+        take_step(objective, batch)
         asked = time.perf_counter()
     source.next_step += steps
     return steps * len(same.indices) / (harness.now(device) - began)
@@ -128,8 +131,10 @@ def _rate(source: BatchSource, objective: "Objective", same: "Batch", steps: int
 
 def _first_batch_seconds(config: Config, memory_bytes: int) -> float:
     """From opening the shards to the first batch."""
+    from pipeline.training.order import read_ahead
+
     started = time.perf_counter()
-    next(harness.training_batches(config, memory_bytes).between(0, 1))
+    next(read_ahead(harness.training_batches(config, memory_bytes).load, 0, 1))
     return time.perf_counter() - started
 
 
@@ -138,21 +143,23 @@ def read_epoch(config: Config, memory_bytes: int | None) -> float:
 
     Without `memory_bytes` only the first batch is read, which is all that the mock needs.
     """
+    from pipeline.training.order import read_ahead
+
     batches = harness.training_batches(config, MEMORY_BYTES if memory_bytes is None else memory_bytes)
     if memory_bytes is None:
         batches.load(0)
         return 0.0
     steps = -(-2 * len(batches.pictures) // config.train.global_batch_size)
     started = time.perf_counter()
-    for _ in batches.between(0, steps):
+    for _ in read_ahead(batches.load, 0, steps):
         pass
     return steps * config.train.global_batch_size / (time.perf_counter() - started)
 
 
-def _objective(config: Config, folder: Path, device: Any) -> "Objective":
-    from pipeline.training.tokenizer_training import Objective, starting_state
+def _objective(config: Config, folder: Path, device: Any) -> "TokenizerObjective":
+    from pipeline.training.tokenizer_training import TokenizerObjective, starting_state
     from tatok_model.losses import ReconstructionLoss
 
     state = starting_state(config, folder / "checkpoints", device)
     losses = ReconstructionLoss(config.losses).to(device)
-    return Objective(state, losses, device, uses_bf16(config.train.precision, device), lambda module: module)
+    return TokenizerObjective(state, losses, device, uses_bf16(config.train.precision, device))

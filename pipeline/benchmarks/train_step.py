@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     import torch
     from torch import Tensor, nn
 
-    from pipeline.training.batches import Batch
+    from pipeline.training.order import Batch
 
 LOOP, BARE, GLOBAL_ONLY, TITOK = "ray_train_loop", "bare_loop", "global_only", "titok"
 TAX, TAX_ON_GPU, AGAINST_TITOK, UTILISATION = Goal(0.97), Goal(0.98), Goal(1.2), Goal(0.45)
@@ -85,7 +85,7 @@ def steps_of(config: Config) -> int:
 
 def run(run: Run) -> None:
     """Measure, and leave `report.md` with the table."""
-    from pipeline.training.workers import run_workers
+    from pipeline.training.train import run_workers
 
     with harness.scratch(run) as folder:
         harness.take_pictures(run, folder, heldout_fraction=0.1)
@@ -229,7 +229,6 @@ class BareLoop:
 def work(
     run: Run,
     device: "torch.device",
-    wrap: "Callable[[nn.Module], nn.Module]",
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> dict[str, Any]:
     """Let all contenders take turns; arguments as those of `pipeline.training.tokenizer_training.work`.
@@ -241,7 +240,7 @@ def work(
     reader = harness.training_batches(config)
     batches = [reader.load(step) for step in range(steps_of(config))]  # what the training sees in a timing's steps
     loops = bare_loops(config, batches, device)
-    turns: dict[str, Callable[[], float]] = {LOOP: partial(loop_rate, run, device, wrap, report)}
+    turns: dict[str, Callable[[], float]] = {LOOP: partial(loop_rate, run, device, report)}
     turns |= {name: loop.rate for name, loop in loops.items()}
     rates = harness.take_turns(run, turns)
     facts = {
@@ -257,7 +256,6 @@ def work(
 def loop_rate(
     run: Run,
     device: "torch.device",
-    wrap: "Callable[[nn.Module], nn.Module]",
     report: Callable[[dict[str, float]], None],
 ) -> float:
     """Images per second of a short training in a folder of its own: the rate that it logs of its second half."""
@@ -269,7 +267,7 @@ def loop_rate(
     part = Run("train", run.config, folder)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it would tell of every round
-            tokenizer_training.work(part, device, wrap, report)
+            tokenizer_training.work(part, device, report)
         part.close()
         rates = [line.metrics[RATE] for line in read_metrics(folder, RATE)]
     finally:

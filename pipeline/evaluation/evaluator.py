@@ -39,7 +39,7 @@ from pipeline.evaluation.measurements import (
     score_splits,
 )
 from pipeline.evaluation.reference import Extractor, load_extractors
-from pipeline.training.batches import read_ahead
+from pipeline.training.order import read_ahead
 from tatok_model.codec.bytestream import Codec
 from tatok_model.codec.header import unseal
 from tatok_model.losses import LPIPS

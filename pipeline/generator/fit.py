@@ -25,11 +25,7 @@ def global_tokens_of(manifest: TokenManifest, filter: FilterConfig) -> int:  # n
 
 
 def check_global_cut(manifest: TokenManifest, filter: FilterConfig) -> None:  # noqa: A002
-    """Refuse a cut that a stream of global tokens alone does not allow.
-
-    Raises:
-        BadInput: naming the threshold.
-    """
+    """Refuse a cut that a stream of global tokens alone does not allow."""
     keep, most = global_tokens_of(manifest, filter), manifest.stream.global_tokens
     if not manifest.stream.score and not 1 <= keep <= most:
         raise BadInput(
@@ -77,11 +73,7 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
 
 
 def check_start(config: Config, manifest: TokenManifest, found: GeneratorConfig) -> None:
-    """Refuse a `generator.checkpoint` to start from that writes other sequences than the stream has.
-
-    Raises:
-        BadInput: naming the first thing that differs.
-    """
+    """Refuse a `generator.checkpoint` to start from that writes other sequences than the stream has."""
     path = config.generator.checkpoint
     wanted = {"size": config.generator.size, **_given(config, manifest)}
     for name, value in wanted.items():
@@ -93,11 +85,7 @@ def check_start(config: Config, manifest: TokenManifest, found: GeneratorConfig)
 
 
 def check_length(config: Config, found: GeneratorConfig, wanted: GeneratorConfig) -> None:
-    """Refuse a `generator.checkpoint` for longer sequences than it knows, or for other positions.
-
-    Raises:
-        BadInput: naming what differs.
-    """
+    """Refuse a `generator.checkpoint` for longer sequences than it knows, or for other positions."""
     path = config.generator.checkpoint
     if found.positions != wanted.positions:
         raise BadInput(
@@ -123,19 +111,13 @@ def _given(config: Config, manifest: TokenManifest) -> dict[str, Any]:
     }
 
 
-# Whether a generator, a tokenizer and what is asked of them fit together. Imports no torch.
-
-
 def check_fit(config: Config, generator: GeneratorConfig, sha256: str = "") -> None:
-    """Refuse a generator that writes other tokens than the tokenizer reads.
+    """Refuse a generator that writes other tokens than the tokenizer reads, naming the first thing that differs.
 
     Args:
         config: with both checkpoints, the tokenizer's of the architecture that is configured.
         generator: of `generator.checkpoint`.
         sha256: of the tokenizer's weights; empty: looked up, except for one of the hub.
-
-    Raises:
-        BadInput: naming the first thing that differs.
     """
     path, section = config.generator.checkpoint, config.tokenizer
     pairs = [("patch_tokens", section.patch_tokens), ("codebook_size", section.codebook_size)]
@@ -213,15 +195,7 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def asked_labels(config: GenerateConfig, classes: int) -> tuple[int, ...]:
-    """The classes that samples are asked to be of, in turn; -1 alone for none.
-
-    Args:
-        config: what is asked for.
-        classes: that the generator knows.
-
-    Raises:
-        BadInput: a class that does not exist.
-    """
+    """The classes that samples are asked to be of, in turn; -1 alone for none. A class beyond `classes` is refused."""
     for label in config.labels:
         if label >= classes:
             known = f"0 to {classes - 1}, the generator's classes" if classes else "none: the generator has no classes"
@@ -232,16 +206,7 @@ def asked_labels(config: GenerateConfig, classes: int) -> tuple[int, ...]:
 
 
 def check_guidance(config: GenerateConfig, labels: tuple[int, ...], class_dropout: float) -> None:
-    """Refuse guidance towards no class, or by a generator that always knew the class.
-
-    Args:
-        config: the scales.
-        labels: that are asked for, as `asked_labels` gives them.
-        class_dropout: of the generator's training.
-
-    Raises:
-        BadInput: naming the scale.
-    """
+    """Refuse guidance towards no class, or by a generator that always knew the class: its class dropout was 0."""
     for name in ("guidance", "position_guidance"):
         if (scale := getattr(config, name)) == 1:
             continue

@@ -1,4 +1,4 @@
-"""Validation of a generator in training: bits of held-out sequences, and pictures that it makes.
+"""Training a generator: what a step minimises, how it is validated, and the work of one worker.
 
 Shapes: B sequences.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.core.checkpoints import find, load_tokenizer, read_generator
 from pipeline.core.cluster import uses_bf16
@@ -18,68 +18,58 @@ from pipeline.core.console import say
 from pipeline.core.run import Run
 from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config
 from pipeline.generator.generate import class_rows
-from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset
+from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset, TokenPart
 from pipeline.tokens.decoder import decoded_pictures
 from pipeline.tokens.token_manifest import check_tokenizer
 from pipeline.training import distributed
-from pipeline.training.distributed import Totals
+from pipeline.training.distributed import Mean, Terms
+from pipeline.training.loop import train
 from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
-from pipeline.training.resume import go_on, values_of
-from pipeline.training.state import TrainState, derive_seed
+from pipeline.training.state import TrainState, derive_seed, go_on, values_of
 from pipeline.training.validation import spread
 from tatok_model.generation.generator import Generator
 from tatok_model.generation.sampling import sample
+from tatok_model.generation.sequences import Sequences
 from tatok_model.tokenizer import TaTok
 
-# One optimiser step of a generator: bits of all tokens of the global batch, divided by their number.
-
+SECTION = "train_generator"
+BATCH = 64  # sequences per forward pass of a validation
 KINDS = ("globals", "positions", "codes")  # of bits
 
 
 class GeneratorObjective:
-    """Performs steps on the state of a generator.
+    """What a generator minimises: the bits of all tokens of the global batch, divided by their number.
 
     Args:
         state: what is trained.
         device: where the model lives.
         bf16: compute in bfloat16 under autocast; weights stay float32.
-        wrap: makes a module ready for several workers (DDP) or faster (compile).
     """
 
-    def __init__(
-        self, state: TrainState[Generator], device: torch.device, bf16: bool, wrap: Callable[[nn.Module], nn.Module]
-    ) -> None:
+    def __init__(self, state: TrainState[Generator], device: torch.device, bf16: bool) -> None:
         self.state, self.device, self.bf16 = state, device, bf16
-        self.model: nn.Module = wrap(state.model)
+        self.model = distributed.prepared(state.model, state.train_config.compile)
         self._images = self._tokens = self._computed = 0
 
-    def step(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """One optimiser step on this worker's part of a global batch.
+    def parts(self, batch: TokenBatch) -> list[tuple[TokenPart, int]]:
+        """The parts of a batch, each with the tokens of the global batch."""
+        return [(part, batch.tokens) for part in batch.parts]
 
-        Gradients add up over the parts: how a batch is cut does not change them.
+    def forward(self, part: tuple[TokenPart, int]) -> tuple[Tensor, Terms]:
+        """The loss of a part and its terms: `loss` in bits per token, `bits_{kind}` per image.
 
-        Returns:
-            `loss` in bits per token, `bits_globals`, `bits_positions` and `bits_codes` per image, gradient norms.
+        Losses add up over the parts: how a batch is cut does not change the gradient.
         """
-        state, parts = self.state, batch.parts
-        state.begin_step()
-        state.model.train()
-        found = torch.zeros(len(KINDS), device=self.device)
-        for number, part in enumerate(parts):
-            sequences, labels = part.sequences.to(self.device), part.labels.to(self.device, non_blocking=True)
-            with distributed.synchronised(self.model, last=number == len(parts) - 1):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    bits = self.model(sequences, labels)
-                # Times the number of workers, because gradients are averaged over them.
-                (bits.total().sum() * distributed.world_size() / batch.tokens).backward()
-            found += torch.stack([kind.detach().sum() for kind in (bits.globals_, bits.positions, bits.codes)]).float()
-            self._count(part.sequences.lengths())
-        norms = state.descend()
-        state.end_step()
-        images = sum(len(part.labels) for part in parts)
-        terms = {"loss": found.sum() * distributed.world_size() / batch.tokens}
-        return terms | {f"bits_{kind}": value / images for kind, value in zip(KINDS, found, strict=True)} | norms
+        (sequences, labels, tokens), everywhere = part
+        self._count(sequences.lengths())
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            bits = self.model(sequences.to(self.device), labels.to(self.device, non_blocking=True))
+        kinds = [kind.detach().sum().float() for kind in (bits.globals_, bits.positions, bits.codes)]
+        terms = {"loss": Mean(torch.stack(kinds).sum(), tokens)}
+        terms |= {f"bits_{name}": Mean(kind, len(labels)) for name, kind in zip(KINDS, kinds, strict=True)}
+        # Times the number of workers, because gradients are averaged over them.
+        return bits.total().sum() * distributed.world_size() / everywhere, terms
 
     def metrics(self) -> dict[str, float]:
         """The share of computed tokens that is padding, and tokens per image, since the last call."""
@@ -92,9 +82,6 @@ class GeneratorObjective:
         self._images += len(lengths)
         self._tokens += int(lengths.sum())
         self._computed += len(lengths) * int(lengths.max())
-
-
-BATCH = 64  # sequences per forward pass
 
 
 class GeneratorValidator:
@@ -127,25 +114,15 @@ class GeneratorValidator:
     @torch.inference_mode()
     def measure(self, model: Generator) -> dict[str, float]:
         """Metrics by their logged names; the same on every worker."""
-        totals = Totals()
-        for sequences, labels in self._batches():
-            bits = model(sequences, labels)
-            kinds = (bits.globals_, bits.positions, bits.codes)
-            sums = {name: float(kind.double().sum()) for name, kind in zip(KINDS, kinds, strict=True)}
-            ends = len(labels) if bits.positions.shape[1] else 0
-            tokens = float(sequences.lengths().sum())
-            totals.merge(
-                Totals(images=len(labels), tokens=tokens + ends, patches=float(sequences.counts.sum()), **sums)
-            )
-        values = distributed.merged(totals).values
+        values = distributed.summed(self._sums(model, *batch) for batch in self._batches())
         images = values["images"]
-        found = {f"validation/bits_{name}": values[name] / images for name in KINDS}
+        metrics = {f"validation/bits_{name}": values[name] / images for name in KINDS}
         total = sum(values[name] for name in KINDS)
-        found["validation/bits_per_image"] = total / images
-        found["validation/bits_per_token"] = total / values["tokens"]
+        metrics["validation/bits_per_image"] = total / images
+        metrics["validation/bits_per_token"] = total / values["tokens"]
         if values["patches"]:
-            found["validation/bits_per_code"] = values["codes"] / values["patches"]
-        return found
+            metrics["validation/bits_per_code"] = values["codes"] / values["patches"]
+        return metrics
 
     @torch.inference_mode()
     def examples(self, model: Generator) -> list[np.ndarray]:
@@ -161,22 +138,30 @@ class GeneratorValidator:
         tokens = sequences.to_tokens(architecture.patch_positions, architecture.global_tokens)
         return class_rows(decoded_pictures(self.tokenizer, tokens), labels)
 
-    def warnings(self, model: Generator, found: dict[str, float]) -> list[str]:
+    def warnings(self, model: Generator, latest: dict[str, float]) -> list[str]:
         """Held-out bits that rise while training's fall: the generator learns its training set by heart."""
-        here, trained = found["validation/bits_per_token"], found.get("train/loss", float("inf"))
+        here, trained = latest["validation/bits_per_token"], latest.get("train/loss", float("inf"))
         best, then = self._best, self._trained
         if here < best:
             self._best, self._trained = here, trained
         if here <= best or trained >= then:
             return []
-        told = (
+        warning = (
             f"held-out tokens cost {here:.3f} bits and cost {best:.3f} before, while those of training fell from "
             f"{then:.3f} to {trained:.3f}: the generator learns its training set by heart; expected more data, "
             "generator.dropout, or fewer steps"
         )
-        return [told]
+        return [warning]
 
-    def _batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
+    def _sums(self, model: Generator, sequences: Sequences, labels: Tensor) -> dict[str, float]:
+        """Bits by kind and what they are divided by, over a batch; an end counts as a token where it is predicted."""
+        bits = model(sequences, labels)
+        sums = zip(KINDS, (bits.globals_, bits.positions, bits.codes), strict=True)
+        ends = len(labels) if bits.positions.shape[1] else 0
+        counts = {"images": float(len(labels)), "tokens": float(sequences.lengths().sum()) + ends}
+        return counts | {"patches": float(sequences.counts.sum())} | {name: float(b.double().sum()) for name, b in sums}
+
+    def _batches(self) -> Iterator[tuple[Sequences, Tensor]]:
         mine = self._indices[distributed.rank() :: distributed.world_size()]
         for start in range(0, len(mine), BATCH):
             rows = mine[start : start + BATCH]
@@ -184,16 +169,8 @@ class GeneratorValidator:
             yield self.dataset.sequences(rows).to(self.device), labels.to(self.device)
 
 
-# One worker that trains a generator: builds what the loop needs from the configuration, runs it, reports.
-
-SECTION = "train_generator"
-
-
 def work(
-    run: Run,
-    device: torch.device,
-    wrap: Callable[[torch.nn.Module], torch.nn.Module],
-    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    run: Run, device: torch.device, report: Callable[[dict[str, float]], None] = lambda metrics: None
 ) -> dict[str, Any]:
     """Train this worker's part to the end of the run; see `pipeline.training.tokenizer_training.work`."""
     config, section, train_config = run.config, run.config.generator, run.config.train_generator
@@ -216,13 +193,14 @@ def work(
         class_dropout=section.class_dropout,
         ends=int(shape.patch_tokens and shape.positions == "generated"),
     )
-    objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device), wrap)
+    objective = GeneratorObjective(state, device, uses_bf16(train_config.precision, device))
     seen = LayeredOrder(_order(training, train_config), training.lengths(), groups)  # a thread has the batches' own
 
     def ids(step: int) -> list[str]:
         return [training.ids[row] for row in seen.global_batch(step)[0]]
 
-    outcome = Recorder(run, train_config, decides, validator, report, state, ids).train(objective, batches)
+    recorder = Recorder(run, train_config, decides, state, ids)
+    outcome = train(objective, batches.load, train_config, validator, recorder, report)
     lengths = training.lengths()
     facts = {"tokens_mean": float(lengths.mean()), "tokens_std": float(lengths.std()), "rows_train": len(training)}
     outcome["results"] |= facts

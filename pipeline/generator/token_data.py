@@ -8,9 +8,8 @@ is padding. What a step sees remains a function of seed and step alone.
 Shapes: G sequences of a global batch, B of them in a part.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +21,15 @@ from pipeline.generator.fit import check_global_cut, global_tokens_of
 from pipeline.tokens.decoder import cut
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import TokenManifest, read_token_manifest
-from pipeline.training.batches import read_ahead
 from pipeline.training.order import SampleOrder, keyed_uniform
 from tatok_model.generation.sequences import Sequences
 
-# A ranked token stream, cut where the configuration says, in memory: what a generator learns from.
+WINDOW = 4  # steps that are planned together: more of them pad less and lump very long sequences together
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """The sequences of one split by number, 0 to `len - 1`, in the order of the stream.
+    """One split of a ranked token stream, cut as configured, in memory: sequences 0 to `len - 1`, in its order.
 
     Attributes:
         manifest: of the stream.
@@ -125,15 +123,12 @@ class TokenDataset:
         return Sequences(*(torch.from_numpy(array) for array in arrays))
 
 
-WINDOW = 4  # steps that are planned together: more of them pad less and lump very long sequences together
-
-
-@dataclass(frozen=True)
-class TokenPart:
+class TokenPart(NamedTuple):
     """Sequences of similar length, padded to the longest."""
 
     sequences: Sequences
     labels: Tensor  # (B,) int64, -1: no class, or not told
+    tokens: int  # ends counted where they are predicted
 
 
 @dataclass(frozen=True)
@@ -209,16 +204,16 @@ class TokenBatches:
     def load(self, step: int) -> TokenBatch:
         """This worker's part of the global batch of a step."""
         samples, epochs = self.order.global_batch(step)
-        tokens = int(self._lengths[samples].sum()) + self.ends * len(samples)
+        tokens = self._tokens(samples)
         samples, epochs = samples[self.rank :: self.world], epochs[self.rank :: self.world]
         labels = self.dataset.labels[samples]
         labels[keyed_uniform(self.seed, epochs, samples) < self.class_dropout] = -1
+        count = min(self.groups, len(samples))
         parts = [
-            TokenPart(self.dataset.sequences(samples[part]), torch.from_numpy(labels[part]))
-            for part in np.array_split(np.arange(len(samples)), min(self.groups, len(samples)))
+            TokenPart(self.dataset.sequences(rows), torch.from_numpy(their_labels), self._tokens(rows))
+            for rows, their_labels in zip(np.array_split(samples, count), np.array_split(labels, count), strict=True)
         ]
         return TokenBatch(step, tuple(parts), tokens)
 
-    def between(self, start: int, stop: int) -> Iterator[TokenBatch]:
-        """Batches of the steps from `start` to before `stop`, read ahead."""
-        return read_ahead(self.load, start, stop)
+    def _tokens(self, samples: np.ndarray) -> int:
+        return int(self._lengths[samples].sum()) + self.ends * len(samples)

@@ -240,7 +240,7 @@ class Ledger:
 
 
 def _begun(plan: SweepPlan) -> dict[str, Any]:
-    from pipeline.training.resume import values_of
+    from pipeline.training.state import values_of
 
     values = plan.config.to_dict()
     named = {key: values[section][name] for key in DECIDES for section, name in [key.split(".")]}

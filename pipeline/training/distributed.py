@@ -1,9 +1,11 @@
-"""The few collectives that training needs; without a process group each is the obvious thing for one worker."""
+"""What travels between workers: a few collectives, and means that merge; each is the obvious thing for one worker."""
 
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,15 +28,6 @@ def world_size() -> int:
     return distributed.get_world_size() if active() else 1
 
 
-def gather(value: T) -> list[T]:
-    """Every worker's value, in order of rank, on every worker."""
-    if not active():
-        return [value]
-    values: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
-
-
 def total(tensor: Tensor) -> Tensor:
     """The sum of every worker's tensor, on every worker."""
     if not active():
@@ -50,55 +43,88 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gathered is None else gathered()
 
 
-class Totals:
-    """Named sums."""
-
-    def __init__(self, **values: float) -> None:
-        self.values = values
-
-    def merge(self, other: "Totals") -> None:
-        """Add another part's sums."""
-        for name, value in other.values.items():
-            self.values[name] = self.values.get(name, 0.0) + value
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state: one () per name."""
-        return {name: np.array(value) for name, value in self.values.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Totals":
-        """The inverse of `to_arrays`."""
-        return cls(**{name: float(value) for name, value in arrays.items()})
+def gather(value: T) -> list[T]:
+    """Every worker's value, in order of rank, on every worker."""
+    if not active():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
 def merged(part: T) -> T:
     """What all workers have measured together; `part` has `merge`, `to_arrays` and `from_arrays`."""
     measured: Any = part
-    total: Any = None
-    for arrays in gather(measured.to_arrays()):
-        other = type(measured).from_arrays(arrays)
-        if total is None:
-            total = other
-        else:
-            total.merge(other)
-    return total
+    first, *others = (type(measured).from_arrays(arrays) for arrays in gather(measured.to_arrays()))
+    for other in others:
+        first.merge(other)
+    return first
+
+
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Named sums of all parts of all workers; a name may be missing in some."""
+    sums: dict[str, float] = {}
+    for worker in gather(list(parts)):
+        for part in worker:
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def prepared(module: nn.Module, compiled: bool) -> nn.Module:
+    """Ready to train: compiled where that is asked for, and under DDP where there are other workers.
+
+    What is sharded adds up its gradients itself. The quantizer keeps its buffers equal itself: broadcasting them would
+    cost every step.
+    """
+    if compiled:
+        module = torch.compile(module)  # type: ignore[assignment]
+    if world_size() == 1 or hasattr(module, "unshard"):  # of FSDP2, whose import costs a second that few need
+        return module
+    with warnings.catch_warnings():  # the new name of the option is not known to every torch in our range
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def synchronised(model: nn.Module, last: bool) -> Any:
-    """Around a backward pass: gradients travel between workers once per step, with the last micro-batch."""
+    """Around a micro-batch: gradients travel between workers once per step, with the last one."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def any_true(value: bool, device: torch.device) -> bool:
     """Whether any worker says so: all leave a loop at the same step."""
-    if not active():
-        return value
-    flag = torch.tensor(int(value), device=device)
-    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    return bool(total(torch.tensor(int(value), device=device)).item())
 
 
-def wait_for_all() -> None:
-    """Return when every worker has come this far."""
-    if active():
-        distributed.barrier()
+@dataclass(frozen=True)
+class Mean:
+    """A mean that merges, over the micro-batches of a step and then over workers: a sum and how many it is of."""
+
+    sum: Tensor  # scalar, without gradients
+    count: float
+
+    @classmethod
+    def of(cls, mean: Tensor, count: float = 1) -> Self:
+        """The mean of `count` values; in float64, of which a single part comes back as it was."""
+        return cls(mean.detach().double() * count, count)
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+
+Terms = dict[str, Mean]  # of a step, by name
+
+
+def added(terms: Terms, more: Terms) -> Terms:
+    """Of the micro-batches so far, and of one more."""
+    return terms | {name: terms[name] + mean if name in terms else mean for name, mean in more.items()}
+
+
+def means(terms: Mapping[str, Mean]) -> dict[str, float]:
+    """Over all workers, which all have to ask for the same names."""
+    if not terms:
+        return {}
+    sums = torch.stack([mean.sum.double() for mean in terms.values()])
+    counts = torch.tensor([mean.count for mean in terms.values()], dtype=torch.float64, device=sums.device)
+    sums, counts = total(torch.stack([sums, counts]))
+    return dict(zip(terms, (sums / counts).float().tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The loop that trains a feature network, and how it is measured.
+"""Labelled pictures, the loop that trains a feature network on them, and how it is measured.
 
 SGD with Nesterov momentum, one cycle of the learning rate, label smoothing, random shift and flip, in one process.
 What decides the weights is in `extractor.*`, `train.seed`, `train.precision` and the pictures.
@@ -32,15 +32,18 @@ from pipeline.data.sources import check_parquet, read_parquet
 from pipeline.tracking import Tracker
 from tatok_model.metrics.extractors.extractor import TrainableExtractor
 
-# Labelled pictures in memory: read from a Parquet file or from shards, selected by index, augmented.
-
 MAX_SHIFT = 4  # pixels
 READ = 256  # pictures of shards read at a time
+MOMENTUM = 0.9
+LABEL_SMOOTHING = 0.1
+RISING = 0.2  # share of the steps in which the learning rate rises; it falls to 0 in the rest
+VALIDATION_SHARE = 0.04  # of the training pictures, chosen by seed: choices are made on these, never on the test file
+LAST_EPOCH = "last_epoch.safetensors"  # where a stopped run goes on
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures of one size and their classes."""
+    """Pictures of one size and their classes, in memory."""
 
     images: Tensor  # (B, side, side, 3) uint8 RGB
     labels: Tensor  # (B,) int64
@@ -66,11 +69,7 @@ class Labelled:
 def read_labelled(path: str, data: DataConfig, split: str = "train", classes: int | None = None) -> Labelled:
     """Every picture of a Parquet file, made square as in a shard, or of a split of shards, with its class.
 
-    Args:
-        path: Parquet file, or folder of shards.
-        data: names the columns and the size.
-        split: train or heldout, of shards.
-        classes: labels must be 0 to classes - 1; None: any from 0.
+    Labels are 0 to `classes` - 1, or any from 0.
 
     Raises:
         BadInput: neither shards nor a Parquet file with a column of pictures, no rows, a row that is not a picture, a
@@ -129,13 +128,6 @@ def _reflect(indices: Tensor, side: int) -> Tensor:
     """Indices beyond a border, counted back from it."""
     last = side - 1
     return last - (last - indices.abs()).abs()
-
-
-MOMENTUM = 0.9
-LABEL_SMOOTHING = 0.1
-RISING = 0.2  # share of the steps in which the learning rate rises; it falls to 0 in the rest
-VALIDATION_SHARE = 0.04  # of the training pictures, chosen by seed: choices are made on these, never on the test file
-LAST_EPOCH = "last_epoch.safetensors"  # where a stopped run goes on
 
 
 def train(run: Run, network: TrainableExtractor, pictures: Labelled, tracker: Tracker) -> int:

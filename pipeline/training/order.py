@@ -1,4 +1,6 @@
-"""Which samples a step sees: a function of seed and step alone, never of rank, worker count or time.
+"""Which samples a step sees, and their batches, read ahead by a thread.
+
+The samples are a function of seed and step alone, never of rank, worker count or time.
 
 The order of an epoch is a permutation of all samples, and a step's global batch is the next stretch of the endless
 sequence of epochs: every sample is seen exactly once per epoch, and batches may cross from one epoch into the next.
@@ -7,21 +9,29 @@ Splits that do not fit into memory are shuffled in two levels, so that reading s
 samples are permuted, then the samples inside a window of some blocks.
 """
 
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
+
+from pipeline.data.shards import ShardDataset
+
+if TYPE_CHECKING:  # torch is imported inside functions: crops of a stream are drawn by these keys where there is none
+    from torch import Tensor
+
+AHEAD = 4  # batches that wait ready
+T = TypeVar("T")
 
 BLOCK = 64  # samples that are read together; the row group of the shards
 WINDOW = 64  # blocks whose samples are mixed, when reading has to stay local
 
 
 def epoch_order(rows: int, seed: int, epoch: int, local: bool = False) -> np.ndarray:
-    """(rows,) int64, the samples of an epoch in the order in which they are seen.
-
-    Args:
-        rows: samples of the split.
-        seed: of the run.
-        epoch: counted from 0.
-        local: keep neighbouring samples within a window of each other.
-    """
+    """(rows,) int64, the samples of an epoch in the order in which they are seen; `local` keeps neighbours together."""
     random = np.random.default_rng([seed, epoch])
     if not local:
         return random.permutation(rows)
@@ -78,14 +88,7 @@ def keyed_uniform(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndar
 
 
 def keyed_uniforms(seed: int, epochs: np.ndarray, samples: np.ndarray, count: int) -> np.ndarray:
-    """(B, count) float32 in [0, 1): `count` numbers for each (seed, epoch, sample), unrelated to `keyed_uniform`'s.
-
-    Args:
-        seed: of the run.
-        epochs: (B,) int64.
-        samples: (B,) int64.
-        count: numbers per sample.
-    """
+    """(B, count) float32 in [0, 1): as many for each (seed, epoch, sample), unrelated to `keyed_uniform`'s."""
     with np.errstate(over="ignore"):
         key = _mix(np.full(1, (seed + 1) % 2**64, dtype=np.uint64))
         key = _mix(_mix(key ^ epochs.astype(np.uint64)) ^ samples.astype(np.uint64))
@@ -98,3 +101,72 @@ def _mix(key: np.ndarray) -> np.ndarray:
     key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return key ^ (key >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's part of a global batch."""
+
+    step: int  # the optimiser step that it is for, counted from 0
+    indices: np.ndarray  # (B,) samples of the split
+    images: "Tensor"  # (B, 3, H, W) uint8
+    uniforms: "Tensor"  # (B, draws) float32 in [0, 1): what each sample's kept set is drawn from
+
+
+class Batches:
+    """One worker's parts of the global batches.
+
+    Args:
+        pictures: the training split.
+        order: which samples each step sees.
+        rank, world: this worker and how many there are; each takes a contiguous part of the global batch.
+        horizontal_flip: mirror each picture with probability 1/2, decided by (seed, epoch, sample).
+        draws: random numbers per sample, decided likewise.
+    """
+
+    def __init__(
+        self, pictures: ShardDataset, order: SampleOrder, rank: int, world: int, horizontal_flip: bool, draws: int = 0
+    ) -> None:
+        self.pictures, self.order, self.rank, self.world = pictures, order, rank, world
+        self.horizontal_flip, self.draws = horizontal_flip, draws
+
+    def load(self, step: int) -> Batch:
+        """This worker's part of the global batch of a step."""
+        import torch
+
+        samples, epochs = self.order.part(step, self.rank, self.world)
+        images = self.pictures.images(samples.tolist())
+        if self.horizontal_flip:
+            mirrored = keyed_uniform(self.order.seed, epochs, samples) < 0.5
+            images[mirrored] = images[mirrored, :, ::-1]
+        uniforms = torch.from_numpy(keyed_uniforms(self.order.seed, epochs, samples, self.draws))
+        return Batch(step, samples, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), uniforms)
+
+
+def read_ahead(load: Callable[[int], T], start: int, stop: int) -> Iterator[T]:
+    """`load(start)` to `load(stop - 1)`, loaded ahead by a thread; an error in there is raised here."""
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(AHEAD)
+    ended = threading.Event()
+
+    def put(item: T | BaseException | None) -> None:
+        while not ended.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.5)
+                return
+
+    def read() -> None:
+        try:
+            for step in range(start, stop):
+                put(load(step))
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again where the batch was wanted
+            put(error)
+
+    threading.Thread(target=read, daemon=True, name="batches").start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()

@@ -1,4 +1,7 @@
-"""Training that leaves something behind: metrics, pictures, checkpoints and progress, written by the first worker."""
+"""What a training leaves behind, written by its first worker: metrics, pictures, checkpoints, progress.
+
+The driver follows it: `followed` reports new checkpoints and pictures to the tracker, and passes on a wish to stop.
+"""
 
 import threading
 import time
@@ -6,156 +9,32 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pipeline.core import checkpoints
 from pipeline.core.config import TrainConfig
 from pipeline.core.console import Progress, say
-from pipeline.core.errors import Stopped
 from pipeline.core.files import write_json
 from pipeline.core.plots import save_rows
 from pipeline.core.run import Run
 from pipeline.tracking import Tracker
 from pipeline.training import distributed
-from pipeline.training.loop import Batch, Batches, Hooks, Objective, train
 from pipeline.training.state import TrainState
 
-# Checkpoints written beside training: the state is copied to main memory at the step, the files come from a thread.
-
-
-class CheckpointThread:
-    """Writes one checkpoint at a time; what fails is raised at the next call.
-
-    Args:
-        folder: the run's `checkpoints`.
-        keep: how many stay.
-    """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Path] | None = None
-
-    def save(self, state: TrainState[Any], **record: Any) -> None:
-        """Copy the state and return; waits for the checkpoint before, so that at most one copy is kept."""
-        self.wait()
-        average, tensors = state.snapshot()
-        self._writing = self._thread.submit(
-            checkpoints.save, self._folder, state.step, average, tensors, self._keep, **record
-        )
-
-    def wait(self) -> None:
-        """Return when nothing is being written; raises what the last writing raised, once."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def close(self) -> None:
-        """Wait, and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-
-
-# The driver's side of a training run: follows what the workers leave in the run folder.
-
-SECONDS = 0.5  # between looks
-
-
-@contextmanager
-def followed(run: Run, tracker: Tracker, pictures: str) -> Iterator[None]:
-    """While the body trains, report checkpoints and pictures to `tracker` and pass on `run.should_stop`.
-
-    Args:
-        run: whose folder is looked at.
-        tracker: is told.
-        pictures: the name under which pictures are shown.
-    """
-    stop_file = run.folder / STOP_FILE
-    stop_file.unlink(missing_ok=True)
-    ended = threading.Event()
-    follower = Follower(run, tracker, pictures)
-
-    def follow() -> None:
-        while not ended.wait(SECONDS):
-            try:
-                if run.should_stop:
-                    stop_file.touch()
-                follower.look()
-            except OSError as error:  # a full or slow disk must not end the only thread that hears a stop
-                say(f"following the run: {error}")
-
-    thread = threading.Thread(target=follow, daemon=True, name="follow")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        follower.look()
-        stop_file.unlink(missing_ok=True)
-
-
-class Follower:
-    """Tells the tracker of each new checkpoint and picture once."""
-
-    def __init__(self, run: Run, tracker: Tracker, pictures: str) -> None:
-        self.run, self.tracker, self._name = run, tracker, pictures
-        self._checkpoint = self._newest_checkpoint()
-        self._pictures = self._all_pictures()
-
-    def look(self) -> None:
-        """Look once."""
-        newest = self._newest_checkpoint()
-        if newest != self._checkpoint:
-            self._checkpoint = newest
-            self.tracker.commit()
-        for name in sorted(self._all_pictures() - self._pictures):
-            self._pictures.add(name)
-            step = int(name.removeprefix("step-").removesuffix(".png"))
-            path = self.run.folder / "pictures" / name
-            self.tracker.picture(path, self._name, step)
-            self.tracker.artifact(path, "pictures")
-
-    def _newest_checkpoint(self) -> str:
-        return max((path.name for path in (self.run.folder / "checkpoints").glob("step-*")), default="")
-
-    def _all_pictures(self) -> set[str]:
-        return {path.name for path in (self.run.folder / "pictures").glob("step-*.png")}
-
-
-NOT_FINITE = "not_finite"  # folder in the run folder: ids of batches whose loss or gradient was no number
+NOT_FINITE = "not_finite"  # folder in the run folder: ids of batches whose loss or gradient was NaN or infinite
 STOP_FILE = "stop"  # in the run folder: the driver was told to end
-
-
-class Validator(Protocol):
-    """Looks at the averaged model on held-out data."""
-
-    def measure(self, model: Any) -> dict[str, float]:
-        """Metrics by their logged names; the same on every worker, which all have to ask."""
-        ...
-
-    def examples(self, model: Any) -> list[np.ndarray]:
-        """Rows of pictures to look at, (B, H, W, 3) uint8 each; none where there is nothing to show."""
-        ...
-
-    def warnings(self, model: Any, found: dict[str, float]) -> list[str]:
-        """What a reader of the log should look into, given the latest metrics by their logged names."""
-        ...
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Recorder:
-    """The loop's hooks.
+    """Writes what a training leaves behind; on other workers than the first it writes nothing.
 
     Args:
         run: the run folder.
         config: of the training.
         decides: what decides the weights of a step, by key; checkpoints keep it.
-        validator: measures the averaged model.
-        report: told the latest validation metrics at every checkpoint, on every worker.
         state: where the run starts from.
         ids: the samples of a step, counted from 0, by where they came from.
     """
@@ -165,90 +44,77 @@ class Recorder:
         run: Run,
         config: TrainConfig,
         decides: dict[str, Any],
-        validator: Validator,
-        report: Callable[[dict[str, float]], None],
         state: TrainState[Any],
         ids: Callable[[int], list[str]],
     ) -> None:
-        self.run, self.config, self.decides = run, config, decides
-        self.validator, self.report, self.ids = validator, report, ids
-        self.validated: dict[str, float] = {}
-        self.trained: dict[str, float] = {}  # the latest of the loop's own metrics
+        self.run, self.config, self.decides, self.ids = run, config, decides, ids
+        self.validation: dict[str, float] = {}  # the latest metrics
+        self.latest: dict[str, float] = {}  # with the loop's own
         self.first = distributed.rank() == 0
         self._seconds, self._started = state.seconds, time.monotonic()
-        self._first_step = state.step
+        self._first_step = self._logged_step = state.step
         self._progress: Progress | None = None
-        self._checkpoints: CheckpointThread | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
         if self.first:
-            self._checkpoints = CheckpointThread(run.folder / "checkpoints", config.keep_checkpoints)
             run.rewind_metrics(state.step)
             checkpoints.remove_leftovers(run.folder / "checkpoints")
             batch, steps = config.global_batch_size, config.max_steps
             self._progress = Progress("train", batch * steps, "images", done=batch * state.step)
 
-    def train(self, objective: Objective[Batch], batches: Batches[Batch]) -> dict[str, Any]:
-        """Train to the end of the run; returns once the last checkpoint is safe.
-
-        Returns:
-            `results` by name, and `stopped`: why it ended early, or ''.
-        """
-        stopped = ""
-        try:
-            train(objective, batches, self.config, self.hooks())
-        except Stopped as reason:
-            stopped = str(reason)
-        finally:
-            self.close()
-        return {"results": self.results(objective.state), "stopped": stopped}
-
-    def hooks(self) -> Hooks:
-        """As the loop wants them."""
-        return Hooks(self.log, self.validate, self.save, self.advance, self.stop_reason, self.not_finite)
-
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append the loop's metrics to metrics.jsonl."""
-        self.trained = metrics
-        self._write(metrics, step)
+        """Append the loop's metrics to metrics.jsonl and move the progress bar."""
+        self.latest = metrics | self.validation
+        if self._progress is not None:
+            self.run.log(metrics, step)
+            images = (step - self._logged_step) * self.config.global_batch_size
+            self._progress.advance(images, loss=f"{metrics.get('train/loss', float('nan')):.4g}")
+        self._logged_step = step
 
-    def _write(self, metrics: dict[str, float], step: int) -> None:
+    def validated(self, metrics: dict[str, float], step: int) -> None:
+        """Append what validation measured."""
+        self.validation = metrics
+        self.latest |= metrics
         if self.first:
             self.run.log(metrics, step)
+            values = ", ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in metrics.items())
+            say(f"step {step}: {values}")
 
-    def validate(self, state: TrainState[Any]) -> None:
-        """Measure the averaged model and draw pictures."""
-        average = state.averaged()
-        self.validated = self.validator.measure(average)
-        self._write(self.validated, state.step)
-        if not self.first:
-            return
-        if rows := self.validator.examples(average):
-            save_rows(self.run.folder / "pictures" / f"step-{state.step:08d}.png", rows)
-        values = ", ".join(f"{k.removeprefix('validation/')} {v:.4g}" for k, v in self.validated.items())
-        say(f"step {state.step}: {values}")
-        for text in self.validator.warnings(average, self.trained | self.validated):
+    def show(self, rows: list[np.ndarray], warnings: list[str], step: int) -> None:
+        """Draw rows of pictures, (B, H, W, 3) uint8 each, and say what a reader of the log should look into."""
+        if rows:
+            save_rows(self.run.folder / "pictures" / f"step-{step:08d}.png", rows)
+        for text in warnings:
             say(f"warning: {text}")
 
     def save(self, state: TrainState[Any]) -> None:
-        """Have a checkpoint written; raises what went wrong with the one before."""
-        if self._checkpoints is not None:
+        """Copy the state to main memory and have it written beside training.
+
+        Waits for the checkpoint before, so that at most one copy is kept, and raises what went wrong with it.
+        """
+        self._wait()
+        if self.first:
+            average, tensors = state.snapshot()
             samples = state.step * self.config.global_batch_size
-            self._checkpoints.save(state, samples_seen=samples, seconds=self.seconds(), decides=self.decides)
+            record = {"samples_seen": samples, "seconds": self.seconds(), "decides": self.decides}
+            folder, keep = self.run.folder / "checkpoints", self.config.keep_checkpoints
+            self._writing = self._writer.submit(checkpoints.save, folder, state.step, average, tensors, keep, **record)
         elif state.sharded:
             state.snapshot()  # the first worker's needs the others' parts
-        self.report({**self.validated, "step": state.step})  # all workers meet here
 
-    def not_finite(self, step: int) -> str:
-        """Keep which samples a step saw whose loss or gradient was no number; says where."""
+    def _wait(self) -> None:
+        """Return when nothing is being written; raises what the last writing raised, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def keep_ids(self, step: int) -> str:
+        """Keep which samples a step, counted from 1, saw whose loss or gradient was NaN or infinite; says where."""
         place = f"{NOT_FINITE}/step-{step:08d}.json"
         if self.first:
             (self.run.folder / NOT_FINITE).mkdir(exist_ok=True)
             write_json(self.run.folder / place, {"step": step, "ids": self.ids(step - 1)})
         return place
-
-    def advance(self, images: int, loss: float) -> None:
-        """Move the progress bar."""
-        if self._progress is not None:
-            self._progress.advance(images, loss=f"{loss:.4g}")
 
     def stop_reason(self) -> str:
         """Why the driver wants to end; '' to go on."""
@@ -263,7 +129,7 @@ class Recorder:
         batch = self.config.global_batch_size
         here = (state.step - self._first_step) * batch / max(time.monotonic() - self._started, 1e-9)
         return {
-            **{name.replace("/", "_"): value for name, value in self.validated.items()},
+            **{name.replace("/", "_"): value for name, value in self.validation.items()},
             "steps": float(state.step),
             "images_seen": float(state.step * batch),
             "train_seconds": self.seconds(),
@@ -276,5 +142,63 @@ class Recorder:
         if self._progress is not None:
             with suppress(OSError):
                 self._progress.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+
+
+@contextmanager
+def followed(run: Run, tracker: Tracker, pictures: str) -> Iterator[None]:
+    """While the body trains, report new checkpoints and pictures, each once, and pass on `run.should_stop`.
+
+    Args:
+        run: whose folder is looked at.
+        tracker: they are reported to.
+        pictures: the name under which pictures are shown.
+    """
+    stop_file = run.folder / STOP_FILE
+    stop_file.unlink(missing_ok=True)
+    ended = threading.Event()
+    look = _reporter(run.folder, tracker, pictures)
+
+    def follow() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                if run.should_stop:
+                    stop_file.touch()
+                look()
+            except OSError as error:  # a full or slow disk must not end the only thread that hears a stop
+                say(f"following the run: {error}")
+
+    thread = threading.Thread(target=follow, daemon=True, name="follow")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+        stop_file.unlink(missing_ok=True)
+
+
+def _reporter(folder: Path, tracker: Tracker, pictures: str) -> Callable[[], None]:
+    """What reports what is new in a run folder since it was called last."""
+
+    def names(pattern: str) -> set[str]:
+        return {path.name for path in folder.glob(pattern)}
+
+    seen = {pattern: names(pattern) for pattern in ("checkpoints/step-*", "pictures/step-*.png")}
+
+    def look() -> None:
+        saved, drawn = (names(pattern) - known for pattern, known in seen.items())
+        seen["checkpoints/step-*"] |= saved
+        if saved:
+            tracker.commit()
+        for name in sorted(drawn):
+            seen["pictures/step-*.png"].add(name)
+            path = folder / "pictures" / name
+            tracker.picture(path, pictures, int(path.stem.removeprefix("step-")))
+            tracker.artifact(path, "pictures")
+
+    return look

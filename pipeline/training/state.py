@@ -10,32 +10,31 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.core import checkpoints
 from pipeline.core.checkpoints import Checkpoint
-from pipeline.core.config import TrainConfig
+from pipeline.core.config import Config, TrainConfig
+from pipeline.core.console import say
+from pipeline.core.manifest import check_unchanged
 from pipeline.training import distributed
+from pipeline.training.distributed import Mean, Terms
 from tatok_model import vit
 from tatok_model.generation import layers
 
-# The learning rate as a function of the optimiser step.
+BLOCKS = (vit.Block, layers.CausalBlock)  # whose matrices Muon moves
+FREE = {  # keys of a training's section that may change between attempts: they do not decide what a step does
+    "num_workers", "device", "compile", "max_steps", "max_minutes", "log_every", "validate_every", "validation_images",
+    "grid_images", "checkpoint_every", "keep_checkpoints", "max_failures", "cpus_per_worker", "fused",
+    "min_workers", "not_finite", "parallel",
+}  # fmt: skip
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then a cosine to `min_learning_rate` at `max_steps`.
-
-    Args:
-        step: counted from 0.
-        config: `learning_rate`, `min_learning_rate`, `warmup_steps`, `max_steps`.
-    """
+    """Linear warm-up to the peak, then a cosine to `min_learning_rate` at `max_steps`; steps are counted from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
-
-
-# Which optimiser moves which parameters of a model.
-
-BLOCKS = (vit.Block, layers.CausalBlock)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -128,7 +127,8 @@ class TrainState(Generic[Model]):
         self.train_config, self.read = config, read
         self.step = 0
         self.seconds = 0.0  # spent by earlier attempts
-        self.skipped = False  # the last step was left out: its gradient was no number
+        self.skipped = False  # the last step was left out: its gradient was NaN or infinite
+        self.frozen = False  # parts of the model are not trained and stay in evaluation mode
         self.model = model
         self.average: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(model, config)
@@ -140,28 +140,28 @@ class TrainState(Generic[Model]):
         return {"": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
 
     def begin_step(self) -> None:
-        """Set the learning rate, and key torch's generator by the step.
+        """Set the learning rate and the model's mode, and key torch's generator by the step.
 
         Dropout and new codebook entries draw from it: a resumed run draws what an uninterrupted one would have drawn.
         """
+        self.model.train(not self.frozen)
         rate = learning_rate(self.step, self.train_config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(derive_seed(self.train_config.seed, "step", self.step))
-        self.skipped = False
         if self.skips:  # codebooks move while a batch is encoded, before anybody knows its gradient
             self._buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
 
     @property
     def skips(self) -> bool:
-        """Whether a step whose gradient is no number is left out: every step then waits for its norm."""
+        """Whether a step whose gradient is NaN or infinite is left out: every step then waits for its norm."""
         return self.train_config.not_finite == "skip"
 
-    def descend(self) -> dict[str, Tensor]:
+    def descend(self) -> Terms:
         """Clip the gradients that have been added up and move the weights; the norms by their metrics' names.
 
-        Where steps may be left out, one whose gradient is no number changes nothing; workers have equal gradients and
-        decide alike.
+        Where steps may be left out, one whose gradient is NaN or infinite changes nothing; workers have equal gradients
+        and decide alike.
         """
         norms = {}
         limit = self.train_config.clip_norm or (math.inf if self.skips else 0)
@@ -169,15 +169,14 @@ class TrainState(Generic[Model]):
             # Apart: cross-entropy in bits would otherwise decide how far the tokenizer may move.
             for name, parameters in self.parameter_groups().items():
                 norms[f"gradient_norm{name}"] = distributed.whole(nn.utils.clip_grad_norm_(parameters, limit))
-        if self.skips and not all(math.isfinite(norm) for norm in norms.values()):
-            self.skipped = True
+        self.skipped = self.skips and not all(math.isfinite(norm) for norm in norms.values())
+        if self.skipped:
             for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
                 buffer.detach().copy_(before)
-            self.optimizer.zero_grad(set_to_none=True)
-            return norms
-        self.optimizer.step()
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norms
+        return {name: Mean.of(norm) for name, norm in norms.items()}
 
     def end_step(self) -> None:
         """Count the step and move the average."""
@@ -206,9 +205,23 @@ class TrainState(Generic[Model]):
         """What a checkpoint keeps, in main memory: the averaged model and `tensors`; as `averaged`."""
         return copy.deepcopy(self.averaged()).cpu(), self.tensors()
 
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a checkpoint keeps besides the averaged model, by the prefix of its tensors' names."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides the averaged model; as `averaged`, for the first worker alone."""
-        return prefixed("model", self.model.state_dict()) | prefixed("optimizer", optimizer_tensors(self.optimizer))
+        """Copies of all that is `stateful`, in main memory: they are written while training goes on.
+
+        Only the first worker gets them; of sharded tensors the others give their parts.
+        """
+        copies = {}
+        for prefix, part in self.stateful().items():
+            tensors = part.state_dict() if isinstance(part, nn.Module) else optimizer_tensors(part)
+            for name, tensor in tensors.items():
+                value = distributed.whole(tensor.detach())
+                if distributed.rank() == 0:
+                    copies[f"{prefix}.{name}"] = value.to("cpu", copy=True)
+        return copies
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was written."""
@@ -217,10 +230,15 @@ class TrainState(Generic[Model]):
         self.step = checkpoint.step
         self.seconds = float(checkpoint.record.get("seconds", 0.0))
 
-    def load_tensors(self, found: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`."""
-        self.model.load_state_dict(under("model", found))
-        load_optimizer(self.optimizer, under("optimizer", found))
+        for prefix, part in self.stateful().items():
+            names = [name for name in tensors if name.startswith(f"{prefix}.")]
+            own = {name.removeprefix(f"{prefix}."): tensors[name] for name in names}
+            if isinstance(part, nn.Module):
+                part.load_state_dict(own)
+            else:
+                load_optimizer(part, own)
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
@@ -229,26 +247,12 @@ def derive_seed(seed: int, *keys: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies under `prefix.name`, in main memory: they are written while training goes on, by the first worker.
-
-    Of sharded tensors the other workers give their parts and keep nothing.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        value = distributed.whole(tensor.detach())
-        if distributed.rank() == 0:
-            found[f"{prefix}.{name}"] = value.to("cpu", copy=True)
-    return found
-
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `prefixed`."""
-    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of each parameter as `number.key`."""
+    """The state of each parameter as `number.key`.
+
+    `torch.distributed.checkpoint.state_dict` would call it by the parameter's name, add all settings of groups, and
+    take a step to fill a new optimiser: other checkpoints than those that are there.
+    """
     state = optimizer.state_dict()["state"]
     return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
 
@@ -260,3 +264,29 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         number, key = name.split(".", 1)
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def go_on(state: TrainState[Any], folder: Path, decides: dict[str, Any]) -> bool:
+    """Load the newest checkpoint in `folder` into a new state; False where there is none.
+
+    `decides` is what decides the weights of a step, by key; a run that was begun with other values is refused.
+    """
+    checkpoint = checkpoints.latest(folder)
+    if checkpoint is None:
+        return False
+    check_unchanged(checkpoint.record["decides"], decides)
+    state.load(checkpoint)
+    say(f"going on from step {state.step}")
+    return True
+
+
+def values_of(config: Config, *sections: str) -> dict[str, Any]:
+    """The values of some sections by `section.key`, without those that may change between attempts."""
+    values = config.to_dict()
+    training = ("train", "train_generator")
+    return {
+        f"{section}.{key}": value
+        for section in sections
+        for key, value in values[section].items()
+        if section not in training or key not in FREE
+    }

@@ -1,7 +1,8 @@
-"""What training a tokenizer changes (the tokenizer, its average, a discriminator), and where it starts from."""
+"""Training a tokenizer: its state (with a discriminator), what a step minimises, and the work of one worker."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ from pipeline.core.config import Config, TrainConfig
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset, read_manifest
 from pipeline.training import distributed
-from pipeline.training.batches import Batch, Batches
-from pipeline.training.order import SampleOrder
+from pipeline.training.distributed import Mean, Terms, added
+from pipeline.training.loop import train
+from pipeline.training.order import Batch, Batches, SampleOrder
 from pipeline.training.recorder import Recorder
-from pipeline.training.resume import go_on, values_of
-from pipeline.training.state import TrainState, derive_seed, load_optimizer, optimizer_tensors, prefixed, under
-from pipeline.training.validation import Validator
-from tatok_model.config import TokenizerConfig
+from pipeline.training.state import (
+    TrainState,
+    derive_seed,
+    go_on,
+    load_optimizer,
+    make_optimizer,
+    optimizer_tensors,
+    values_of,
+)
+from pipeline.training.validation import TokenizerValidator
+from tatok_model.config import LossConfig, TokenizerConfig
 from tatok_model.kept_sets import LANES
 from tatok_model.losses import Discriminator, ReconstructionLoss, hinge_discriminator_loss, hinge_generator_loss
 from tatok_model.metrics.extractors.small_networks import CompactExtractor
@@ -28,11 +37,251 @@ from tatok_model.metrics.scores import CodeUsage
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
-# How a codebook is used while it is trained, and how many patch tokens are kept.
+BETAS = (0.5, 0.9)  # of the discriminator's optimiser, as VQGAN has them
+ENTROPY = "entropy_model."  # beginning of its parameters' names
+
+
+class Adversary:
+    """A discriminator in training, with an optimiser step of its own, and what the tokenizer gains by deceiving it.
+
+    Args:
+        losses: weights and learning rate.
+        pictures: in a mean worker's part of a global batch.
+        device: where it lives.
+    """
+
+    def __init__(self, losses: LossConfig, pictures: float, device: torch.device) -> None:
+        self.losses, self._pictures = losses, pictures
+        self.network = Discriminator().to(device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), losses.discriminator_lr, BETAS)
+        self._seen: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of a step's micro-batches
+
+    def prepare(self, compiled: bool, autocast: Callable[[], Any]) -> None:
+        """Make it ready to train, in the precision of the tokenizer."""
+        self._prepared, self._autocast = distributed.prepared(self.network, compiled), autocast
+
+    def active(self, step: int) -> bool:
+        """Whether the term counts at this step."""
+        return step >= self.losses.gan_start_step
+
+    def deception(self, originals: Tensor, pictures: Tensor) -> Tensor:
+        """The tokenizer's weighted adversarial loss of a micro-batch: a scalar with gradients to `pictures`.
+
+        Args:
+            originals: (B, 3, H, W) in [0, 1]; kept with the pictures for `step`.
+            pictures: their reconstructions, not clipped.
+        """
+        self._seen.append((originals, pictures.detach().clamp(0, 1)))
+        self.network.requires_grad_(False)
+        with self._autocast():
+            scores = self.network(pictures)
+        self.network.requires_grad_(True)
+        return self.losses.gan * hinge_generator_loss(scores.float())
+
+    def step(self, skipped: bool) -> Terms:
+        """One step of the discriminator on all micro-batches since the last, unless it is skipped; its loss terms."""
+        seen, self._seen = self._seen, []
+        if skipped or not seen:
+            return {}
+        # LeCam's means move once, by all pictures. Scores of several micro-batches are made anew for their gradients.
+        means, terms = torch.zeros(2, device=seen[0][0].device), Terms()
+        for pair in seen:
+            with torch.set_grad_enabled(len(seen) == 1):
+                scores = self._scores(*pair)
+            means = means + torch.stack([kind.detach().mean() for kind in scores]) * (len(pair[0]) / self._pictures)
+        self.network.lecam.update(*distributed.total(means) / distributed.world_size())
+        for number, pair in enumerate(seen, start=1):
+            with distributed.synchronised(self._prepared, last=number == len(seen)):
+                real, fake = scores if len(seen) == 1 else self._scores(*pair)
+                loss, penalty = hinge_discriminator_loss(real, fake), self.losses.lecam * self.network.lecam(real, fake)
+                ((loss + penalty) * (len(pair[0]) / self._pictures)).backward()
+            part = {"discriminator": Mean.of(loss, len(pair[0])), "lecam": Mean.of(penalty, len(pair[0]))}
+            terms = added(terms, part)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return terms
+
+    def _scores(self, originals: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            scores = self._prepared(torch.cat([originals, pictures]))
+        real, fake = scores.float().chunk(2)
+        return real, fake
+
+
+class TokenizerState(TrainState[TaTok]):
+    """The tokenizer, its average, optionally a discriminator, and their optimisers after `step` steps."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        torch.manual_seed(derive_seed(config.train.seed, "weights"))
+        model = TaTok(config.tokenizer.architecture()).to(device)
+        frozen = config.train.parts == "entropy"  # all but the entropy model
+        if frozen:
+            if model.entropy_model is None:
+                raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
+            model.requires_grad_(False)
+            model.entropy_model.requires_grad_(True)
+        super().__init__(model, config.train, TaTok.from_pretrained)
+        self.device, self.frozen = device, frozen
+        self.pictures = config.train.global_batch_size / distributed.world_size()  # in a mean worker's part of a batch
+        self.adversary = Adversary(config.losses, self.pictures, device) if config.losses.gan else None
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The entropy model's parameters are clipped apart from the rest."""
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        rest = [p for name, p in trained if not name.startswith(ENTROPY)]
+        entropy = [p for name, p in trained if name.startswith(ENTROPY)]
+        return {name: group for name, group in {"": rest, "_entropy": entropy}.items() if group}
+
+    def start_from(self, weights: TaTok) -> None:
+        """Take over the weights of another tokenizer of the same architecture: fine-tuning.
+
+        With everything but the entropy model frozen, that one starts anew and may be of another size.
+        """
+        values = weights.state_dict()
+        if self.frozen:
+            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(ENTROPY)}
+            values = {name: value for name, value in values.items() if not name.startswith(ENTROPY)} | own
+        self.model.load_state_dict(values)
+        self.average.load_state_dict(values)
+
+    def descend(self) -> Terms:
+        """Move the tokenizer, then the discriminator."""
+        terms = super().descend()
+        return terms if self.adversary is None else terms | self.adversary.step(self.skipped)
+
+    def shard(self) -> None:
+        """Keep this worker's part of weights, average, gradients and optimiser; all of a block only while it is due.
+
+        What is loaded and what starts anew has to be in place before, equal on every worker.
+
+        Source: `torch.distributed.fsdp.fully_shard`, which is FSDP2 (arXiv 2304.11277 for the idea).
+        """
+        from torch.distributed.device_mesh import init_device_mesh  # imports for a second what only FSDP2 needs
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
+        for model in (self.model, self.average):
+            for block in (*model.encoder.blocks, *model.decoder.blocks):
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = make_optimizer(self.model, self.train_config)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        tensors = optimizer_tensors(self.optimizer)
+        for name, tensor in tensors.items():
+            if tensor.ndim:  # a moment, not the count of steps
+                tensors[name] = distribute_tensor(tensor, mesh, parameters[int(name.split(".")[0])].placements)
+        load_optimizer(optimizer, tensors)
+        self.optimizer, self.sharded = optimizer, True
+
+    def averaged(self) -> TaTok:
+        """Gathered into a plain model where the state is sharded."""
+        if not self.sharded:
+            return self.average
+        gathered = TaTok(self.average.config).to(self.device).eval().requires_grad_(False)
+        values = {name: distributed.whole(value) for name, value in self.average.state_dict().items()}
+        gathered.load_state_dict(values)
+        return gathered
+
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """With the discriminator."""
+        parts = super().stateful()
+        if self.adversary is not None:
+            parts |= {"discriminator": self.adversary.network, "discriminator_optimizer": self.adversary.optimizer}
+        return parts
+
+
+def starting_state(config: Config, folder: Path, device: torch.device) -> TokenizerState:
+    """From the run's newest checkpoint in `folder`, else from `tokenizer.checkpoint`, else new.
+
+    Raises:
+        BadInput: the run was begun with other values, or `tokenizer.checkpoint` cannot be used.
+    """
+    state = TokenizerState(config, device)
+    if not go_on(state, folder, deciding(config)) and config.tokenizer.checkpoint:
+        state.start_from(load_tokenizer(config)[0])
+    return state
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """What decides the weights of a step, by key: a run that goes on must have the same."""
+    values = values_of(config, "tokenizer", "losses", "kept_sets", "train")
+    return {**values, "data.shards": read_manifest(config.data.shards).fingerprint}
+
+
+class TokenizerObjective:
+    """What a tokenizer minimises.
+
+    Args:
+        state: what is trained.
+        losses: reconstruction terms.
+        device: where the models live.
+        bf16: compute in bfloat16 under autocast; weights stay float32.
+    """
+
+    def __init__(self, state: TokenizerState, losses: ReconstructionLoss, device: torch.device, bf16: bool) -> None:
+        self.state, self.losses, self.device = state, losses, device
+        compiled = state.train_config.compile
+        self.model = distributed.prepared(state.model, compiled)
+        self._autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+        if state.adversary is not None:
+            state.adversary.prepare(compiled, self._autocast)
+        self._usage = UsageMeter(state.config.tokenizer)
+
+    def parts(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Images and uniform numbers of `accumulation` micro-batches, or of as many as every worker has pictures."""
+        images, uniforms = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.uniforms))
+        count = min(self.state.train_config.accumulation, int(self.state.pictures))
+        return list(zip(images.tensor_split(count), uniforms.tensor_split(count), strict=True))
+
+    def forward(self, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Terms]:
+        """The loss of a micro-batch and its terms by name.
+
+        Args:
+            part: (B, 3, H, W) uint8 images, (B, LANES + N) uniform numbers that draw their kept sets.
+        """
+        images, uniforms = part
+        state, mix, count = self.state, self.state.config.kept_sets, len(images)
+        pixels = images.float() / 255  # (B, 3, H, W) in [0, 1]
+        with self._autocast():
+            output = self.model(
+                pixels,
+                None,
+                uniforms,
+                mix,
+                filtering_now=state.step >= mix.warmup_steps,
+                reconstruct=not state.frozen,
+            )
+        self._usage.add(output.tokens)
+        pictures = output.images.float()
+        losses = {} if state.frozen else self.losses(pixels, pictures) | {"commitment": output.commitment_loss}
+        if state.adversary is not None and state.adversary.active(state.step):
+            losses["adversarial"] = state.adversary.deception(pixels, pictures)
+        loss = torch.stack([pixels.new_zeros(()), *losses.values()]).sum()
+        terms = {name: Mean.of(value, count) for name, value in (losses | {"loss": loss}).items()}
+        if bits := len(output.code_bits):
+            # The entropy model has parameters of its own: its loss moves nothing else and is not part of "loss". Every
+            # prediction counts alike, however many a micro-batch or a worker has.
+            entropy = output.code_bits.sum() / output.tokens.patch_indices.numel()
+            terms["code_bits"] = Mean.of(output.code_bits.mean(), bits)
+            if state.frozen:
+                terms["loss"] = Mean.of(entropy, count)
+            loss = loss + entropy
+        # Every picture counts alike, however workers and micro-batches divide them.
+        return loss * (count / state.pictures), terms
+
+    def metrics(self) -> dict[str, float]:
+        """Use of the codebook and kept patch tokens since the last call."""
+        metrics = self._usage.read()
+        if self.state.model.entropy_model is not None and "codebook/perplexity_patch" in metrics:
+            # What q saves against a code that knows only how often each entry is used.
+            metrics["train/unigram_bits"] = math.log2(metrics["codebook/perplexity_patch"])
+        return metrics
 
 
 class UsageMeter:
-    """Counts codes over some steps."""
+    """Counts how a codebook is used over some steps, and how many patch tokens are kept."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         self._codes, self._has_patch_codes = config.codebook_size, config.patch_tokens
@@ -40,7 +289,7 @@ class UsageMeter:
         self._kept: list[Tensor] = []  # kept patch tokens, images
 
     def add(self, tokens: Tokens) -> None:
-        """Count one step. Counts stay on the device, without a look at them: it would have to wait."""
+        """Count a micro-batch. Counts stay on the device, without a look at them: it would have to wait."""
         everything = [("global", tokens.global_indices)]
         if self._has_patch_codes:
             everything.append(("patch", tokens.patch_indices))
@@ -64,249 +313,15 @@ class UsageMeter:
         return metrics
 
 
-# The adversarial term: a discriminator, its own optimiser step, and what the tokenizer gains by deceiving it.
-
-BETAS = (0.5, 0.9)  # as VQGAN trains its discriminator
-
-
-class Adversary:
-    """A discriminator in training.
-
-    Args:
-        config: weights and learning rate in `losses`.
-        device: where it lives.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config = config.losses
-        self.network = Discriminator().to(device)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), self.config.discriminator_lr, BETAS)
-        self._wrapped: nn.Module = self.network
-
-    def wrap(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Make it ready for several workers."""
-        self._wrapped = wrap(self.network)
-
-    def active(self, step: int) -> bool:
-        """Whether the term counts at this step."""
-        return step >= self.config.gan_start_step
-
-    def deception(self, pictures: Tensor, autocast: Callable[[], Any]) -> Tensor:
-        """The tokenizer's weighted adversarial loss: a scalar with gradients to `pictures`, (B, 3, H, W) in [0, 1]."""
-        self.network.requires_grad_(False)
-        with autocast():
-            scores = self.network(pictures)
-        self.network.requires_grad_(True)
-        return self.config.gan * hinge_generator_loss(scores.float())
-
-    def step(self, originals: Tensor, pictures: Tensor, autocast: Callable[[], Any]) -> dict[str, Tensor]:
-        """One step of the discriminator on (B, 3, H, W) images in [0, 1]; its loss terms."""
-        with autocast():
-            scores = self._wrapped(torch.cat([originals, pictures.clamp(0, 1)]))
-        real, fake = scores.float().chunk(2)
-        loss = hinge_discriminator_loss(real, fake)
-        means = distributed.total(torch.stack([real.detach().mean(), fake.detach().mean()])) / distributed.world_size()
-        penalty = self.config.lecam * self.network.lecam(real, fake, *means)
-        (loss + penalty).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"discriminator": loss, "lecam": penalty}
-
-
-ENTROPY = "entropy_model."  # beginning of its parameters' names
-
-
-class TokenizerState(TrainState[TaTok]):
-    """The tokenizer, its average, optionally a discriminator, and their optimisers after `step` steps."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config = config
-        torch.manual_seed(derive_seed(config.train.seed, "weights"))
-        model = TaTok(config.tokenizer.architecture()).to(device)
-        self.frozen = config.train.parts == "entropy"  # all but the entropy model
-        if self.frozen:
-            if model.entropy_model is None:
-                raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
-            model.requires_grad_(False)
-            model.entropy_model.requires_grad_(True)
-        super().__init__(model, config.train, TaTok.from_pretrained)
-        self.adversary = Adversary(config, device) if config.losses.gan else None
-        self.device = device
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The entropy model's parameters are clipped apart from the rest."""
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        rest = [p for name, p in trained if not name.startswith(ENTROPY)]
-        entropy = [p for name, p in trained if name.startswith(ENTROPY)]
-        return {name: group for name, group in {"": rest, "_entropy": entropy}.items() if group}
-
-    def start_from(self, weights: TaTok) -> None:
-        """Take over the weights of another tokenizer of the same architecture: fine-tuning.
-
-        With everything but the entropy model frozen, that one starts anew and may be of another size.
-        """
-        values = weights.state_dict()
-        if self.frozen:
-            own = {name: value for name, value in self.model.state_dict().items() if name.startswith(ENTROPY)}
-            values = {name: value for name, value in values.items() if not name.startswith(ENTROPY)} | own
-        self.model.load_state_dict(values)
-        self.average.load_state_dict(values)
-
-    def shard(self) -> None:
-        """Keep this worker's part alone; what is loaded and what starts anew has to be in place before."""
-        from pipeline.training.workers import shard  # imports for a second what only FSDP2 needs
-
-        self.optimizer = shard(self.model, self.average, self.optimizer, self.train_config, self.device)
-        self.sharded = True
-
-    def averaged(self) -> TaTok:
-        """Gathered into a plain model where the state is sharded."""
-        if not self.sharded:
-            return self.average
-        gathered = TaTok(self.average.config).to(self.device).eval().requires_grad_(False)
-        values = {name: distributed.whole(value) for name, value in self.average.state_dict().items()}
-        gathered.load_state_dict(values)
-        return gathered
-
-    def tensors(self) -> dict[str, Tensor]:
-        """With the discriminator's."""
-        found = super().tensors()
-        if self.adversary is not None:
-            found |= prefixed("discriminator", self.adversary.network.state_dict())
-            found |= prefixed("discriminator_optimizer", optimizer_tensors(self.adversary.optimizer))
-        return found
-
-    def load_tensors(self, found: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`."""
-        super().load_tensors(found)
-        if self.adversary is not None:
-            self.adversary.network.load_state_dict(under("discriminator", found))
-            load_optimizer(self.adversary.optimizer, under("discriminator_optimizer", found))
-
-
-def starting_state(config: Config, folder: Path, device: torch.device) -> TokenizerState:
-    """From the run's newest checkpoint in `folder`, else from `tokenizer.checkpoint`, else new.
-
-    Raises:
-        BadInput: the run was begun with other values, or `tokenizer.checkpoint` cannot be used.
-    """
-    state = TokenizerState(config, device)
-    if not go_on(state, folder, deciding(config)) and config.tokenizer.checkpoint:
-        state.start_from(load_tokenizer(config)[0])
-    return state
-
-
-def deciding(config: Config) -> dict[str, Any]:
-    """What decides the weights of a step, by key: a run that goes on must have the same."""
-    values = values_of(config, "tokenizer", "losses", "kept_sets", "train")
-    return {**values, "data.shards": read_manifest(config.data.shards).fingerprint}
-
-
-# One optimiser step of a tokenizer: forward, losses, backward, update.
-
-Wrap = Callable[[nn.Module], nn.Module]
-
-
-class Objective:
-    """Performs steps on a `TokenizerState`.
-
-    Args:
-        state: what is trained.
-        losses: reconstruction terms.
-        device: where the models live.
-        bf16: compute in bfloat16 under autocast; weights stay float32.
-        wrap: makes a module ready for several workers (DDP) or faster (compile); called once per module.
-    """
-
-    def __init__(
-        self, state: TokenizerState, losses: ReconstructionLoss, device: torch.device, bf16: bool, wrap: Wrap
-    ) -> None:
-        self.state, self.losses, self.device, self.bf16 = state, losses, device, bf16
-        self.config = state.config
-        self.model: nn.Module = wrap(state.model)
-        if state.adversary is not None:
-            state.adversary.wrap(wrap)
-        self._usage = UsageMeter(self.config.tokenizer)
-
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step on this worker's part of a global batch, on any device.
-
-        Returns:
-            The terms of the last micro-batch by name, as scalars without gradients.
-        """
-        train, state = self.config.train, self.state
-        state.begin_step()
-        state.model.train(not state.frozen)  # a codebook in training moves
-        everything = train.global_batch_size / distributed.world_size()  # pictures of a mean worker
-        parts = batch.images.to(self.device, non_blocking=True).chunk(train.accumulation)
-        draws = batch.uniforms.to(self.device, non_blocking=True).chunk(train.accumulation)
-        for number, part in enumerate(zip(parts, draws, strict=True)):
-            with distributed.synchronised(self.model, last=number == len(parts) - 1):
-                terms, tokens, pixels, pictures = self._backward(*part, len(part[0]) / everything)
-        terms |= state.descend()
-        if state.adversary is not None and state.adversary.active(state.step) and not state.skipped:
-            terms |= state.adversary.step(pixels, pictures, self._autocast)
-        state.end_step()
-        self._usage.add(tokens)
-        return {name: value.detach() for name, value in terms.items()}
-
-    def metrics(self) -> dict[str, float]:
-        """Use of the codebook and kept patch tokens since the last call."""
-        found = self._usage.read()
-        if self.state.model.entropy_model is not None and "codebook/perplexity_patch" in found:
-            # What q saves against a code that knows only how often each entry is used.
-            found["train/unigram_bits"] = math.log2(found["codebook/perplexity_patch"])
-        return found
-
-    def _backward(
-        self, images: Tensor, uniforms: Tensor, share: float
-    ) -> tuple[dict[str, Tensor], Tokens, Tensor, Tensor]:
-        pixels = images.float() / 255  # (B, 3, H, W) in [0, 1]
-        frozen, step = self.state.frozen, self.state.step
-        mix = self.config.kept_sets
-        with self._autocast():
-            output = self.model(
-                pixels, None, uniforms, mix, filtering_now=step >= mix.warmup_steps, reconstruct=not frozen
-            )
-        pictures = output.images.float()
-        terms = {} if frozen else self.losses(pixels, pictures)
-        if not frozen:
-            terms["commitment"] = output.commitment_loss
-        adversary = self.state.adversary
-        if adversary is not None and adversary.active(step):
-            terms["adversarial"] = adversary.deception(pictures, self._autocast)
-        total = torch.stack([pixels.new_zeros(()), *terms.values()]).sum()
-        terms["loss"] = total
-        if len(output.code_bits):
-            # The entropy model has parameters of its own: its loss moves nothing else and is not part of "loss". Every
-            # prediction counts alike, however many a micro-batch or a worker has.
-            entropy = output.code_bits.sum() / output.tokens.patch_indices.numel()
-            terms["code_bits"] = output.code_bits.mean()
-            terms["loss"] = entropy if frozen else total
-            total = total + entropy
-        (total * share).backward()  # every picture counts alike, however workers and micro-batches divide them
-        return terms, output.tokens, pixels, pictures.detach()
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-# One worker that trains a tokenizer: builds what the loop needs from the configuration, runs it, reports.
-
-
 def work(
-    run: Run,
-    device: torch.device,
-    wrap: Callable[[torch.nn.Module], torch.nn.Module],
-    report: Callable[[dict[str, float]], None] = lambda metrics: None,
+    run: Run, device: torch.device, report: Callable[[dict[str, float]], None] = lambda metrics: None
 ) -> dict[str, Any]:
     """Train this worker's part to the end of the run.
 
     Args:
         run: the run folder and the configuration; `data.shards` names existing shards.
         device: where this worker computes.
-        wrap: prepares a module for several workers.
-        report: told the latest validation metrics at every checkpoint, on every worker.
+        report: given the latest validation metrics at every checkpoint, on every worker.
 
     Returns:
         `results` by name, and `stopped`: why it ended early, or ''.
@@ -315,7 +330,7 @@ def work(
     state = starting_state(config, run.folder / "checkpoints", device)
     if train_config.parallel == "fsdp2" and distributed.world_size() > 1:
         state.shard()
-    validator = Validator(
+    validator = TokenizerValidator(
         ShardDataset(config.data.shards, "heldout"),
         train_config.validation_images,
         train_config.grid_images,
@@ -325,17 +340,18 @@ def work(
     pictures = ShardDataset(config.data.shards, "train")
     order = _order(pictures, train_config)
     draws = LANES + config.tokenizer.patch_positions
-    batches = Batches(
-        pictures, order, distributed.rank(), distributed.world_size(), train_config.horizontal_flip, draws
-    )
-    objective = Objective(state, _losses(config, device), device, uses_bf16(train_config.precision, device), wrap)
+    world = distributed.world_size()
+    batches = Batches(pictures, order, distributed.rank(), world, train_config.horizontal_flip, draws)
+    bf16 = uses_bf16(train_config.precision, device)
+    objective = TokenizerObjective(state, _losses(config, device), device, bf16)
     named = ShardDataset(config.data.shards, "train")  # for the ids: the other serves the thread that reads ahead
     named_order = _order(named, train_config)
 
     def ids(step: int) -> list[str]:
         return named.ids(named_order.global_batch(step)[0].tolist())
 
-    return Recorder(run, train_config, deciding(config), validator, report, state, ids).train(objective, batches)
+    recorder = Recorder(run, train_config, deciding(config), state, ids)
+    return train(objective, batches.load, train_config, validator, recorder, report)
 
 
 def _order(pictures: ShardDataset, config: TrainConfig) -> SampleOrder:

@@ -1,7 +1,7 @@
 """Train a feature network on labelled pictures and measure its accuracy: the compact one, or a small ResNet.
 
-Picture size and classes are the data's. The loop is in `extractor_loop.py`. Of the section `train` only seed, precision
-and device are read. The weights in the package were made by `configs/extractor_cifar10.yaml`.
+Picture size and classes are the data's. Of the section `train` only seed, precision and device are read. The weights in
+the package were made by `configs/extractor_cifar10.yaml`.
 """
 
 import shlex
@@ -26,12 +26,7 @@ SMALLEST = 16  # pixels a side: the networks halve pictures down to 4 by 4 place
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot work before anything is read.
-
-    Raises:
-        BadInput: no training or test pictures, a file that does not exist, shards of another picture size, pictures
-            that are too small, or a tracking address that makes no sense.
-    """
+    """Refuse pictures that are not there, too small or of another size, and a tracking address that makes no sense."""
     check_tracking(config)
     if config.data.image_size < SMALLEST:
         raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels")
@@ -59,7 +54,7 @@ def run(run: Run) -> None:
     """Train, write `extractor.safetensors`, and measure what was written once on the test pictures.
 
     Raises:
-        BadInput: pictures that are not what is expected (see `read_labelled`), or see `extractor_loop.train`.
+        BadInput: pictures that are not what is expected (see `read_labelled`), or see `extractor_training.train`.
         Stopped: asked to stop; the state after the last whole epoch is in the run folder.
     """
     import torch

@@ -1,4 +1,7 @@
-"""Validation inside training: PSNR, a Frechet distance and codebook use on some held-out pictures."""
+"""Validation while a tokenizer trains, on some held-out pictures: PSNR, a Frechet distance, codebook use.
+
+With an entropy model also what makes the tokenizer adaptive: whether the global tokens are used, and what q knows.
+"""
 
 import math
 from dataclasses import replace
@@ -8,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.shards import ShardDataset
 from pipeline.training import distributed
-from pipeline.training.batches import Pictures
-from pipeline.training.distributed import Totals
 from tatok_model.codec.payload import grid_schedule
 from tatok_model.metrics.extractors.extractor import FeatureExtractor
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
@@ -19,12 +21,18 @@ from tatok_model.metrics.scores import CodeUsage, partners
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 
-# Validation of what makes the tokenizer adaptive: are global tokens used, and does the entropy model know anything?
-
+BATCH = 64  # pictures per forward pass
+ORDER_SEED = 0  # of the order in which pictures are measured
 IMAGES = 256  # at most, of those that a validation looks at: the entropy model runs some twenty times on each
 ROUNDS = 8  # in which the codes of an image are predicted from one another
 SEED = 0  # of whose global tokens an image gets
 LEAST_GAIN = 0.3  # dB; a loss of less by wrong global tokens means that they are ignored
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """(min(count, total),) int64, numbers from 0 to total - 1 at even distances."""
+    count = min(count, total)
+    return np.arange(count) * total // max(count, 1)
 
 
 def quarter(model: TaTok, tokens: Tokens) -> Tokens:
@@ -32,23 +40,23 @@ def quarter(model: TaTok, tokens: Tokens) -> Tokens:
     return model.rank(tokens, "distortion").cut("count", model.config.patch_positions // 4)
 
 
-def measure(model: TaTok, images: Tensor) -> Totals:
+def measure(model: TaTok, images: Tensor) -> dict[str, float]:
     """Sums over (B, 3, H, W) uint8 images, B at least 2, drawn at random; the tokenizer has an entropy model."""
     tokens = model.encode(images)
     some = quarter(model, tokens)
     everyone = torch.ones(len(images), dtype=torch.bool, device=images.device)
     schedule = grid_schedule(tokens.kept_mask, ROUNDS)
-    found = Totals(
-        images=len(images),
-        psnr_quarter=_psnr(model, images, some),
-        psnr_globals_only=_psnr(model, images, some.cut("count", 0)),
-        psnr_quarter_shuffled=_psnr(model, images, exchanged(some)),
-        bits_one_pass=float(model.code_lengths(tokens, torch.zeros_like(schedule)).sum()),
-        bits_chain=float(model.code_lengths(tokens, schedule).sum()),
-    )
+    sums = {
+        "images": float(len(images)),
+        "psnr_quarter": _psnr(model, images, some),
+        "psnr_globals_only": _psnr(model, images, some.cut("count", 0)),
+        "psnr_quarter_shuffled": _psnr(model, images, exchanged(some)),
+        "bits_one_pass": float(model.code_lengths(tokens, torch.zeros_like(schedule)).sum()),
+        "bits_chain": float(model.code_lengths(tokens, schedule).sum()),
+    }
     if model.config.global_tokens and model.config.entropy_globals:
-        found.values["bits_blind"] = float(model.code_lengths(tokens, schedule, everyone).sum())
-    return found
+        sums["bits_blind"] = float(model.code_lengths(tokens, schedule, everyone).sum())
+    return sums
 
 
 def exchanged(tokens: Tokens) -> Tokens:
@@ -56,14 +64,14 @@ def exchanged(tokens: Tokens) -> Tokens:
     return replace(tokens, global_indices=tokens.global_indices[torch.from_numpy(partners(len(tokens), SEED))])
 
 
-def metrics(totals: Totals, unigram_bits: float) -> dict[str, float]:
+def metrics(sums: dict[str, float], unigram_bits: float) -> dict[str, float]:
     """By their logged names.
 
     Args:
-        totals: over all images.
+        sums: of `measure`, over all images.
         unigram_bits: of the patch codes of an image, if each is coded by how often its entry is used.
     """
-    means = {name: value / totals.values["images"] for name, value in totals.values.items() if name != "images"}
+    means = {name: value / sums["images"] for name, value in sums.items() if name != "images"}
     means["bits_unigram"] = unigram_bits
     means["bits_redundancy"] = means["bits_one_pass"] - means["bits_chain"]
     if "bits_blind" in means:
@@ -71,22 +79,22 @@ def metrics(totals: Totals, unigram_bits: float) -> dict[str, float]:
     return {f"validation/{name}": value for name, value in means.items()}
 
 
-def warnings(found: dict[str, float], globals_exist: bool) -> list[str]:
+def warnings(metrics: dict[str, float], globals_exist: bool) -> list[str]:
     """What a reader of the log should look into, given logged metrics."""
-    told = []
-    quarter_psnr, shuffled = found["validation/psnr_quarter"], found["validation/psnr_quarter_shuffled"]
-    if globals_exist and quarter_psnr - shuffled < LEAST_GAIN:
-        told.append(
-            f"global tokens are ignored: those of other images cost {quarter_psnr - shuffled:.2f} dB at a quarter of "
-            f"the patch tokens; expected at least {LEAST_GAIN} dB"
+    texts = []
+    lost = metrics["validation/psnr_quarter"] - metrics["validation/psnr_quarter_shuffled"]
+    if globals_exist and lost < LEAST_GAIN:
+        texts.append(
+            f"global tokens are ignored: those of other images cost {lost:.2f} dB at a quarter of the patch tokens; "
+            f"expected at least {LEAST_GAIN} dB"
         )
-    one_pass, unigram = found["validation/bits_one_pass"], found["validation/bits_unigram"]
+    one_pass, unigram = metrics["validation/bits_one_pass"], metrics["validation/bits_unigram"]
     if one_pass >= unigram:
-        told.append(
+        texts.append(
             f"the entropy model is no better than counting codes: {one_pass:.0f} bits an image; expected fewer than "
             f"{unigram:.0f}"
         )
-    return told
+    return texts
 
 
 def distortion_maps(model: TaTok, tokens: Tokens) -> Tensor:
@@ -109,11 +117,7 @@ def _psnr(model: TaTok, images: Tensor, tokens: Tokens) -> float:
     return float(psnr(images.cpu(), to_uint8(model.decode(tokens)).cpu()).sum())
 
 
-BATCH = 64  # pictures per forward pass
-ORDER_SEED = 0  # of the order in which pictures are measured
-
-
-class Validator:
+class TokenizerValidator:
     """Measures a tokenizer on `count` held-out pictures, evenly spread over the split, shared out over the workers.
 
     Evenly, because a split in the order of its classes would otherwise show one class only; in an order drawn at
@@ -128,7 +132,7 @@ class Validator:
     """
 
     def __init__(
-        self, pictures: Pictures, count: int, grid: int, extractor: FeatureExtractor, device: torch.device
+        self, pictures: ShardDataset, count: int, grid: int, extractor: FeatureExtractor, device: torch.device
     ) -> None:
         self.pictures, self.device = pictures, device
         self.extractor = extractor.to(device)
@@ -144,10 +148,12 @@ class Validator:
         reconstructed = FeatureStatistics(self.extractor.feature_dim)
         quality = ImageQuality()
         usage = {kind: CodeUsage(model.config.codebook_size) for kind in ("global", "patch")}
-        adaptive = Totals()
+        adaptive: list[dict[str, float]] = []
         for images in self._batches():
-            if model.entropy_model is not None and len(images) > 1 and self._looked_at(adaptive) < IMAGES:
-                adaptive.merge(measure(model, images))
+            # How many the adaptive part has seen, as if every worker had seen as many as this one.
+            looked_at = sum(part["images"] for part in adaptive) * distributed.world_size()
+            if model.entropy_model is not None and len(images) > 1 and looked_at < IMAGES:
+                adaptive.append(measure(model, images))
             tokens = model.encode(images)
             pictures = to_uint8(model.decode(tokens))
             quality.update(images.cpu(), pictures.cpu())
@@ -159,28 +165,25 @@ class Validator:
         if keep_originals:
             self._originals = distributed.merged(originals)
         quality, reconstructed = distributed.merged(quality), distributed.merged(reconstructed)
-        found = {f"validation/{name}": value for name, value in quality.results().items()}
-        for kind, counted in usage.items():
-            merged = distributed.merged(counted)
-            if merged.counts.sum():
-                found[f"validation/codebook_usage_{kind}"] = merged.usage
-                found[f"validation/codebook_perplexity_{kind}"] = merged.perplexity
-        adaptive = distributed.merged(adaptive)
-        if adaptive.values:
-            perplexity = found["validation/codebook_perplexity_patch"]
-            found |= metrics(adaptive, model.config.patch_positions * math.log2(perplexity))
+        values = {f"validation/{name}": value for name, value in quality.results().items()}
+        for kind, of_this_worker in usage.items():
+            counted = distributed.merged(of_this_worker)
+            if counted.counts.sum():
+                values[f"validation/codebook_usage_{kind}"] = counted.usage
+                values[f"validation/codebook_perplexity_{kind}"] = counted.perplexity
+        if sums := distributed.summed(adaptive):
+            perplexity = values["validation/codebook_perplexity_patch"]
+            values |= metrics(sums, model.config.patch_positions * math.log2(perplexity))
         if self._originals is not None and reconstructed.n > 1:
             distance = frechet_distance(
                 self._originals.mean(), self._originals.covariance(), reconstructed.mean(), reconstructed.covariance()
             )
-            found[f"validation/rfd_{self.extractor.name}"] = float(distance)
-        return found
+            values[f"validation/rfd_{self.extractor.name}"] = float(distance)
+        return values
 
-    def warnings(self, model: TaTok, found: dict[str, float]) -> list[str]:
+    def warnings(self, model: TaTok, latest: dict[str, float]) -> list[str]:
         """What a reader of the log should look into, given the latest metrics by their logged names."""
-        if "validation/psnr_quarter" not in found:
-            return []
-        return warnings(found, model.config.global_tokens > 0)
+        return warnings(latest, model.config.global_tokens > 0) if "validation/psnr_quarter" in latest else []
 
     def examples(self, model: TaTok) -> list[np.ndarray]:
         """A few pictures, (B, H, W, 3) uint8 each: originals and reconstructions.
@@ -200,21 +203,11 @@ class Validator:
             rows.append(distortion_maps(model, tokens))
         return [batch.permute(0, 2, 3, 1).cpu().numpy() for batch in rows]
 
-    def _looked_at(self, adaptive: Totals) -> float:
-        """How many images the adaptive part has seen, as if every worker had seen as many as this one."""
-        return adaptive.values.get("images", 0.0) * distributed.world_size()
-
     def _batches(self) -> Any:
         mine = self.indices[distributed.rank() :: distributed.world_size()]
         for start in range(0, len(mine), BATCH):
             yield self._load(mine[start : start + BATCH])
 
     def _load(self, indices: np.ndarray) -> Tensor:
-        images = np.ascontiguousarray(self.pictures.images(indices).transpose(0, 3, 1, 2))
+        images = np.ascontiguousarray(self.pictures.images(indices.tolist()).transpose(0, 3, 1, 2))
         return torch.from_numpy(images).to(self.device)
-
-
-def spread(total: int, count: int) -> np.ndarray:
-    """(min(count, total),) int64, numbers from 0 to total - 1 at even distances."""
-    count = min(count, total)
-    return np.arange(count) * total // max(count, 1)

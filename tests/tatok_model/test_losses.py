@@ -36,8 +36,10 @@ def test_the_hinge_stops_pulling_beyond_the_margin():
 def test_lecam_penalises_distance_from_the_other_kinds_running_mean():
     lecam = LeCam(decay=0.0)  # the means are those of this batch
     real, fake = torch.tensor([2.0, 2.0]), torch.tensor([-1.0, -1.0])
-    assert float(lecam(real, fake, real.mean(), fake.mean())) == pytest.approx(9.0 + 9.0)
-    assert float(lecam(fake, fake, fake.mean(), fake.mean())) == 0.0
+    lecam.update(real.mean(), fake.mean())
+    assert float(lecam(real, fake)) == pytest.approx(9.0 + 9.0)
+    lecam.update(fake.mean(), fake.mean())
+    assert float(lecam(fake, fake)) == 0.0
 
 
 def test_the_discriminator_learns_to_tell_two_kinds_apart():

@@ -9,6 +9,8 @@ import torch
 from pipeline.core.config import FilterConfig, TrainConfig
 from pipeline.generator.generator_training import GeneratorObjective
 from pipeline.generator.token_data import TokenBatches, TokenDataset
+from pipeline.training.distributed import Terms, means
+from pipeline.training.loop import take_step
 from pipeline.training.order import SampleOrder
 from pipeline.training.state import TrainState
 from tatok_model.config import GeneratorConfig
@@ -26,7 +28,7 @@ def objective(dataset: TokenDataset, **changes: Any) -> GeneratorObjective:
                              max_patch_tokens=dataset.longest)  # fmt: skip
     settings = TrainConfig(global_batch_size=16, clip_norm=0.0, **changes)
     state = TrainState(Generator(config), settings, Generator.from_pretrained)
-    return GeneratorObjective(state, torch.device("cpu"), bf16=False, wrap=lambda module: module)
+    return GeneratorObjective(state, torch.device("cpu"), bf16=False)
 
 
 def gradients(trained: GeneratorObjective) -> dict[str, torch.Tensor]:
@@ -34,7 +36,7 @@ def gradients(trained: GeneratorObjective) -> dict[str, torch.Tensor]:
     kept: dict[str, torch.Tensor] = {}
     descend = trained.state.descend
 
-    def keep() -> dict[str, torch.Tensor]:
+    def keep() -> Terms:
         kept.update({n: p.grad.clone() for n, p in trained.state.model.named_parameters() if p.grad is not None})
         return descend()
 
@@ -52,8 +54,8 @@ def test_one_part_and_eight_give_the_same_gradient(dataset: TokenDataset) -> Non
         batch = batches.load(0)
         assert len(batch.parts) == groups
         kept = gradients(trained)
-        terms = trained.step(batch)
-        found[groups] = {**kept, "loss": terms["loss"]}
+        terms = means(take_step(trained, batch))
+        found[groups] = {**kept, "loss": torch.tensor(terms["loss"])}
     assert found[1].keys() == found[8].keys()
     for name, value in found[1].items():
         torch.testing.assert_close(found[8][name], value, atol=1e-5, rtol=1e-4, msg=name)
@@ -66,9 +68,9 @@ def test_the_loss_is_the_bits_of_all_predictions_over_their_number(dataset: Toke
         bits = [trained.state.model(part.sequences, part.labels) for part in batch.parts]
     total = sum(float(part.total().sum()) for part in bits)
     tokens = sum(int(part.sequences.lengths().sum()) + len(part.labels) for part in batch.parts)
-    terms = trained.step(batch)
-    assert float(terms["loss"]) == pytest.approx(total / tokens, rel=1e-5)
-    kinds = [float(terms[f"bits_{kind}"]) for kind in ("globals", "positions", "codes")]
+    terms = means(take_step(trained, batch))
+    assert terms["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    kinds = [terms[f"bits_{kind}"] for kind in ("globals", "positions", "codes")]
     assert sum(kinds) == pytest.approx(total / 16, rel=1e-5)
 
 
@@ -77,13 +79,13 @@ def test_padding_and_lengths_are_counted_since_the_last_log(dataset: TokenDatase
     batches = TokenBatches(dataset, SampleOrder(len(dataset), 0, 16), 0, 1, 4, 0.0, ends=1)
     parts = [part for step in (0, 1) for part in batches.load(step).parts]
     for step in (0, 1):
-        trained.step(batches.load(step))
+        take_step(trained, batches.load(step))
     real = sum(int(part.sequences.lengths().sum()) for part in parts)
     computed = sum(len(part.labels) * int(part.sequences.lengths().max()) for part in parts)
     found = trained.metrics()
     assert found["train/padding_share"] == pytest.approx(1 - real / computed)
     assert found["train/tokens_per_image"] == pytest.approx(real / 32)
-    trained.step(batches.load(2))
+    take_step(trained, batches.load(2))
     assert trained.metrics()["train/tokens_per_image"] != found["train/tokens_per_image"]
 
 
@@ -91,5 +93,5 @@ def test_padding_and_lengths_are_counted_since_the_last_log(dataset: TokenDatase
 def test_a_few_sequences_are_learnt(dataset: TokenDataset, optimizer: str) -> None:
     trained = objective(dataset, optimizer=optimizer, learning_rate=3e-3, warmup_steps=5, max_steps=60)
     batches = TokenBatches(dataset, SampleOrder(16, 0, 16), 0, 1, 1, 0.0, ends=1)
-    losses = [float(trained.step(batches.load(step))["loss"]) for step in range(40)]
+    losses = [means(take_step(trained, batches.load(step)))["loss"] for step in range(40)]
     assert losses[-1] < 0.5 * losses[0]

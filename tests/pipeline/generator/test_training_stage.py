@@ -15,7 +15,6 @@ from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
-from pipeline.generator import train_generator
 from pipeline.generator.train_generator import check
 from pipeline.tokens.token_manifest import read_token_manifest
 from tatok_model.generation.generator import Generator

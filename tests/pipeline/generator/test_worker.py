@@ -11,7 +11,8 @@ from torch import Tensor
 from pipeline.core.config import Config
 from pipeline.core.run import Run
 from pipeline.generator.generator_training import GeneratorObjective
-from pipeline.generator.token_data import TokenBatch, TokenDataset
+from pipeline.generator.token_data import TokenDataset, TokenPart
+from pipeline.training.distributed import Mean, Terms
 from pipeline.training.loop import NotFinite
 
 
@@ -23,16 +24,16 @@ def test_a_step_whose_loss_is_no_number_keeps_the_ids_of_its_batch(
     groups: int,
 ) -> None:
     seen: list[Tensor] = []
-    real = GeneratorObjective.step
+    real = GeneratorObjective.forward
 
-    def step(self: GeneratorObjective, batch: TokenBatch) -> dict[str, Tensor]:
-        terms = real(self, batch)
-        if batch.step != 2:
-            return terms
-        seen.extend(part.sequences.global_indices for part in batch.parts)
-        return terms | {"loss": terms["loss"] * float("nan")}
+    def forward(self: GeneratorObjective, part: tuple[TokenPart, int]) -> tuple[Tensor, Terms]:
+        loss, terms = real(self, part)
+        if self.state.step != 2:
+            return loss, terms
+        seen.append(part[0].sequences.global_indices)
+        return loss, terms | {"loss": Mean.of(loss * float("nan"))}
 
-    monkeypatch.setattr(GeneratorObjective, "step", step)
+    monkeypatch.setattr(GeneratorObjective, "forward", forward)
     config = configure(f"generator.length_groups={groups}", "train_generator.log_every=6")
     with pytest.raises(NotFinite, match=r"the loss is nan at step 3; .* in not_finite/step-00000003\.json"):
         train_generator(config, "nan")

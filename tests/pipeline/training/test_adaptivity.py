@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.training import validation
+from pipeline.training import distributed, validation
 from tatok_model import TaTok, TokenizerConfig
 
 CONFIG = TokenizerConfig(32, 8, global_tokens=2, quantizer="fsq", codebook_size=16, fsq_levels=(4, 4), entropy_width=32)
@@ -22,11 +22,10 @@ def images():
 
 def test_sums_of_two_halves_are_those_of_the_whole(tokenizer, images):
     whole = validation.measure(tokenizer, images)
-    halves = validation.measure(tokenizer, images[:2])
-    halves.merge(validation.measure(tokenizer, images[2:]))
-    for name, value in whole.values.items():
+    halves = distributed.summed(validation.measure(tokenizer, half) for half in images.split(2))
+    for name, value in whole.items():
         if name != "psnr_quarter_shuffled":  # whose global tokens an image gets depends on its neighbours
-            assert halves.values[name] == pytest.approx(value, rel=1e-4), name
+            assert halves[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_every_image_gets_the_global_tokens_of_another_one(tokenizer, images):
@@ -38,12 +37,12 @@ def test_every_image_gets_the_global_tokens_of_another_one(tokenizer, images):
 
 
 def test_metrics_are_means_and_differences_in_bits(tokenizer, images):
-    totals = validation.measure(tokenizer, images)
-    found = validation.metrics(totals, unigram_bits=60.0)
-    one_pass, chain = totals.values["bits_one_pass"] / 4, totals.values["bits_chain"] / 4
+    sums = validation.measure(tokenizer, images)
+    found = validation.metrics(sums, unigram_bits=60.0)
+    one_pass, chain = sums["bits_one_pass"] / 4, sums["bits_chain"] / 4
     assert found["validation/bits_one_pass"] == pytest.approx(one_pass)
     assert found["validation/bits_redundancy"] == pytest.approx(one_pass - chain)
-    assert found["validation/bits_mutual"] == pytest.approx(totals.values["bits_blind"] / 4 - chain)
+    assert found["validation/bits_mutual"] == pytest.approx(sums["bits_blind"] / 4 - chain)
     assert one_pass == pytest.approx(16 * 4, rel=0.1)  # an untrained model says log2 16 bits for each of 16 codes
 
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.batches import Batches
-from pipeline.training.order import SampleOrder
+from pipeline.training.order import Batches, SampleOrder, read_ahead
 
 
 class Made:
@@ -47,7 +46,7 @@ def test_about_half_of_the_pictures_are_mirrored_anew_in_each_epoch():
 
 def test_reading_ahead_gives_the_batches_in_order():
     loaded = batches()
-    found = list(loaded.between(2, 6))
+    found = list(read_ahead(loaded.load, 2, 6))
     assert [batch.step for batch in found] == [2, 3, 4, 5]
     assert all(torch.equal(batch.images, loaded.load(batch.step).images) for batch in found)
 
@@ -58,13 +57,13 @@ def test_an_error_while_reading_is_raised_where_the_batch_is_wanted():
             raise OSError("disk gone")
 
     with pytest.raises(OSError, match="disk gone"):
-        next(batches(pictures=Broken()).between(0, 3))
+        next(read_ahead(batches(pictures=Broken()).load, 0, 3))
 
 
 def test_the_reading_thread_ends_when_the_loop_leaves_early():
     import threading
 
-    stream = batches().between(0, 1000)
+    stream = read_ahead(batches().load, 0, 1000)
     next(stream)
     stream.close()
     for thread in threading.enumerate():

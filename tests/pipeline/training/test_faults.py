@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from pipeline.core.job import execute
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.training import train
-from pipeline.training.loop import FiniteWatch, NotFinite
+from pipeline.training.distributed import Mean
+from pipeline.training.loop import Guard, NotFinite
 from pipeline.training.order import SampleOrder
 
 LOSSES = "tatok_model.losses.ReconstructionLoss.forward"
@@ -116,21 +118,22 @@ def test_ten_steps_in_a_row_without_a_number_end_the_run(configure, run_training
         run_training(configure(train={"not_finite": "skip", "max_steps": 20, "checkpoint_every": 0}), "lost")
 
 
-def test_a_watch_names_the_first_term_that_is_no_number():
-    watch = FiniteWatch()
-    watch.check()
+def test_the_guard_names_the_first_term_that_is_no_number():
+    guard = Guard(SimpleNamespace(keep_ids=lambda step: f"step-{step}"))
+    guard.check()
     for step, value in enumerate((1.0, float("inf"), float("nan")), start=5):
-        watch.add(step, {"loss": torch.tensor(2.0), "lecam": torch.tensor(value)})
-    with pytest.raises(NotFinite, match="the lecam is inf at step 6; expected a number"):
-        watch.check()
-    watch.check()  # asked again, it has forgotten
+        terms = {"loss": Mean.of(torch.tensor(2.0), 8), "lecam": Mean.of(torch.tensor(value), 8)}
+        guard.add(SimpleNamespace(step=step, skipped=False), terms)
+    with pytest.raises(NotFinite, match="the lecam is inf at step 6; expected a number.* in step-6"):
+        guard.check()
+    guard.check()  # asked again, it has forgotten
 
 
 def test_full_memory_is_answered_with_the_number_of_images_to_try(configure, run_training, monkeypatch):
-    def step(self, batch):
+    def forward(self, part):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr("pipeline.training.tokenizer_training.Objective.step", step)
+    monkeypatch.setattr("pipeline.training.tokenizer_training.TokenizerObjective.forward", forward)
     with pytest.raises(OutOfRoom, match=r"full with 8 images at a time .* try train\.accumulation=2, 4 at a time"):
         run_training(configure(), "large")
     with pytest.raises(OutOfRoom, match="full with 1 images at a time .* expected a smaller model"):
@@ -138,10 +141,10 @@ def test_full_memory_is_answered_with_the_number_of_images_to_try(configure, run
 
 
 def test_another_error_of_a_step_is_not_taken_for_full_memory(configure, run_training, monkeypatch):
-    def step(self, batch):
+    def forward(self, part):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("pipeline.training.tokenizer_training.Objective.step", step)
+    monkeypatch.setattr("pipeline.training.tokenizer_training.TokenizerObjective.forward", forward)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_training(configure(), "wrong")
 
@@ -217,7 +220,7 @@ def test_a_stop_waits_until_its_checkpoint_is_safe(configure, run_training, monk
 
 
 def test_fewer_workers_than_asked_for_are_enough_where_the_least_says_so(configure):
-    from pipeline.training.workers import check_resources
+    from pipeline.training.train import check_resources
 
     config = configure(train={"num_workers": 4, "min_workers": 2})
     check_resources({"CPU": 2.0}, config)
@@ -229,7 +232,7 @@ def test_fewer_workers_than_asked_for_are_enough_where_the_least_says_so(configu
 
 
 def test_workers_that_are_started_again_hear_why_another_one_gave_up(configure, tmp_path):
-    from pipeline.training.workers import GAVE_UP, _work
+    from pipeline.training.train import GAVE_UP, _work
 
     (tmp_path / GAVE_UP).write_text('{"out_of_room": "memory is full"}')
     values = {"config": configure().to_dict(), "stage": "train", "section": "train", "folder": str(tmp_path)}

@@ -26,7 +26,6 @@ import torch
 from torch import distributed
 from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
-from pipeline.training.workers import _for_workers
 from pipeline.training.tokenizer_training import work
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -34,7 +33,7 @@ distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, worl
 for name, values in json.loads((folder / "runs.json").read_text()):
     (folder / name).mkdir(exist_ok=True)
     run = Run("train", config_from_dict(values), folder / name, command=["test"])
-    work(run, torch.device("cpu"), _for_workers(lambda module: module))
+    work(run, torch.device("cpu"))
     distributed.barrier()  # the first writes the checkpoint that both go on from
 distributed.destroy_process_group()
 """

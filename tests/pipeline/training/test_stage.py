@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.eval_frame import OptimizedModule
 
 from pipeline.core import checkpoints
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.training import loop, train
+from pipeline.training.distributed import prepared
 from pipeline.training.tokenizer_training import TokenizerState
-from pipeline.training.train import compiled, export
+from pipeline.training.train import export
 from tatok_model import TaTok
 
 
@@ -76,14 +78,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_logs_each_step_once(t
     assert steps == [2, 4, 6, 8]
 
 
-def test_accumulated_micro_batches_take_the_step_of_one_large_batch(configure, run_training):
-    fsq = {"quantizer": "fsq", "fsq_levels": (4, 4), "codebook_size": 16}  # no codebook that sees each micro-batch
-    one = run_training(configure(tokenizer=fsq, train={"max_steps": 3}), "one")
-    four = run_training(configure(tokenizer=fsq, train={"max_steps": 3, "accumulation": 4}), "four")
-    for name, value in weights(one).items():
-        torch.testing.assert_close(value, weights(four)[name], atol=1e-4, rtol=1e-3)
-
-
 def test_fine_tuning_starts_from_the_checkpoint(trained, configure):
     config = configure(tokenizer={"checkpoint": str(trained.folder)})
     from pipeline.training.tokenizer_training import starting_state
@@ -123,8 +117,7 @@ def test_the_log_tells_how_much_is_kept_and_what_the_entropy_model_knows(trained
 
 def test_kept_sets_are_drawn_by_sample_and_not_by_worker(shards):
     from pipeline.data.shards import ShardDataset
-    from pipeline.training.batches import Batches
-    from pipeline.training.order import SampleOrder
+    from pipeline.training.order import Batches, SampleOrder
 
     pictures = ShardDataset(shards, "train")
     order = SampleOrder(len(pictures), seed=3, global_batch_size=4)
@@ -219,10 +212,10 @@ def test_exporting_to_full_storage_leaves_the_earlier_export_and_no_half_one(tra
     assert equal(weights(trained), before)
 
 
-def test_modules_are_compiled_where_the_training_asks_for_it(configure):
-    assert compiled(configure(train={"compile": True}).train) is torch.compile
+def test_modules_are_compiled_where_the_training_asks_for_it():
     module = torch.nn.Linear(1, 1)
-    assert compiled(configure().train)(module) is module
+    assert isinstance(prepared(module, compiled=True), OptimizedModule)
+    assert prepared(module, compiled=False) is module
 
 
 def test_exporting_without_a_checkpoint_is_an_error(tmp_path):
@@ -294,7 +287,7 @@ def test_resuming_a_finished_run_measures_it_again_and_changes_nothing(trained, 
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused(configure):
-    from pipeline.training.workers import check_resources
+    from pipeline.training.train import check_resources
 
     config = configure(train={"num_workers": 4})
     check_resources({"CPU": 4.0}, config)
