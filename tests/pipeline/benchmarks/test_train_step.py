@@ -85,7 +85,7 @@ def test_a_bare_step_minimises_what_a_step_of_the_loop_does(prepared):
     objective = TokenizerObjective(state, ReconstructionLoss(prepared.losses), CPU, False)
     terms = means(take_step(objective, batch))
     expected = terms["loss"] + terms["code_bits"] * predicted / batch.uniforms[:, LANES:].numel()
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
     assert predicted
 
 
