@@ -15,6 +15,7 @@ from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import sha256_file
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
+from pipeline.generator import train_generator as stage
 from pipeline.generator.train_generator import check
 from pipeline.tokens.token_manifest import read_token_manifest
 from tatok_model.generation.generator import Generator
@@ -235,7 +236,7 @@ def test_tokens_are_made_first_where_none_are_named(
     monkeypatch.setattr("pipeline.core.inputs.run_nested", made)
     config = configure("tokens.path=", "train_generator.max_steps=1")
     run = Run.open("train_generator", config, "made", resume=False)
-    train_generator.run(run)
+    stage.run(run)
     run.close()
     assert asked == ["tokenize_images"]
     assert run.config.tokens.path == str(stream_folder)
@@ -243,7 +244,7 @@ def test_tokens_are_made_first_where_none_are_named(
 
 
 def test_the_default_name_says_preset_and_stage() -> None:
-    assert train_generator.default_name(load_config("smoke")) == "smoke-train-generator"
+    assert stage.default_name(load_config("smoke")) == "smoke-train-generator"
 
 
 def test_the_job_refuses_with_exit_code_2_and_a_dry_run_writes_nothing(
