@@ -99,7 +99,9 @@ def test_a_path_that_does_not_exist_fails_without_asking_the_network(path, monke
     monkeypatch.setattr(
         "huggingface_hub.hub_mixin.hf_hub_download", lambda *a, **k: pytest.fail("the network was asked")
     )
-    with pytest.raises(FileNotFoundError, match="does not exist; expected a folder or a hub id"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist; expected a folder, a hub id owner/name or a name in the box: tatok64"
+    ):
         TaTok.from_pretrained(path)
 
 
