@@ -36,13 +36,7 @@ from pipeline.tokens.token_manifest import RowRange, stream_of
 
 
 class Scaled:
-    """A stage under test.
-
-    Args:
-        work: its work, in a folder that is emptied each time.
-        models: for its workers.
-        ranges: of its plan.
-    """
+    """A stage under test: its work, in a folder that is emptied each time, its workers' models, its plan's ranges."""
 
     def __init__(self, work: Work, models: Any, ranges: Sequence[Range]) -> None:
         self._work, self._models, self._ranges = work, models, ranges
@@ -269,15 +263,11 @@ def _findings(rates: Timings, sizes: list[SizeTaken], facts: dict[str, str]) -> 
 def _growth(small: SizeTaken, large: SizeTaken) -> Iterator[Ratio]:
     """Of memory and of time for a picture, from the fewest to the most pictures."""
     for stage in STAGES:
-        mib = large.mib[stage] / small.mib[stage]
-        seconds = (large.seconds[stage] / large.pictures) / (small.seconds[stage] / small.pictures)
+        memory = [[size.mib[stage]] for size in (large, small)]
+        seconds = [[size.seconds[stage] / size.pictures] for size in (large, small)]
         compared = f"{large.pictures} / {small.pictures} pictures"
-        yield Ratio(f"{stage}_memory_growth", _once(mib), f"peak memory, {compared}", MOST_MEMORY)
-        yield Ratio(f"{stage}_time_growth", _once(seconds), f"seconds a picture, {compared}")
-
-
-def _once(value: float) -> Spread:
-    return Spread(value, value, value)
+        yield Ratio.of(f"{stage}_memory_growth", memory[0], memory[1], f"peak memory, {compared}", MOST_MEMORY)
+        yield Ratio.of(f"{stage}_time_growth", seconds[0], seconds[1], f"seconds a picture, {compared}")
 
 
 def _workers(config: Config) -> list[int]:

@@ -170,15 +170,9 @@ RATE = "train/images_per_second"
 
 
 class BareLoop:
-    """A model that is trained with as little around it as possible.
+    """A model that is trained with as little around it as possible, on batches in memory, over and over.
 
-    Args:
-        model: what is trained, on its device.
-        loss_of: of the model, (B, 3, H, W) pixels in [0, 1] and (B, draws) uniforms.
-        config: of the benchmark.
-        batches: what it sees, over and over, in memory.
-        bf16: whether to compute in bfloat16 under autocast.
-        compiled: whether to compile the model.
+    `loss_of` is of the model, (B, 3, H, W) pixels in [0, 1] and (B, draws) uniforms.
     """
 
     def __init__(

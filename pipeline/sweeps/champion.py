@@ -41,11 +41,7 @@ class Champion:
         self.tokenizer, self.cut = tokenizer, cut
 
     def predict(self, pictures: Any, params: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """Tokens and reconstructions of pictures.
-
-        Args:
-            pictures: (B, H, W, 3) uint8, of the size that the tokenizer was trained for.
-            params: none are known.
+        """Tokens and reconstructions of pictures (B, H, W, 3) uint8, of the size that the tokenizer was trained for.
 
         Returns:
             `tokens` (B,) int64, global ones counted; `bits` (B,) float64, length and positions counted;

@@ -95,15 +95,7 @@ class ChildRun:
 
 
 class TrialSearcher(Searcher):
-    """Tune's search algorithm: the trials of a sweep that are missing, those that were interrupted first.
-
-    Args:
-        run: of the sweep.
-        plan: its trials.
-        ledger: how they stand.
-        parent: the sweep's MLflow run; None where nothing is tracked.
-        tags: of the child runs.
-    """
+    """Tune's search algorithm: the trials of a sweep that are missing, those that were interrupted first."""
 
     def __init__(self, run: Run, plan: SweepPlan, ledger: Ledger, parent: str | None, tags: dict[str, str]) -> None:
         super().__init__(metric=METRIC, mode="max")

@@ -128,13 +128,9 @@ def loss_of(value: float | None, config: Config) -> float | None:
 
 
 def leading(rate: list[float], worth: list[float]) -> list[int]:
-    """The Pareto front: indices of points that no other point beats, by rising rate.
+    """The Pareto front: indices of points that no other point beats, by rising rate (P,); worth is (P,), too.
 
     A point goes when another one has at most its rate and at least its worth; of equal points the first stays.
-
-    Args:
-        rate: (P,) less is better.
-        worth: (P,) more is better.
     """
     best, front = -np.inf, []
     for i in sorted(range(len(rate)), key=lambda i: (rate[i], -worth[i], i)):

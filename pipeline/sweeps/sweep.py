@@ -148,7 +148,9 @@ def find_room(configs: list[Config], total: int, cpus: float, gpus: float) -> Ro
     Raises:
         BadInput: not even one fits.
     """
-    needs = {_cpus(config): config for config in configs}
+    needs = {
+        max(float(c.evaluate.num_workers), c.train.num_workers * c.train.cpus_per_worker or 1.0): c for c in configs
+    }
     need = max(needs)
     train, evaluate = needs[need].train, needs[need].evaluate
     says = (
@@ -168,9 +170,3 @@ def find_room(configs: list[Config], total: int, cpus: float, gpus: float) -> Ro
     at_once = min(room, total, configs[0].sweep.at_once or total)
     limit = f", as sweep.at_once says; there is room for {room}" if at_once == configs[0].sweep.at_once < room else ""
     return Room(at_once, f"{total} trials, {at_once} at once{limit}: a trial takes {need:g} of {cpus:g} CPUs ({says})")
-
-
-def _cpus(config: Config) -> float:
-    train = config.train
-    training = train.num_workers * train.cpus_per_worker if train.num_workers else 1.0
-    return max(training, float(config.evaluate.num_workers))

@@ -231,11 +231,7 @@ def in_tune(task: dict[str, Any]) -> None:
 
 
 class GrowingMetrics:
-    """The whole lines of a `metrics.jsonl` that grows, or that is written anew by a training that goes on.
-
-    Args:
-        folder: of the run.
-    """
+    """The whole lines of a run's `metrics.jsonl` that grows, or that is written anew by a training that goes on."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._read = folder / METRICS, b""
