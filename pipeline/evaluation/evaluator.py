@@ -8,9 +8,9 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pipeline.core.checkpoints import load_lpips
 from pipeline.core.cluster import as_they_finish, connect, pick_device, pick_workers_device
 from pipeline.core.console import progress
 from pipeline.core.errors import Stopped
+from pipeline.core.ranges import Stopwatch
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.measurements import (
@@ -52,8 +53,6 @@ from tatok_model.tokens import Tokens
 from tatok_model.vit import one_thread
 
 OPERATING_SAMPLE, CURVE_SAMPLE = 1024, 64  # images, evenly spread, that are verified at a cut: each is replayed alone
-
-T = TypeVar("T")
 
 
 class ReplayCheck:
@@ -178,16 +177,20 @@ class Evaluator:
     def _measure_batch(self, found: Measurements, batch: np.ndarray, numbers: np.ndarray) -> None:
         """Add (B, H, W, 3) uint8 images whose numbers in the plan are (B,)."""
         images = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).to(self.device)
-        encoded, encode_seconds = self._timed(lambda: self.codec.encode(images))
-        ranked, rank_seconds = self._timed(lambda: self.cuts.rank(self.codec, encoded, images))
+        watch = Stopwatch(self.device.type)
+        with watch.timed("encode"):
+            encoded = self.codec.encode(images)
+        with watch.timed("rank"):
+            ranked = self.cuts.rank(self.codec, encoded, images)
         tokens = self.cuts.operating(ranked)
-        decoded, decode_seconds = self._timed(lambda: self.codec.decode(tokens))
+        with watch.timed("decode"):
+            decoded = self.codec.decode(tokens)
         pictures = to_uint8(decoded)
         totals = EvaluationTotals()
         totals.replay = self._add_cut(found, self.cuts.operating_point, images, tokens, pictures, numbers)
         if len(images) == self.plan.batch_size:
-            totals.timed, totals.encode, totals.decode = len(images), encode_seconds, decode_seconds
-            totals.rank = rank_seconds if ranked.ranking is not None else 0.0
+            totals.timed, totals.encode, totals.decode = len(images), watch.seconds["encode"], watch.seconds["decode"]
+            totals.rank = watch.seconds["rank"] if ranked.ranking is not None else 0.0
         if self.lpips is not None:
             totals.lpips = float(self.lpips(images.float() / 255, pictures.float() / 255).double().sum())
         found.totals.merge(totals)
@@ -234,18 +237,6 @@ class Evaluator:
             statistics.update(features)
             if number == 0:
                 sums.score.update(logits, self._splits[numbers])
-
-    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
-        """The result, and how long the device took for it."""
-        self._wait()
-        started = time.perf_counter()
-        result = work()
-        self._wait()
-        return result, time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def _array(values: Tensor) -> np.ndarray:
