@@ -32,7 +32,7 @@ QUALITY = 92  # of the JPEG files that stand for reconstructions inside the page
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShownCut:
     """A picture at one budget."""
 
     share: float  # of all tokens
@@ -47,13 +47,13 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """A picture at every budget."""
 
     name: str
     original: "np.ndarray"  # (H, W, 3) uint8
     all_tokens: int
-    cuts: tuple[Cut, ...]
+    cuts: tuple[ShownCut, ...]
 
 
 def main(description: str | None) -> NoReturn:
@@ -72,7 +72,7 @@ def main(description: str | None) -> NoReturn:
     sys.exit(0)
 
 
-def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: int = LONGEST) -> list[Shown]:
+def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: int = LONGEST) -> list[ShownPicture]:
     """Write `show.html` and `show.png` into `folder` and a line a picture to stdout.
 
     Args:
@@ -105,11 +105,11 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
     return shown
 
 
-def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Sequence[float] = SHARES) -> Shown:
+def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Sequence[float] = SHARES) -> ShownPicture:
     """A (3, H, W) picture in [0, 1], cut at each share of its tokens that the tokenizer can reach."""
     import tempfile
 
-    from tatok_model.pictures import decode_picture, encode_picture, save_picture
+    from tatok_model.tiles import decode_picture, encode_picture, save_picture
 
     tokens = encode_picture(tokenizer, pixels)
     original = _as_uint8(pixels)
@@ -126,11 +126,11 @@ def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Seq
         jpeg = max(((len(file), _psnr(_of_jpeg(file), original), file) for file in fitting[-1:]), default=None)
         kept = short.kept_map(config.patch_size).numpy()
         numbers = int(short.counts.sum()), round(short.bits), size, _psnr(picture, original)
-        cuts.append(Cut(share, *numbers, picture, kept, jpeg, len(jpegs[0])))
-    return Shown(name, original, tokens.all_tokens, tuple(cuts))
+        cuts.append(ShownCut(share, *numbers, picture, kept, jpeg, len(jpegs[0])))
+    return ShownPicture(name, original, tokens.all_tokens, tuple(cuts))
 
 
-def write_page(path: Path, shown: Sequence[Shown], introduction: str = "") -> None:
+def write_page(path: Path, shown: Sequence[ShownPicture], introduction: str = "") -> None:
     """A page that holds all pictures; a slider moves over the budgets, which are the same for every picture."""
     pictures = [
         {
@@ -159,7 +159,7 @@ INTRODUCTION = (
 )
 
 
-def write_png(path: Path, shown: Sequence[Shown], shares: Sequence[float] = IN_DOCUMENTS) -> None:
+def write_png(path: Path, shown: Sequence[ShownPicture], shares: Sequence[float] = IN_DOCUMENTS) -> None:
     """A row for each picture: original, then the map of kept tokens and the reconstruction at some budgets."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -185,7 +185,7 @@ def write_png(path: Path, shown: Sequence[Shown], shares: Sequence[float] = IN_D
         figure.savefig(path)
 
 
-def _cut_values(cut: Cut) -> dict[str, Any]:
+def _cut_values(cut: ShownCut) -> dict[str, Any]:
     from PIL import Image
 
     jpeg = None
@@ -207,7 +207,7 @@ def _cut_values(cut: Cut) -> dict[str, Any]:
 
 
 def _opened(path: str, longest: int) -> tuple[str, "Tensor"]:
-    from tatok_model.pictures import as_pixels
+    from tatok_model.tiles import as_pixels
 
     return Path(path).name, _shrunk(as_pixels(path), longest)
 
@@ -215,7 +215,7 @@ def _opened(path: str, longest: int) -> tuple[str, "Tensor"]:
 def _samples(longest: int) -> list[tuple[str, "Tensor"]]:
     from skimage import data
 
-    from tatok_model.pictures import as_pixels
+    from tatok_model.tiles import as_pixels
 
     return [(name, _shrunk(as_pixels(getattr(data, name)()), min(longest, SAMPLE_SIDE))) for name in SAMPLES]
 

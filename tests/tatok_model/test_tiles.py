@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tatok_model import TaTok, TokenizerConfig
-from tatok_model.pictures import (
+from tatok_model.tiles import (
     OVERLAP,
     PictureTokens,
     _tiles,
