@@ -225,6 +225,7 @@ class _Read(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         n = len(hidden)
+        codes = None if codes is None else codes.float()
         log_sums = hidden.new_empty(n, 1, dtype=torch.float32)
         chosen = torch.empty_like(log_sums)
         expected = hidden.new_empty(n, 0 if codes is None else codes.shape[1], dtype=torch.float32)

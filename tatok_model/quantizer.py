@@ -78,7 +78,8 @@ class VQ(nn.Module):
         all of them at once, and a one-hot row of K for each token.
         """
         with torch.autocast(x.device.type, enabled=False):
-            directions = self.quantize._codebook.transform_input(self.quantize.project_in(x.float())).flatten(0, 1)
+            inside = self.quantize.project_in(x.to(self.codes().dtype))
+            directions = self.quantize._codebook.transform_input(inside).flatten(0, 1)
             # Parts of even size: a product of a single row rounds differently.
             parts = -(-len(directions) // rows_at_once(self.codebook_size, x.device)) or 1
             chosen = [(part @ self.codes().T).argmax(-1) for part in directions.tensor_split(parts)]
@@ -147,11 +148,12 @@ class FiniteScalar(nn.Module):
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
         """As `VQ.nearest`."""
-        return self.forward(x)[1]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.quantize(x.to(self.codes().dtype))[1].long()
 
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
-        return self.quantize.indices_to_codes(indices)
+        return self.quantize.project_out(self.codes()[indices])
 
     @property
     def code_dim(self) -> int:

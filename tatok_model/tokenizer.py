@@ -44,6 +44,8 @@ from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, run_on_present, unpatchify
 
+TOLERANCE = 1e-3  # by which floats may miss [0, 1]: resizing and half precision round
+
 
 class Reconstruction(NamedTuple):
     """What one training step needs of a forward pass."""
@@ -345,7 +347,7 @@ class TaTok(
         """(n, d) expected codes at (B, N) positions -> (B, N, D): gated, 0 elsewhere; None: this decoder has none."""
         if not self.config.expected_fill:
             return None
-        values = self.fill_gate * self.from_expected(expected)  # (n, D)
+        values = self.fill_gate * self.from_expected(expected.to(self.dtype))  # (n, D)
         return values.new_zeros(*at.shape, values.shape[-1]).masked_scatter(at[..., None], values)
 
     def _fill_of(self, tokens: Tokens) -> Tensor | None:
@@ -385,6 +387,16 @@ class TaTok(
     def _global_quantizer(self) -> Any:
         return self.patch_quantizer if self.global_quantizer is None else self.global_quantizer
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; pictures are cast to it."""
+        return self.mask_token.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.mask_token.device
+
     def _no_indices(self, images: Tensor, length: int) -> Tensor:
         return torch.zeros(len(images), length, dtype=torch.int64, device=images.device)
 
@@ -405,10 +417,14 @@ class TaTok(
         if images.ndim != 4 or images.shape[1:] != (CHANNELS, side, side):
             raise ValueError(f"images are {tuple(images.shape)}; expected (B, {CHANNELS}, {side}, {side})")
         if images.dtype == torch.uint8:
-            return images.float() / 255
+            return (images.float() / 255).to(self.dtype)
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; expected uint8 or floats in [0, 1]")
-        return images
+        if images.numel():
+            low, high = (float(value) for value in images.aminmax())
+            if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also where one is NaN
+                raise ValueError(f"images have values from {low:g} to {high:g}; expected uint8 or floats in [0, 1]")
+        return images.to(self.dtype)
 
     def _check_tokens(self, tokens: Tokens) -> None:
         lengths = tokens.global_indices.shape[1], tokens.patch_indices.shape[1]
