@@ -36,7 +36,7 @@ def measure(carry_out):
 
 
 @pytest.fixture(scope="session")
-def noise_shards(write_shards, tmp_path_factory):
+def noise_shards(write_plain_shards, tmp_path_factory):
     """A folder of shards with 32 pictures of 16 pixels in each split."""
     draw = np.random.default_rng(0)
 
@@ -46,4 +46,4 @@ def noise_shards(write_shards, tmp_path_factory):
         return file.getvalue()
 
     folder = tmp_path_factory.mktemp("benchmarking") / "shards"
-    return write_shards(folder, 16, train=[png() for _ in range(32)], heldout=[png() for _ in range(32)])
+    return write_plain_shards(folder, 16, train=[png() for _ in range(32)], heldout=[png() for _ in range(32)])

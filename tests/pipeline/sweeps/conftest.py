@@ -27,9 +27,9 @@ def png(number: int) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def shards(write_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(write_plain_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuning") / "shards"
-    return write_shards(folder, SIDE, train=list(map(png, range(32))), heldout=list(map(png, range(90, 122))))
+    return write_plain_shards(folder, SIDE, train=list(map(png, range(32))), heldout=list(map(png, range(90, 122))))
 
 
 @pytest.fixture
