@@ -26,7 +26,8 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install $(PIP_ARGS) --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## real photographs through every stage, in minutes on two CPU cores
+demo: $(INSTALLED)  ## a page of photographs at nine budgets, then every stage on photographs, in minutes on two CPU cores
+	$(BIN)/python jobs/show.py --output runs/show
 	$(BIN)/python jobs/demo.py
 
 test: $(INSTALLED)  ## fast tests and those on a local Ray, in minutes

@@ -87,6 +87,8 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
     """
     if longest < 16:
         raise ValueError(f"--longest is {longest}; expected at least 16 pixels")
+    for path in pictures:
+        Path(path).stat()  # before anything heavy is loaded
     names_and_pixels = [_opened(path, longest) for path in pictures] or _samples(longest)
     from tatok_model import TaTok
 

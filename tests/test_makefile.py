@@ -66,7 +66,8 @@ def test_what_is_installed_is_not_installed_again_until_its_list_changes(checkou
     stamp.parent.mkdir()
     stamp.touch()
     assert "Nothing to be done" in make(checkout, "install").stdout
-    (checkout / "requirements.lock").touch()
+    later = stamp.stat().st_mtime + 10
+    os.utime(checkout / "requirements.lock", (later, later))
     assert "pip install" in make(checkout, "install", "--dry-run").stdout
 
 

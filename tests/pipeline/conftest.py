@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def write_plain_shards() -> Callable[..., Path]:
-    """`write_plain_shards(folder, 16, train=[png, ...], heldout=[...])`: shards of 16-pixel pictures in a new folder."""
+    """`write_plain_shards(folder, 16, train=[png, ...], heldout=[...])`: shards of 16-pixel pictures."""
     from pipeline.data.shards import Manifest, ShardWriter, Split, fingerprint
 
     def write(folder: Path, side: int, **pictures: list[bytes]) -> Path:
