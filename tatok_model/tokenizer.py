@@ -16,6 +16,8 @@ Shapes: B images, H = W image side, N patch positions, M global tokens, K codebo
 patch side, n positions asked for.
 """
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -463,7 +465,10 @@ class TaTok(
                 f"checkpoint {str(path)!r} does not exist; expected a folder, a hub id owner/name "
                 f"or a name in the box: {', '.join(boxed())}"
             )
-        model = super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
+        with redirect_stdout(io.StringIO()):  # the hub's library says there that it loads; stdout is the caller's
+            model = super().from_pretrained(
+                str(path), strict=True, **kwargs
+            )  # strict: else missing weights stay random
         model.quality_lines = read_lines(path / QUALITY_FILE if path.is_dir() else _quality_of_hub(str(path), kwargs))
         return model
 

@@ -13,7 +13,9 @@ Shapes: B sequences, M global tokens, T patch tokens of the longest one, L = 1 +
 positions, K codebook entries.
 """
 
+import io
 import math
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -268,7 +270,8 @@ class Generator(
         """
         path = Path(pretrained_model_name_or_path)
         read_generator_config(path)
-        return super().from_pretrained(str(path), strict=True, **kwargs)  # else missing weights stay random
+        with redirect_stdout(io.StringIO()):  # the hub's library says there that it loads; stdout is the caller's
+            return super().from_pretrained(str(path), strict=True, **kwargs)  # strict: else missing weights stay random
 
 
 def _project(codes: Tensor, *weights: Tensor) -> None:

@@ -231,3 +231,10 @@ def test_seams_between_tiles_do_not_show():
     seams = [edge - 1 for start in tile_starts(180, 64)[1:] for edge in (start, start + 1)]
     inside = [place for start in tile_starts(180, 64)[1:] for place in (start - 3, start - 4, start + 12, start + 13)]
     assert float(steps[seams].mean()) < 1.3 * float(steps[inside].mean())
+
+
+def test_loading_the_boxed_tokenizer_says_nothing_and_an_unknown_name_names_it(capfd):
+    assert TaTok.from_pretrained("tatok64").config.image_size == 64
+    assert capfd.readouterr().out == ""
+    with pytest.raises(FileNotFoundError, match="checkpoint 'tatok65' does not exist; expected .* in the box: tatok64"):
+        TaTok.from_pretrained("tatok65")
