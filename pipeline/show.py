@@ -26,7 +26,7 @@ SHARES = (0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
 FIRST = 3  # of SHARES, where the slider stands at first
 IN_DOCUMENTS = (0.12, 0.25, 0.5)  # shares in the PNG
 SAMPLES = ("astronaut", "coffee", "chelsea")  # of skimage.data
-SAMPLE_SIDE = 364  # pixels of the longer side of a sample: six tiles of 64 pixels
+SAMPLE_SIDE = 324  # pixels of the longer side of a sample: six tiles of 64 pixels
 LONGEST = 512  # pixels of a picture's longer side; larger ones are shown smaller, unless asked otherwise
 QUALITY = 92  # of the JPEG files that stand for reconstructions inside the page
 

@@ -6,7 +6,8 @@
     picture = decode_picture(tokenizer, short)         # (3, H, W) in [0, 1]
     save_picture(tokenizer, short, "photo.tatok")      # and load_picture
 
-Tiles are spread evenly, so that neighbours share at least `OVERLAP` pixels; a side shorter than a tile is reflected.
+Tiles are spread evenly, so that neighbours share at least `OVERLAP` of their side. A picture that is smaller than a tile
+is reflected at its borders.
 
 Shapes: H, W picture, S tile side, R x C tiles, M global tokens, N patch positions of a tile.
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # Pillow and the codec are imported where they are needed
 
     from tatok_model.tokenizer import TaTok
 
-OVERLAP = 4  # pixels that neighbouring tiles share at least
+OVERLAP = 3 / 16  # of a tile's side that neighbours share at least: with 1 / 16 flat areas show the grid at few tokens
 BATCH = 64  # tiles at once
 MAGIC, VERSION = b"TaTP", 1
 FIXED = struct.Struct("<4sBIIHH")  # magic, version, H, W, S, bytes of the streams' common head
@@ -142,7 +143,8 @@ def tile_starts(length: int, side: int) -> list[int]:
     """Where tiles of `side` begin along `length` pixels: as few as overlap enough, spread evenly."""
     if length <= side:
         return [0]
-    number = math.ceil((length - OVERLAP) / (side - OVERLAP))
+    shared = int(side * OVERLAP)
+    number = math.ceil((length - shared) / (side - shared))
     return [round(place * (length - side) / (number - 1)) for place in range(number)]
 
 
