@@ -6,8 +6,8 @@
     picture = decode_picture(tokenizer, short)         # (3, H, W) in [0, 1]
     save_picture(tokenizer, short, "photo.tatok")      # and load_picture
 
-Tiles are spread evenly, so that neighbours share at least `OVERLAP` of their side. A picture that is smaller than a tile
-is reflected at its borders.
+Tiles are spread evenly, so that neighbours share at least `OVERLAP` of their side. A picture that is smaller than a
+tile is reflected at its borders.
 
 Shapes: H, W picture, S tile side, R x C tiles, M global tokens, N patch positions of a tile.
 """
