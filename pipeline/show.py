@@ -10,6 +10,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -63,13 +64,30 @@ def main(description: str | None) -> NoReturn:
     parser.add_argument("--tokenizer", default="tatok64", help="a name in the box, a checkpoint folder or a hub id")
     parser.add_argument("--output", default="show", metavar="FOLDER", help="where show.html and show.png are written")
     parser.add_argument("--longest", type=int, default=LONGEST, help="pixels of the longer side, at most")
+    parser.add_argument("--dry-run", action="store_true", help="check the arguments, write nothing")
     arguments = parser.parse_args()
     try:
+        check(arguments.pictures, arguments.longest)
+        if arguments.dry_run:
+            sys.exit(0)
         show(arguments.pictures, arguments.tokenizer, Path(arguments.output), arguments.longest)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def check(pictures: Sequence[str], longest: int) -> None:
+    """Refuse what cannot work before anything heavy is loaded.
+
+    Raises:
+        ValueError: pictures would be smaller than 16 pixels.
+        OSError: a file that is not there.
+    """
+    if longest < 16:
+        raise ValueError(f"--longest is {longest}; expected at least 16 pixels")
+    for path in pictures:
+        Path(path).stat()
 
 
 def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: int = LONGEST) -> list[ShownPicture]:
@@ -79,16 +97,12 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
         pictures: paths; none: photographs inside scikit-image.
         tokenizer_name: as `TaTok.from_pretrained` takes it.
         folder: made if it is not there.
-        longest: pixels of the longer side; larger pictures are made smaller.
+        longest: pixels of the longer side, at least 16; larger pictures are made smaller.
 
     Raises:
         ValueError: something that is no picture or no tokenizer.
         OSError: a file that is not there or cannot be written.
     """
-    if longest < 16:
-        raise ValueError(f"--longest is {longest}; expected at least 16 pixels")
-    for path in pictures:
-        Path(path).stat()  # before anything heavy is loaded
     names_and_pixels = [_opened(path, longest) for path in pictures] or _samples(longest)
     from tatok_model import TaTok
 
@@ -109,27 +123,37 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
 
 def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Sequence[float] = SHARES) -> ShownPicture:
     """A (3, H, W) picture in [0, 1], cut at each share of its tokens that the tokenizer can reach."""
-    import tempfile
+    from PIL import Image
 
+    from pipeline.evaluation.baselines import jpeg
+    from tatok_model.metrics.images import psnr, to_uint8
     from tatok_model.tiles import decode_picture, encode_picture, save_picture
 
-    tokens = encode_picture(tokenizer, pixels)
-    original = _as_uint8(pixels)
-    jpegs = [_jpeg(original, quality) for quality in (*range(1, 30), *range(30, 96, 5))]
-    config = tokenizer.config
-    least = config.global_tokens / (config.global_tokens + config.patch_positions)
+    config, tokens, original = tokenizer.config, encode_picture(tokenizer, pixels), to_uint8(pixels)
+    picture = Image.fromarray(_channels_last(original))
+    files = [jpeg(picture, quality) for quality in range(1, 96)]
     cuts = []
-    for share in shares:
-        short = tokens.keep(max(share, least)) if config.patch_tokens else tokens
-        picture = _as_uint8(decode_picture(tokenizer, short))
+    for share in [share for share in shares if share >= tokens.least_share] if config.patch_tokens else [1.0]:
+        short = tokens.keep(share) if config.patch_tokens else tokens
+        made = to_uint8(decode_picture(tokenizer, short))
         with tempfile.TemporaryDirectory() as scratch:
             size = save_picture(tokenizer, short, Path(scratch) / "picture.tatok")
-        fitting = [file for file in jpegs if len(file) <= size]
-        jpeg = max(((len(file), _psnr(_of_jpeg(file), original), file) for file in fitting[-1:]), default=None)
-        kept = short.kept_map(config.patch_size).numpy()
-        numbers = int(short.counts.sum()), round(short.bits), size, _psnr(picture, original)
-        cuts.append(ShownCut(share, *numbers, picture, kept, jpeg, len(jpegs[0])))
-    return ShownPicture(name, original, tokens.all_tokens, tuple(cuts))
+        best = next((file for file in reversed(files) if len(file) <= size), None)
+        beside = None if best is None else (len(best), float(psnr(original[None], _of_file(best)[None])), best)
+        cuts.append(
+            ShownCut(
+                share=share,
+                tokens=int(short.counts.sum()),
+                bits=round(short.bits),
+                size=size,
+                psnr=float(psnr(original[None], made[None])),
+                picture=_channels_last(made),
+                kept=short.kept_map(config.patch_size).numpy(),
+                jpeg=beside,
+                smallest_jpeg=len(files[0]),
+            )
+        )
+    return ShownPicture(name, _channels_last(original), tokens.all_tokens, tuple(cuts))
 
 
 def write_page(path: Path, shown: Sequence[ShownPicture], introduction: str = "") -> None:
@@ -140,7 +164,7 @@ def write_page(path: Path, shown: Sequence[ShownPicture], introduction: str = ""
             "width": picture.original.shape[1],
             "height": picture.original.shape[0],
             "all_tokens": picture.all_tokens,
-            "original": _data_url(_jpeg(picture.original, QUALITY), "jpeg"),
+            "original": _in_page(picture.original),
             "cuts": [_cut_values(cut) for cut in picture.cuts],
         }
         for picture in shown
@@ -201,7 +225,7 @@ def _cut_values(cut: ShownCut) -> dict[str, Any]:
         "bits": cut.bits,
         "bytes": cut.size,
         "psnr": cut.psnr,
-        "picture": _data_url(_jpeg(cut.picture, QUALITY), "jpeg"),
+        "picture": _in_page(cut.picture),
         "map": _data_url(buffer.getvalue(), "png"),
         "jpeg": jpeg,
         "smallest_jpeg": cut.smallest_jpeg,
@@ -234,31 +258,27 @@ def _shrunk(pixels: "Tensor", longest: int) -> "Tensor":
     return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
-def _as_uint8(pixels: "Tensor") -> "np.ndarray":
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+def _channels_last(pixels: "Tensor") -> "np.ndarray":
+    """(3, H, W) uint8 as (H, W, 3)."""
+    return pixels.permute(1, 2, 0).numpy()
 
 
-def _jpeg(picture: "np.ndarray", quality: int) -> bytes:
+def _in_page(picture: "np.ndarray") -> str:
+    """An (H, W, 3) uint8 picture as a JPEG in whose loss nobody sees anything."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, optimize=True)
-    return buffer.getvalue()
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=QUALITY)
+    return _data_url(file.getvalue(), "jpeg")
 
 
-def _of_jpeg(data: bytes) -> "np.ndarray":
+def _of_file(file: bytes) -> "Tensor":
+    """(3, H, W) uint8 of a JPEG file."""
     import numpy as np
+    import torch
     from PIL import Image
 
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def _psnr(picture: "np.ndarray", original: "np.ndarray") -> float:
-    """dB, of uint8 pictures."""
-    import numpy as np
-
-    error = float(np.mean((picture.astype(float) - original.astype(float)) ** 2))
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(file)).convert("RGB"))).permute(2, 0, 1)
 
 
 def _data_url(data: bytes, kind: str) -> str:

@@ -97,6 +97,12 @@ class PictureTokens:
         """`bits_fixed` of all tiles: log2 K for every token, plus length and positions."""
         return float(self.tokens.bits(self.bits_per_token).sum())
 
+    @property
+    def least_share(self) -> float:
+        """That of the global tokens among all tokens, which every cut keeps."""
+        globals_ = self.tokens.global_indices.shape[1]
+        return globals_ / (globals_ + self.tokens.patch_indices.shape[1])
+
     def cut(self, rule: str, threshold: float) -> "PictureTokens":
         """Every tile cut alike, as `Tokens.cut`: `marginal` is one level for the whole picture."""
         return replace(self, tokens=self.tokens.cut(rule, threshold))
@@ -107,10 +113,10 @@ class PictureTokens:
         Raises:
             ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
         """
+        if not self.least_share <= share <= 1:
+            least = math.ceil(self.least_share * 1000) / 1000
+            raise ValueError(f"share is {share}; expected {least} (global tokens alone) to 1")
         globals_, positions = self.tokens.global_indices.shape[1], self.tokens.patch_indices.shape[1]
-        least = globals_ / (globals_ + positions)
-        if not least <= share <= 1:
-            raise ValueError(f"share is {share}; expected {math.ceil(least * 1000) / 1000} (global tokens alone) to 1")
         ranking = self.tokens.ranking
         if ranking is None:
             raise ValueError("these tokens hold one cut and no ranking; expected those of encode_picture")
@@ -279,29 +285,27 @@ def as_pixels(picture: Any) -> Tensor:
 
 
 def _opened(path: Path) -> "Image.Image":
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; expected one picture")
     try:
-        picture = Image.open(path)
-        picture.load()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{str(path)!r} is not a picture that Pillow reads; expected PNG, JPEG, WebP, ...") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{str(path)!r} is a folder; expected one picture") from error
-    return picture
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} is not a picture that Pillow reads whole: {reason}") from error
 
 
 def _of_pil(picture: "Image.Image") -> Tensor:
-    from PIL import Image, ImageOps
+    from tatok_model.rgb import to_rgb, turn_of
 
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I;16", "I")):  # Pillow's own conversion would clip 16 bits at 255
-        grey = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-        return torch.from_numpy(grey / 65535).float().expand(3, -1, -1)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    turn = turn_of(picture)
+    upright = to_rgb(picture if turn is None else picture.transpose(turn))
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).float() / 255
 
 
 def _tiles(pixels: Tensor, side: int) -> Tensor:

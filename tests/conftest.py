@@ -5,6 +5,7 @@ A test that asks for `ray_session` gets the marker `ray` by itself.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,15 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs data sets in ../shared/data, which is absent here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's program; tests that need it are skipped where it is not."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("needs Chromium, which is absent here (on Debian and Ubuntu: apt install chromium chromium-driver)")
+    return found
 
 
 @pytest.fixture(scope="session")

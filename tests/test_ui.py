@@ -1,6 +1,5 @@
 """The MLflow pages as people see them, in headless Chromium."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -14,14 +13,6 @@ from pipeline.core.run import Run
 from pipeline.tracking import Tracker
 
 PORT = 50371
-
-
-@pytest.fixture
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("needs Chromium, which is absent here (on Debian and Ubuntu: apt install chromium)")
-    return found
 
 
 @pytest.fixture
@@ -59,7 +50,7 @@ def _wait_for(address: str) -> None:
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_the_run_page_shows_metrics_and_parameters_by_name(browser, server, tmp_path):
+def test_the_run_page_shows_metrics_and_parameters_by_name(chromium, server, tmp_path):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += [
         "--disable-quic",
@@ -68,7 +59,7 @@ def test_the_run_page_shows_metrics_and_parameters_by_name(browser, server, tmp_
         f"--user-data-dir={tmp_path / 'user'}",
     ]
     page = subprocess.run(
-        [browser, *options, "--virtual-time-budget=30000", "--dump-dom", server],
+        [chromium, *options, "--virtual-time-budget=30000", "--dump-dom", server],
         capture_output=True, text=True, timeout=150,
     ).stdout  # fmt: skip
     for name in ("train/loss", "validation/psnr", "tokenizer.global_tokens", "preset"):

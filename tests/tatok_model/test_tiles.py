@@ -213,8 +213,12 @@ def test_what_is_no_picture_is_refused(picture, message):
 
 def test_files_that_are_no_pictures_are_refused(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(ValueError, match="is not a picture that Pillow reads"):
+    with pytest.raises(ValueError, match="is not a picture that Pillow reads whole"):
         as_pixels(tmp_path / "a.png")
+    Image.fromarray(RED.repeat(40, 0).repeat(40, 1)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is not a picture that Pillow reads whole: image file is truncated"):
+        as_pixels(tmp_path / "cut.jpg")
     with pytest.raises(ValueError, match="is a folder; expected one picture"):
         as_pixels(tmp_path)
     with pytest.raises(FileNotFoundError):

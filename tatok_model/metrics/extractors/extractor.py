@@ -7,6 +7,8 @@ Shapes: B images, F features, C classes.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import log2
 from pathlib import Path
 from typing import ClassVar, Self
@@ -37,6 +39,13 @@ class FeatureExtractor(nn.Module):
         `images` are (B, 3, H, W) uint8 RGB, of any H and W that the network accepts; raises as `check_images`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward(images)")
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Full float32 inside: no autocast, and no TF32 where cuDNN would take it."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def check_images(images: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tatok_model.metrics.extractors.extractor import FeatureExtractor, check_images
+from tatok_model.metrics.extractors.extractor import FeatureExtractor, check_images, exact_float32
 
 SHA256_PREFIX = "6726825d"
 SIDE = 299
@@ -68,8 +68,7 @@ class Inception2015(FeatureExtractor):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See `FeatureExtractor.forward`; always full float32: under autocast, and where cuDNN would take TF32."""
         check_images(images)
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with exact, torch.autocast(images.device.type, enabled=False):
+        with exact_float32(images.device):
             x = (tf1_bilinear(images.float(), SIDE) - 128) / 128  # (B, 3, 299, 299)
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = F.max_pool2d(x, 3, stride=2)  # (B, 64, 73, 73)

@@ -26,6 +26,7 @@ from tatok_model.metrics.extractors.extractor import (
     TrainableExtractor,
     check_images,
     convolution,
+    exact_float32,
     metadata,
     resized,
     stem,
@@ -193,8 +194,7 @@ class CifarResNet(FeatureExtractor):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `Inception2015.forward`; images of another size are `resized` to 32x32."""
         check_images(images)
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with exact, torch.autocast(images.device.type, enabled=False):
+        with exact_float32(images.device):
             pixels = resized(images.float(), IMAGE_SIZE)  # (B, 3, 32, 32)
             x = F.relu(self.bn1(self.conv1((pixels / 255 - self.mean) / self.std)))  # (B, 16, 32, 32)
             features = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))  # (B, F)

@@ -120,14 +120,14 @@ def serving(command: list[str], address: str, folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if None in programs:
-        pytest.skip("needs Chromium, which is absent here (on Debian and Ubuntu: apt install chromium chromium-driver)")
+def browser(tmp_path: Path, chromium: str) -> Iterator[Browser]:
+    chromedriver = shutil.which("chromedriver")
+    if chromedriver is None:
+        pytest.skip("needs Chromium's driver, which is absent here (on Debian and Ubuntu: apt install chromium-driver)")
     address = f"http://127.0.0.1:{free_port()}"
-    driver = serving([str(programs[1]), f"--port={address.rpartition(':')[2]}"], f"{address}/status", tmp_path)
+    driver = serving([chromedriver, f"--port={address.rpartition(':')[2]}"], f"{address}/status", tmp_path)
     next(driver)
-    made = Browser(address, str(programs[0]), tmp_path / "user")
+    made = Browser(address, chromium, tmp_path / "user")
     yield made
     made.close()
     next(driver, None)
