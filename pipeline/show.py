@@ -17,6 +17,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipeline.core.checkpoints import find, from_hub
+from pipeline.core.errors import BadInput
+
 if TYPE_CHECKING:  # heavy imports wait until the arguments are understood
     import numpy as np
     from torch import Tensor
@@ -67,27 +70,29 @@ def main(description: str | None) -> NoReturn:
     parser.add_argument("--dry-run", action="store_true", help="check the arguments, write nothing")
     arguments = parser.parse_args()
     try:
-        check(arguments.pictures, arguments.longest)
+        check(arguments.pictures, Path(arguments.output), arguments.longest)
         if arguments.dry_run:
             sys.exit(0)
         show(arguments.pictures, arguments.tokenizer, Path(arguments.output), arguments.longest)
-    except (ValueError, OSError) as error:
+    except (BadInput, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
 
-def check(pictures: Sequence[str], longest: int) -> None:
+def check(pictures: Sequence[str], folder: Path, longest: int) -> None:
     """Refuse what cannot work before anything heavy is loaded.
 
     Raises:
-        ValueError: pictures would be smaller than 16 pixels.
-        OSError: a file that is not there.
+        BadInput: a picture that is not there, a file where the folder should be, or pictures smaller than 16 pixels.
     """
     if longest < 16:
-        raise ValueError(f"--longest is {longest}; expected at least 16 pixels")
+        raise BadInput(f"--longest is {longest}; expected at least 16 pixels")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--output {str(folder)!r} is a file; expected a folder")
     for path in pictures:
-        Path(path).stat()
+        if not Path(path).exists():
+            raise BadInput(f"picture {path!r} does not exist; expected a file that Pillow reads")
 
 
 def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: int = LONGEST) -> list[ShownPicture]:
@@ -95,18 +100,17 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
 
     Args:
         pictures: paths; none: photographs inside scikit-image.
-        tokenizer_name: as `TaTok.from_pretrained` takes it.
+        tokenizer_name: one in the box, a checkpoint folder, the run folder of a training, or a hub id.
         folder: made if it is not there.
         longest: pixels of the longer side, at least 16; larger pictures are made smaller.
 
     Raises:
+        BadInput: a tokenizer that cannot be had.
         ValueError: something that is no picture or no tokenizer.
-        OSError: a file that is not there or cannot be written.
+        OSError: a file that cannot be read or written.
     """
     names_and_pixels = [_opened(path, longest) for path in pictures] or _samples(longest)
-    from tatok_model import TaTok
-
-    tokenizer = TaTok.from_pretrained(tokenizer_name).eval()
+    tokenizer = _tokenizer(tokenizer_name)
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
     for name, pixels in names_and_pixels:
@@ -230,6 +234,16 @@ def _cut_values(cut: ShownCut) -> dict[str, Any]:
         "jpeg": jpeg,
         "smallest_jpeg": cut.smallest_jpeg,
     }
+
+
+def _tokenizer(name: str) -> "TaTok":
+    from tatok_model import TaTok
+
+    if Path(name).exists():
+        name = str(find(str(Path(name).absolute()), "--tokenizer"))
+    elif name.count("/") == 1 and name[0] not in "./~":
+        name = str(from_hub(name, "--tokenizer"))
+    return TaTok.from_pretrained(name).eval()
 
 
 def _opened(path: str, longest: int) -> tuple[str, "Tensor"]:

@@ -465,10 +465,9 @@ class TaTok(
                 f"checkpoint {str(path)!r} does not exist; expected a folder, a hub id owner/name "
                 f"or a name in the box: {', '.join(boxed())}"
             )
-        with redirect_stdout(io.StringIO()):  # the hub's library says there that it loads; stdout is the caller's
-            model = super().from_pretrained(
-                str(path), strict=True, **kwargs
-            )  # strict: else missing weights stay random
+        # Strict, else missing weights stay random; stdout, where the hub's library says that it loads, is the caller's.
+        with redirect_stdout(io.StringIO()):
+            model = super().from_pretrained(str(path), strict=True, **kwargs)
         model.quality_lines = read_lines(path / QUALITY_FILE if path.is_dir() else _quality_of_hub(str(path), kwargs))
         return model
 

@@ -245,10 +245,15 @@ def tokenizer_sha256(config: Config) -> str:
 
 def _tokenizer_folder(config: Config) -> Path:
     path = config.tokenizer.checkpoint
-    return _from_hub(path) if is_hub_id(path) else find(path)
+    return from_hub(path) if is_hub_id(path) else find(path)
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str, key: str = "tokenizer.checkpoint") -> Path:
+    """The folder on this machine of a hub's tokenizer, which the value of a key names.
+
+    Raises:
+        BadInput: it cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -257,8 +262,7 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(
-            f"tokenizer.checkpoint {name!r} cannot be had from the hub ({reason}); "
-            "expected a checkpoint folder or a hub id"
+            f"{key} {name!r} cannot be had from the hub ({reason}); expected a checkpoint folder or a hub id"
         ) from None
 
 

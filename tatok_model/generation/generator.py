@@ -270,8 +270,9 @@ class Generator(
         """
         path = Path(pretrained_model_name_or_path)
         read_generator_config(path)
-        with redirect_stdout(io.StringIO()):  # the hub's library says there that it loads; stdout is the caller's
-            return super().from_pretrained(str(path), strict=True, **kwargs)  # strict: else missing weights stay random
+        # Strict, else missing weights stay random; stdout, where the hub's library says that it loads, is the caller's.
+        with redirect_stdout(io.StringIO()):
+            return super().from_pretrained(str(path), strict=True, **kwargs)
 
 
 def _project(codes: Tensor, *weights: Tensor) -> None:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,10 @@ def test_the_page_needs_nothing_else(page):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.png"], "No such file or directory: '.*none.png'"),
+        (["none.png"], "picture 'none.png' does not exist; expected a file that Pillow reads"),
+        (["--output", __file__], "--output '.*test_show.py' is a file; expected a folder"),
+        (["--tokenizer", "."], "--tokenizer '.*' holds no config.json; expected a folder that training wrote"),
+        (["--tokenizer", "/none/at/all"], "checkpoint '/none/at/all' does not exist; expected a folder"),
         (["."], "is a folder; expected one picture"),
         ([__file__], "is not a picture that Pillow reads"),
         (["--longest", "3"], "--longest is 3; expected at least 16 pixels"),
@@ -75,6 +79,13 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(arguments, message, tmp_path
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 2
     assert re.fullmatch(rf"error: .*{message}.*", finished.stderr.strip())
+
+
+def test_the_run_folder_of_a_training_is_a_tokenizer_too(tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    shutil.copytree(ROOT / "tatok_model" / "weights" / "tatok64", tmp_path / "run" / "checkpoint")
+    shown = show([str(tmp_path / "red.png")], str(tmp_path / "run"), tmp_path / "out")
+    assert shown[0].cuts[-1].tokens == 272
 
 
 @pytest.mark.browser
