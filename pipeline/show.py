@@ -32,7 +32,11 @@ IN_DOCUMENTS = (0.12, 0.25, 0.5)  # shares in the PNG
 SAMPLES = ("astronaut", "coffee", "chelsea")  # of skimage.data
 SAMPLE_SIDE = 324  # pixels of the longer side of a sample: six tiles of 64 pixels
 LONGEST = 512  # pixels of a picture's longer side; larger ones are shown smaller, unless asked otherwise
-QUALITY = 92  # of the JPEG files that stand for reconstructions inside the page
+QUALITY = 92  # of the JPEG files that the page holds, so good that nobody sees a loss
+INTRODUCTION = (
+    "The tokenizer writes every picture as tokens, tile by tile, and drops those that would be missed least. "
+    "Move the slider: tokens stay where the detail is."
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
     return shown
 
 
-def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Sequence[float] = SHARES) -> ShownPicture:
+def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor") -> ShownPicture:
     """A (3, H, W) picture in [0, 1], cut at each share of its tokens that the tokenizer can reach."""
     from PIL import Image
 
@@ -133,12 +137,12 @@ def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Seq
     from tatok_model.metrics.images import psnr, to_uint8
     from tatok_model.tiles import decode_picture, encode_picture, save_picture
 
-    config, tokens, original = tokenizer.config, encode_picture(tokenizer, pixels), to_uint8(pixels)
+    tokens, original = encode_picture(tokenizer, pixels), to_uint8(pixels)
     picture = Image.fromarray(_channels_last(original))
     files = [jpeg(picture, quality) for quality in range(1, 96)]
     cuts = []
-    for share in [share for share in shares if share >= tokens.least_share] if config.patch_tokens else [1.0]:
-        short = tokens.keep(share) if config.patch_tokens else tokens
+    for share in (share for share in SHARES if share >= tokens.least_share):
+        short = tokens.keep(share)
         made = to_uint8(decode_picture(tokenizer, short))
         with tempfile.TemporaryDirectory() as scratch:
             size = save_picture(tokenizer, short, Path(scratch) / "picture.tatok")
@@ -152,7 +156,7 @@ def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Seq
                 size=size,
                 psnr=float(psnr(original[None], made[None])),
                 picture=_channels_last(made),
-                kept=short.kept_map(config.patch_size).numpy(),
+                kept=short.kept_map().numpy(),
                 jpeg=beside,
                 smallest_jpeg=len(files[0]),
             )
@@ -160,7 +164,7 @@ def at_every_budget(tokenizer: "TaTok", name: str, pixels: "Tensor", shares: Seq
     return ShownPicture(name, _channels_last(original), tokens.all_tokens, tuple(cuts))
 
 
-def write_page(path: Path, shown: Sequence[ShownPicture], introduction: str = "") -> None:
+def write_page(path: Path, shown: Sequence[ShownPicture]) -> None:
     """A page that holds all pictures; a slider moves over the budgets, which are the same for every picture."""
     pictures = [
         {
@@ -175,7 +179,7 @@ def write_page(path: Path, shown: Sequence[ShownPicture], introduction: str = ""
     ]
     text = (resources.files("pipeline") / "show.html").read_text(encoding="utf-8")
     values = {
-        "INTRODUCTION": html.escape(introduction or INTRODUCTION),
+        "INTRODUCTION": html.escape(INTRODUCTION),
         "LAST": str(len(shown[0].cuts) - 1),
         "FIRST": str(min(FIRST, len(shown[0].cuts) - 1)),
         "DATA": json.dumps(pictures).replace("<", "\\u003c"),
@@ -183,18 +187,12 @@ def write_page(path: Path, shown: Sequence[ShownPicture], introduction: str = ""
     path.write_text(re.sub(r"__([A-Z]+)__", lambda found: values[found[1]], text), encoding="utf-8")
 
 
-INTRODUCTION = (
-    "The tokenizer writes every picture as tokens, tile by tile, and drops those that would be missed least. "
-    "Move the slider: tokens stay where the detail is."
-)
-
-
-def write_png(path: Path, shown: Sequence[ShownPicture], shares: Sequence[float] = IN_DOCUMENTS) -> None:
+def write_png(path: Path, shown: Sequence[ShownPicture]) -> None:
     """A row for each picture: original, then the map of kept tokens and the reconstruction at some budgets."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    cuts = [[cut for cut in picture.cuts if cut.share in shares] for picture in shown]
+    cuts = [[cut for cut in picture.cuts if cut.share in IN_DOCUMENTS] or [picture.cuts[-1]] for picture in shown]
     columns = 1 + max(len(row) for row in cuts) + 1
     heights = [picture.original.shape[0] / picture.original.shape[1] for picture in shown]
     width = 2.6
@@ -237,13 +235,19 @@ def _cut_values(cut: ShownCut) -> dict[str, Any]:
 
 
 def _tokenizer(name: str) -> "TaTok":
+    from safetensors import SafetensorError
+
     from tatok_model import TaTok
 
     if Path(name).exists():
         name = str(find(str(Path(name).absolute()), "--tokenizer"))
     elif name.count("/") == 1 and name[0] not in "./~":
         name = str(from_hub(name, "--tokenizer"))
-    return TaTok.from_pretrained(name).eval()
+    try:
+        return TaTok.from_pretrained(name).eval()
+    except (RuntimeError, SafetensorError) as error:  # torn weights, or of another shape
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"--tokenizer {name!r} cannot be loaded ({reason}); expected weights that are whole") from None
 
 
 def _opened(path: str, longest: int) -> tuple[str, "Tensor"]:
@@ -278,7 +282,7 @@ def _channels_last(pixels: "Tensor") -> "np.ndarray":
 
 
 def _in_page(picture: "np.ndarray") -> str:
-    """An (H, W, 3) uint8 picture as a JPEG in whose loss nobody sees anything."""
+    """An (H, W, 3) uint8 picture as the page holds it."""
     from PIL import Image
 
     file = io.BytesIO()

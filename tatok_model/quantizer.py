@@ -7,7 +7,7 @@ Shapes: B images, L tokens, D width, K codebook entries, d code width.
 """
 
 import math
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
@@ -52,7 +52,7 @@ class VQ(nn.Module):
         codebook.embed_avg.zero_()
         # The library lets each rank draw entries from its own part of the batch.
         codebook.replace_sample_fn = batched_sample_vectors
-        codebook.replace = MethodType(_replace, codebook)
+        codebook.replace = partial(_replace, codebook)  # a bound method would not pickle
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Replace each embedding by its entry.

@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tatok_model.config import TokenizerConfig
 from tatok_model.filtering import calibrate
 from tatok_model.filtering_rules import SCORES
+from tatok_model.tokenizer import check_range
 from tatok_model.tokens import Tokens, joined
 
 if TYPE_CHECKING:  # Pillow and the codec are imported where they are needed
@@ -48,15 +50,13 @@ class PictureTokens:
         tokens: of R * C tiles, row by row.
         height: H in pixels.
         width: W in pixels.
-        side: S in pixels.
-        bits_per_token: log2 K.
+        config: of the tokenizer, whose `image_size` is S.
     """
 
     tokens: Tokens
     height: int
     width: int
-    side: int
-    bits_per_token: float
+    config: TokenizerConfig
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 1:
@@ -70,6 +70,11 @@ class PictureTokens:
             f"PictureTokens({self.height}x{self.width} pixels, {rows}x{columns} tiles of {self.side}, "
             f"{int(self.counts.sum())} of {self.all_tokens} tokens, {self.bits:.0f} bits)"
         )
+
+    @property
+    def side(self) -> int:
+        """S, pixels of a tile's side."""
+        return self.config.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,19 +94,17 @@ class PictureTokens:
     @property
     def all_tokens(self) -> int:
         """How many tokens the picture has before any is dropped."""
-        patch_tokens = self.tokens.patch_indices.shape[1] if self.tokens.ranking or self.tokens.kept_mask.any() else 0
-        return len(self.tokens) * (self.tokens.global_indices.shape[1] + patch_tokens)
+        return len(self.tokens) * self.config.max_tokens
 
     @property
     def bits(self) -> float:
         """`bits_fixed` of all tiles: log2 K for every token, plus length and positions."""
-        return float(self.tokens.bits(self.bits_per_token).sum())
+        return float(self.tokens.bits(self.config.bits_per_token).sum())
 
     @property
     def least_share(self) -> float:
         """That of the global tokens among all tokens, which every cut keeps."""
-        globals_ = self.tokens.global_indices.shape[1]
-        return globals_ / (globals_ + self.tokens.patch_indices.shape[1])
+        return self.config.global_tokens / self.config.max_tokens
 
     def cut(self, rule: str, threshold: float) -> "PictureTokens":
         """Every tile cut alike, as `Tokens.cut`: `marginal` is one level for the whole picture."""
@@ -110,24 +113,28 @@ class PictureTokens:
     def keep(self, share: float) -> "PictureTokens":
         """About this share of all tokens, by one level for the whole picture; global tokens are always kept.
 
+        Patches of one score stay or go together: on a flat picture a score that looks at pixels keeps none or all.
+
         Raises:
             ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
         """
         if not self.least_share <= share <= 1:
             least = math.ceil(self.least_share * 1000) / 1000
             raise ValueError(f"share is {share}; expected {least} (global tokens alone) to 1")
-        globals_, positions = self.tokens.global_indices.shape[1], self.tokens.patch_indices.shape[1]
+        if not self.config.patch_tokens:
+            return self
         ranking = self.tokens.ranking
         if ranking is None:
             raise ValueError("these tokens hold one cut and no ranking; expected those of encode_picture")
-        patch_tokens = share * (globals_ + positions) - globals_
+        patch_tokens = share * self.config.max_tokens - self.config.global_tokens
         if share == 1 or not SCORES[ranking.score].unit:
             return self.cut("count", round(patch_tokens))
         return self.cut("marginal", calibrate(ranking.score_units, "marginal", patch_tokens, ranking.resolution))
 
-    def kept_map(self, patch_size: int) -> Tensor:
+    def kept_map(self) -> Tensor:
         """(H, W) floats: which share of the patches that cover a pixel was kept."""
-        patches = self.tokens.kept_mask.view(-1, 1, self.side // patch_size, self.side // patch_size).float()
+        patches_a_side = self.side // self.config.patch_size
+        patches = self.tokens.kept_mask.view(-1, 1, patches_a_side, patches_a_side).float()
         return self._blend(F.interpolate(patches, size=(self.side, self.side)))[0]
 
     def _blend(self, tiles: Tensor) -> Tensor:
@@ -172,6 +179,8 @@ def encode_picture(
         FileNotFoundError: a path that does not exist.
     """
     config = tokenizer.config
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected at least 1 tile")
     pixels = as_pixels(picture).to(tokenizer.mask_token.device)
     height, width = pixels.shape[1:]
     tiles = _tiles(pixels, config.image_size)
@@ -179,7 +188,7 @@ def encode_picture(
     for some in tiles.split(batch):
         tokens = tokenizer.encode(some)
         parts.append(tokenizer.rank(tokens, score or "error", rounds, some) if config.patch_tokens else tokens)
-    return PictureTokens(joined(parts), height, width, config.image_size, math.log2(config.codebook_size))
+    return PictureTokens(joined(parts), height, width, config)
 
 
 def decode_picture(tokenizer: "TaTok", picture: PictureTokens, batch: int = BATCH) -> Tensor:
@@ -237,7 +246,7 @@ def load_picture(tokenizer: "TaTok", path: str | Path) -> PictureTokens:
     body, checksum = data[: -CHECKSUM.size], data[-CHECKSUM.size :]
     if len(data) < FIXED.size + CHECKSUM.size or CHECKSUM.pack(zlib.crc32(body)) != checksum:
         raise ValueError(f"{str(path)!r} is damaged: its checksum differs; expected a whole .tatok file")
-    _, _, height, width, side, head_size = FIXED.unpack_from(body)
+    _, _, height, width, _, head_size = FIXED.unpack_from(body)
     header, _ = unseal(body[FIXED.size : FIXED.size + head_size])
     streams, place = [], FIXED.size + head_size
     while place < len(body):
@@ -245,7 +254,7 @@ def load_picture(tokenizer: "TaTok", path: str | Path) -> PictureTokens:
         place += LENGTH.size + size
         streams.append(seal(header, body[place - size : place]))
     tokens = Codec(tokenizer).from_bytes(streams)
-    return PictureTokens(tokens, height, width, side, math.log2(tokenizer.config.codebook_size))
+    return PictureTokens(tokens, height, width, tokenizer.config)
 
 
 def as_pixels(picture: Any) -> Tensor:
@@ -262,7 +271,9 @@ def as_pixels(picture: Any) -> Tensor:
     if type(picture).__module__.startswith("PIL."):
         return _of_pil(picture)
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.ascontiguousarray(picture))
+        if picture.dtype.kind not in "uif":
+            raise ValueError(f"picture is {picture.dtype}; expected uint8 or floats in [0, 1]")
+        picture = torch.from_numpy(np.array(picture, dtype=picture.dtype.newbyteorder("=")))  # also what is read-only
     if not isinstance(picture, Tensor):
         raise ValueError(f"picture is a {type(picture).__name__}; expected a path, a PIL image, an array or a tensor")
     shape = tuple(picture.shape)
@@ -278,10 +289,8 @@ def as_pixels(picture: Any) -> Tensor:
         return picture.float() / 255
     if not picture.is_floating_point():
         raise ValueError(f"picture is {picture.dtype}; expected uint8 or floats in [0, 1]")
-    low, high = float(picture.min()), float(picture.max())
-    if not (low >= 0 and high <= 1):  # also where one is NaN
-        raise ValueError(f"picture has values from {low:g} to {high:g}; expected floats in [0, 1]")
-    return picture.float()
+    check_range(picture, "picture has")
+    return picture.detach().float().clamp(0, 1)
 
 
 def _opened(path: Path) -> "Image.Image":

@@ -422,10 +422,7 @@ class TaTok(
             return (images.float() / 255).to(self.dtype)
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; expected uint8 or floats in [0, 1]")
-        if images.numel():
-            low, high = (float(value) for value in images.aminmax())
-            if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also where one is NaN
-                raise ValueError(f"images have values from {low:g} to {high:g}; expected uint8 or floats in [0, 1]")
+        check_range(images, "images have")
         return images.to(self.dtype)
 
     def _check_tokens(self, tokens: Tokens) -> None:
@@ -477,6 +474,18 @@ class TaTok(
             (save_directory / QUALITY_FILE).write_text(lines_json(self.quality_lines))
         else:  # lines of other weights that lay there
             (save_directory / QUALITY_FILE).unlink(missing_ok=True)
+
+
+def check_range(pixels: Tensor, what: str) -> None:
+    """Refuse floats that miss [0, 1] by more than rounding, and NaN; `what` begins the sentence: "images have".
+
+    Raises:
+        ValueError: naming the lowest and the highest value.
+    """
+    if pixels.numel():
+        low, high = (float(value) for value in pixels.aminmax())
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also where one is NaN
+            raise ValueError(f"{what} values from {low:g} to {high:g}; expected uint8 or floats in [0, 1]")
 
 
 def boxed() -> list[str]:

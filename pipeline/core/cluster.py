@@ -15,6 +15,11 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     import torch
 
 
+def names_cluster() -> bool:
+    """Whether the environment says which cluster to work on; an empty address is none."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def connect(dashboard: bool = False) -> Any:
     """Connect to Ray once and return the module; a second call does nothing.
 
@@ -29,7 +34,7 @@ def connect(dashboard: bool = False) -> Any:
 
     if not ray.is_initialized():
         handler = signal.getsignal(signal.SIGTERM)
-        named = bool(os.environ.get("RAY_ADDRESS"))
+        named = names_cluster()
         # Not Ray's own choice of an address: it would wait without end for the last cluster of this machine that was
         # not stopped in good order.
         ray.init(None if named else "local", log_to_driver=True, include_dashboard=None if named else dashboard)
@@ -73,7 +78,7 @@ def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
     Raises:
         BadInput: naming `key`, what it asks for and what there is.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if names_cluster():
         return
     available = os.cpu_count() or 1
     if workers * cpus_per_worker > available:

@@ -155,16 +155,16 @@ class EvaluateConfig:
     batch_size: AtLeast1 = 64  # images per forward pass
     num_workers: AtLeast1 = 1  # evaluation actors
     device: Device = "auto"
-    extractor: str = "auto"  # auto | compact_cifar10 | inception2015 | file by jobs/train_extractor.py
-    # (.safetensors); auto: inception2015 when its weights are given
+    extractor: str = "auto"  # compact_cifar10, inception2015, or a file by jobs/train_extractor.py; auto: inception2015
+    # when its weights are given
     inception_weights: str = ""  # path of the FID Inception weights (pt_inception-2015-12-05-6726825d.pth)
     reference: str = ""  # npz with mu and sigma, e.g. ADM's; empty: computed from the held-out images and cached
     lpips_backbone: str = ""  # path of VGG16 weights; with lpips_heads: LPIPS is measured
     lpips_heads: str = ""  # path of the LPIPS linear heads
     baselines: tuple[Literal["kmeans", "jpeg", "webp"], ...] = ()  # kmeans: patch VQ; at the same total bits
     thresholds: tuple[float, ...] = ()  # of filter.rule: cuts of one ranking, for a rate-distortion curve
-    more_extractors: tuple[str, ...] = ()  # weight files of further Frechet distances: by
-    # jobs/train_extractor.py (.safetensors), or CIFAR ResNet-20 or -56 (.th)
+    more_extractors: tuple[str, ...] = ()  # files of further Frechet distances: by jobs/train_extractor.py, or
+    # CIFAR ResNet-20 or -56 (.th)
     information: bool = False  # measure redundancy and, with blind_checkpoint, the mutual information I(c; g), in bits
     blind_checkpoint: str = ""  # the same tokenizer with an entropy model that does not see the global tokens
     grid_images: AtLeast0 = 8  # originals beside reconstructions in the picture

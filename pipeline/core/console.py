@@ -1,12 +1,10 @@
-"""What was found, for people: named numbers with notes, as a table in the terminal and as Markdown."""
+"""What people read while a job runs and after: progress, lines, named numbers with notes as tables."""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-# Progress that reads well with and without a terminal: a bar, or a line now and then.
 
 LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -69,9 +67,6 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
 def say(text: str) -> None:
     """One line for the reader of the terminal or the log."""
     print(text, file=sys.stderr, flush=True)
-
-
-SMALL = 2048  # images below which a Frechet distance says little
 
 
 @dataclass(frozen=True)

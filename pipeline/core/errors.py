@@ -1,4 +1,4 @@
-"""The two ways in which a job ends early on purpose."""
+"""The two ways in which a job ends early on purpose; `files.OutOfRoom` is a failure that says why."""
 
 
 class BadInput(Exception):

@@ -1,4 +1,4 @@
-"""Where relative paths point, and files that appear whole or not at all.
+"""Where paths and URLs point, files that appear whole or not at all, and what full storage or memory is reported as.
 
 Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside a submitted Ray job the working
 directory may be a temporary copy: a relative output would vanish with it, so it is refused.

@@ -131,7 +131,7 @@ def _explain(errors: list[Any]) -> str:
     error = next((each for each in errors if each["type"] in UNKNOWN), errors[0])
     where, inside = ".".join(map(str, error["loc"][:2])), error["loc"][2:]  # the key, and the place in a list
     if error["type"] in UNKNOWN:
-        return _unknown(where)
+        return _unknown(*map(str, error["loc"][:2]))
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{where}.{message}" if where and not message.startswith(where) else message
@@ -140,13 +140,13 @@ def _explain(errors: list[Any]) -> str:
     return f"{where} {'has' if inside else 'is'} {error['input']!r}; expected {expected}"
 
 
-def _unknown(key: str) -> str:
-    """What to say of a key that there is not, with the nearest one that there is."""
-    section, dot, _ = key.partition(".")
+def _unknown(section: str, key: str = "") -> str:
+    """What to say of a section, or of a key of a section, that there is not, with the nearest one that there is."""
     keys = {name: [field.name for field in dataclasses.fields(part)] for name, part in SECTIONS.items()}
-    everything = [f"{name}.{each}" for name, names in keys.items() for each in names] if dot else list(keys)
-    valid = keys[section] if dot else list(keys)
-    return f"unknown key {key!r}{_nearest(key, everything)}; expected one of {', '.join(valid)}"
+    everything = [f"{name}.{each}" for name, names in keys.items() for each in names] if key else list(keys)
+    whole = f"{section}.{key}" if key else section
+    valid = keys[section] if key else list(keys)
+    return f"unknown key {whole!r}{_nearest(whole, everything)}; expected one of {', '.join(valid)}"
 
 
 def _nearest(key: str, valid: list[str]) -> str:

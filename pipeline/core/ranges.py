@@ -9,7 +9,6 @@ actor that dies takes nothing with it, because Ray Data gives its range to anoth
 import hashlib
 import json
 import logging
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.core.cluster import as_they_finish, connect, most_resources, pick_device, pick_workers_device
+from pipeline.core.cluster import (
+    as_they_finish,
+    connect,
+    most_resources,
+    names_cluster,
+    pick_device,
+    pick_workers_device,
+)
 from pipeline.core.console import progress
 from pipeline.core.errors import Stopped
 from pipeline.core.files import sha256_file, write_atomically, write_json
@@ -128,13 +134,13 @@ def run_ranges(
     workers = getattr(run.config, section).num_workers
     wanted = getattr(getattr(run.config, section), "device", "")  # "": no network
     # One worker needs no Ray, unless a cluster was named that may have the GPU which is not here.
-    alone = 1 in (workers, len(ranges)) and not (wanted and "RAY_ADDRESS" in os.environ)
+    alone = 1 in (workers, len(ranges)) and not (wanted and names_cluster())
     if not alone:
         connect()  # before the clock runs
     device = "cpu"
     if wanted:
         device = pick_device(section, wanted).type if alone else pick_workers_device(section, wanted, workers)
-    prepare_folders(work.folder, "parts", *work.folders, tidy=work.folder == run.folder)
+    prepare_folders(work.folder, "parts", *work.folders, tidy=work.folder.is_relative_to(run.folder))
     parts: dict[int, Part] = {}
     started = time.monotonic()
     results = make_here(work, models, ranges, device) if alone else make_on_ray(work, models, ranges, device, workers)
@@ -153,24 +159,32 @@ def make_here(work: Work, models: Any, ranges: Sequence[Range], device: str) -> 
 
 
 def make_on_ray(work: Work, models: Any, ranges: Sequence[Range], device: str, workers: int) -> Iterator[Part]:
-    """Every range's part, as Ray Data actors finish them.
+    """Every range's part, as Ray Data actors finish them."""
+    ray = connect()
+    items = [{"range": pickle.dumps(task)} for task in ranges]
+    arguments, pool = (ray.put((work, models)), device), actor_pool(ray, len(items), workers)
+    for row in map_on_actors(ray, items, PartActor, arguments, pool, device):
+        yield pickle.loads(row["part"])
+
+
+def map_on_actors(
+    ray: Any, items: list[dict[str, Any]], actor: type, arguments: tuple[Any, ...], pool: Any, device: str
+) -> Iterator[Any]:
+    """Rows that actors make of items, as they finish them.
 
     Not as tasks do: Ray Data sees only every 0.1 seconds, twice for each, that one is over, and the CPU waits for that
-    long. An actor has its next range at hand.
+    long. An actor has its next item at hand.
     """
-    ray = connect()
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would warn that its progress bars are off
-    items = [{"range": pickle.dumps(task)} for task in ranges]
-    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(  # one block is one range
-        PartActor,
-        fn_constructor_args=(ray.put((work, models)), device),
-        compute=actor_pool(ray, len(items), workers),
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map(  # one block is one item
+        actor,
+        fn_constructor_args=arguments,
+        compute=pool,
         num_cpus=1,
         num_gpus=1 if device == "cuda" else 0,
     )
-    for row in as_they_finish(rows):
-        yield pickle.loads(row["part"])
+    yield from as_they_finish(rows)
 
 
 def actor_pool(ray: Any, ranges: int, workers: int) -> Any:

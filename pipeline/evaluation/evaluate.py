@@ -158,7 +158,7 @@ def _facts(bench: "Bench") -> dict[str, str]:
 
 def _draw(run: Run, bench: "Bench", found: "Measurements", tracker: Tracker) -> None:
     """Originals over reconstructions."""
-    from pipeline.core.plots import save_rows
+    from pipeline.core.collages import save_rows
 
     path = run.folder / "pictures" / "reconstructions.png"
     save_rows(path, [bench.originals_shown(), found.operating.shown.pictures])

@@ -4,8 +4,6 @@ Shapes: B images, H and W pixels.
 """
 
 import io
-import logging
-import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -18,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.core.checkpoints import load_lpips
-from pipeline.core.cluster import as_they_finish, connect, pick_device, pick_workers_device
+from pipeline.core.cluster import connect, names_cluster, pick_device, pick_workers_device
 from pipeline.core.console import progress
 from pipeline.core.errors import Stopped
-from pipeline.core.ranges import Stopwatch
+from pipeline.core.ranges import Stopwatch, map_on_actors
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.measurements import (
@@ -41,6 +39,7 @@ from pipeline.evaluation.measurements import (
 )
 from pipeline.evaluation.reference import Extractor, load_extractors
 from pipeline.training.order import read_ahead
+from pipeline.training.validation import spread
 from tatok_model.codec.bytestream import Codec
 from tatok_model.codec.header import unseal
 from tatok_model.losses import LPIPS
@@ -65,7 +64,7 @@ class ReplayCheck:
 
     def __init__(self, tokenizer: TaTok, plan: EvaluationPlan) -> None:
         self._codec = Codec(tokenizer)
-        self._operating, self._curve = (_spread(plan.count, most) for most in (OPERATING_SAMPLE, CURVE_SAMPLE))
+        self._operating, self._curve = (spread(plan.count, most) for most in (OPERATING_SAMPLE, CURVE_SAMPLE))
 
     def states(self, tokens: Tokens, numbers: np.ndarray, operating: bool) -> tuple[np.ndarray, float]:
         """Of one cut with replayed positions: (B,) int64, 1 replayed, 0 not, -1 not verified; and seconds.
@@ -87,10 +86,6 @@ def fallback_bits(tokens: Tokens) -> Tensor:
     """(B,) float64: how many bits more than replayed ones the positions of an image cost once they are sent."""
     sent, positions = replace(tokens.side, positions="sent"), tokens.patch_indices.shape[1]
     return sent.bits(tokens.patch_counts, positions) - tokens.side.bits(tokens.patch_counts, positions)
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    return np.arange(min(count, most)) * count // min(count, most)
 
 
 @dataclass(frozen=True)
@@ -304,7 +299,7 @@ class Bench:
         files = section.lpips_backbone, section.lpips_heads
         lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
         instruments = Instruments(tuple(extractor.network for extractor in extractors), lpips)
-        alone = min(section.num_workers, len(plan.ranges())) == 1 and "RAY_ADDRESS" not in os.environ
+        alone = min(section.num_workers, len(plan.ranges())) == 1 and not names_cluster()
         if alone:
             device = pick_device("evaluate", section.device).type
         else:
@@ -353,18 +348,11 @@ class Bench:
     def parts_on_actors(self, codec: Any, originals: bool, cuts: Cuts) -> Iterator[tuple[int, Measurements]]:
         """Every range of the plan with its number, as actors finish them."""
         ray = connect()
-        ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would warn that its progress bars are off
         shared = ray.put((codec, self.instruments, self.plan, originals, self.device, cuts))
         ranges = [{"number": i, "start": start, "stop": stop} for i, (start, stop) in enumerate(self.plan.ranges())]
-        rows = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map(  # one block is one range
-            EvaluationActor,
-            fn_constructor_args=(shared, self.run.config.data.shards),
-            compute=ray.data.ActorPoolStrategy(size=min(self.run.config.evaluate.num_workers, len(ranges))),
-            num_cpus=1,
-            num_gpus=1 if self.device == "cuda" else 0,
-        )
-        for row in as_they_finish(rows):
+        pool = ray.data.ActorPoolStrategy(size=min(self.run.config.evaluate.num_workers, len(ranges)))
+        arguments = shared, self.run.config.data.shards
+        for row in map_on_actors(ray, ranges, EvaluationActor, arguments, pool, self.device):
             yield row["number"], pickle.loads(row["measurements"])
 
 

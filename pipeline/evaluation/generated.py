@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from pipeline.core.collages import save_rows
 from pipeline.core.config import Config
 from pipeline.core.console import Row
 from pipeline.core.errors import BadInput
-from pipeline.core.plots import COLOURS, DPI, save_figure, save_rows, style
+from pipeline.core.plots import COLOURS, DPI, save_figure, style
 from pipeline.core.run import Run
 from pipeline.data.shards import SPLITS, ShardDataset, read_manifest
 from pipeline.evaluation.evaluation_checks import check_classes

@@ -1,4 +1,4 @@
-"""Statistics of the originals, which a Frechet distance compares with: computed once, kept as npz, checked when read.
+"""The networks behind Frechet distances, and statistics of the originals: kept as npz, checked when read.
 
     {run.output}/reference/{extractor}-{key}.npz    mu (F,), sigma (F, F), n (), inception_score (), meta (JSON text)
 
@@ -33,8 +33,6 @@ from tatok_model.metrics.extractors.small_networks import (
 )
 from tatok_model.metrics.frechet import FeatureStatistics, frechet_distance
 from tatok_model.metrics.images import UINT8_RULE
-
-# The network behind the Frechet distance: which one it is, where its weights are, what its numbers are called.
 
 TRAINED = ".safetensors"  # ending of files that `jobs/train_extractor.py` wrote
 
@@ -158,7 +156,7 @@ class Distance:
 
     @property
     def name(self) -> str:
-        """Rfid or rfd_<extractor>."""
+        """`rfid`, or `rfd_<extractor>`."""
         return self.extractor.distance_name
 
     def of(self, features: FeatureStatistics) -> float:

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.console import SMALL, Row, columns, format_value, markdown, say, terminal_table
+from pipeline.core.collages import KeptRow, kept_patches_picture
+from pipeline.core.console import Row, columns, format_value, markdown, say, terminal_table
 from pipeline.core.files import write_atomically
-from pipeline.core.plots import Curve, KeptRow, kept_patches_picture, rate_distortion_plot, token_histogram
+from pipeline.core.plots import Curve, rate_distortion_plot, token_histogram
 from pipeline.core.run import Run
 from pipeline.evaluation.evaluator import Bench
 from pipeline.evaluation.measurements import Cut, CutSums, Measurements, NetworkSums
@@ -32,6 +33,8 @@ SEED = 0  # of bootstrap intervals
 COLUMNS = ("tokens_per_image", "bits_fixed", "bits_coded", "psnr", "ssim")  # of the table, then distances
 BASELINE = "baseline_kmeans_"
 CurveResults = list[tuple[Cut, dict[str, float]]]  # the points of a curve in order, with their metrics
+
+SMALL = 2048  # images below which a Frechet distance says little
 
 
 def measured_with_distances(run: Run, bench: Bench, tokenizer: object) -> tuple[Measurements, list[Distance]]:

@@ -1,4 +1,4 @@
-"""Which generator fits a token stream at a cut. Imports no torch.
+"""Which generator fits a token stream, a tokenizer and what is asked of it; loading one. Imports no torch at the top.
 
 Symbols: M global tokens, N patch positions, K codebook entries.
 """
@@ -181,7 +181,7 @@ def load_generator(config: Config) -> "tuple[Generator, str]":
     check_fit(config, found, tokenizer_sha256(config))
     try:
         generator = Generator.from_pretrained(folder)
-    except (SafetensorError, RuntimeError) as error:  # no such file, or weights of another shape
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # absent, torn, or of another shape
         reason = " ".join(str(error).split())
         raise BadInput(f"generator.checkpoint {path!r} has damaged weights ({reason}); expected those saved") from None
     return generator.eval(), sha256_file(folder / "model.safetensors")

@@ -175,7 +175,7 @@ def occupancy(counts: np.ndarray, config: GenerateConfig) -> float:
 
 def _report(run: Run, generated: Generated, counts: np.ndarray, tracker: Tracker) -> None:
     """Lengths and rates as numbers, lengths and pictures as pictures."""
-    from pipeline.core.plots import save_rows
+    from pipeline.core.collages import save_rows
     from pipeline.tokens.decoder import draw_lengths, length_results
 
     section = run.config.generate

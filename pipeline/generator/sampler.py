@@ -105,7 +105,7 @@ class SamplingWorker:
 
 
 def token_table(sequences: Sequences, numbers: np.ndarray, labels: np.ndarray) -> pa.Table:
-    """Rows of `generated.SCHEMA`.
+    """Rows of `generated_files.SCHEMA`.
 
     Args:
         sequences: B of them, on the CPU.

@@ -1,4 +1,4 @@
-"""Batches of sequences for one worker, in parts of similar length so that little is computed for padding.
+"""A token stream cut for training, and its batches for one worker, in parts of similar length: little padding.
 
 Sorting one batch and cutting it into parts leaves 9% padding at 8 parts and 128 sequences whose lengths vary by 30%.
 So a few steps are planned together: their sequences are sorted, cut into layers by length, and every step gets one

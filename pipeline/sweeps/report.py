@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipeline.core.checkpoints import load_tokenizer
+from pipeline.core.collages import INK
 from pipeline.core.config import Config, SweepConfig
 from pipeline.core.console import columns, say
 from pipeline.core.files import write_atomically
-from pipeline.core.plots import COLOURS, DPI, INK, MARKERS, save_figure, style
+from pipeline.core.plots import DPI, look_of, save_figure, style
 from pipeline.core.run import Run, read_summary
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.compare import curve_of
@@ -201,9 +202,7 @@ def _values(points: list[TrialPoint], name: str) -> list[float]:
 
 
 def _look(number: int, best: bool) -> dict[str, Any]:
-    """Colours and markers repeat at different periods, so that pairs of them do not."""
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    return {"color": colour, "marker": marker, "linewidth": 2.6 if best else 1.4, "markersize": 5}
+    return look_of(number, 2.6 if best else 1.4)
 
 
 def _legend(figure: Figure, series: list[tuple[str, str]], best: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from pipeline.core.cluster import connect, most_resources
+from pipeline.core.cluster import connect, most_resources, names_cluster
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
@@ -48,7 +48,7 @@ def check(config: Config) -> None:
         curve_of(Path(config.sweep.control))
     if config.sweep.scheduler == "asha":
         _check_asha(config)
-    if not os.environ.get("RAY_ADDRESS"):
+    if not names_cluster():
         find_room([plan.config_of(trial) for trial in samples], plan.total, os.cpu_count() or 1, 0)
     check_answers(config)
 

@@ -113,7 +113,7 @@ def _write_results(
 
 def _report(run: Run, shards: Manifest, counts: Any, results: dict[str, float], tracker: Tracker) -> None:
     """Lengths at this cut, and what the first pictures look like."""
-    from pipeline.core.plots import save_rows
+    from pipeline.core.collages import save_rows
     from pipeline.tokens.decoder import draw_lengths
 
     rows = {f"rows_{name}": shards.splits[name].rows for name in SPLITS}

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.core import checkpoints
+from pipeline.core.collages import save_rows
 from pipeline.core.config import TrainConfig
 from pipeline.core.console import Progress, say
 from pipeline.core.files import write_json
-from pipeline.core.plots import save_rows
 from pipeline.core.run import Run
 from pipeline.tracking import Tracker
 from pipeline.training import distributed

@@ -132,6 +132,7 @@ def test_a_wrong_override_is_named_with_the_expected_form(override, message):
         ("trian: {max_steps: 1}", "unknown key 'trian' (did you mean 'train'?)"),
         ("train: {maxsteps: 1}", "unknown key 'train.maxsteps' (did you mean 'train.max_steps'?)"),
         ("1: 2", "unknown key '1'"),
+        ("train.max_steps: 5", "unknown key 'train.max_steps' (did you mean 'train'?)"),
     ],
 )
 def test_a_wrong_preset_file_is_named_with_the_expected_form(preset, text, message):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.core.errors import BadInput
 from pipeline.show import SHARES, show
+from tatok_model import TaTok, TokenizerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +81,22 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(arguments, message, tmp_path
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 2
     assert re.fullmatch(rf"error: .*{message}.*", finished.stderr.strip())
+
+
+def test_a_tokenizer_without_patch_tokens_has_one_budget(tmp_path):
+    config = TokenizerConfig(image_size=32, global_tokens=4, codebook_size=16, size="nano", patch_tokens=False)
+    TaTok(config).save_pretrained(tmp_path / "globals")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    shown = show([str(tmp_path / "red.png")], str(tmp_path / "globals"), tmp_path / "out")
+    assert [(cut.share, cut.tokens) for cut in shown[0].cuts] == [(1.0, 8)]
+    assert (tmp_path / "out" / "show.png").exists()
+
+
+def test_damaged_weights_are_said_in_a_sentence(tmp_path):
+    shutil.copytree(ROOT / "tatok_model" / "weights" / "tatok64", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(BadInput, match="--tokenizer .* cannot be loaded .*; expected weights that are whole"):
+        show([], str(tmp_path / "torn"), tmp_path / "out")
 
 
 def test_the_run_folder_of_a_training_is_a_tokenizer_too(tmp_path):

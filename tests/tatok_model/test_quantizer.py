@@ -1,6 +1,8 @@
 """Inference chooses the entries that training chooses, and moves none of them."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -85,3 +87,11 @@ def test_a_tokenizer_of_one_image_chooses_what_a_batch_chooses(opinionated, imag
     assert model.encode(images[:0]).patch_indices.shape == (0, 16)
     for number in range(len(images)):
         assert torch.equal(model.encode(images[number : number + 1]).patch_indices[0], whole.patch_indices[number])
+
+
+def test_a_tokenizer_survives_pickle_and_copy(opinionated, images):
+    model = opinionated()
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other.encode(images).patch_indices, model.encode(images).patch_indices)
+        other.train()(images)  # also re-draws entries
+        assert other.patch_quantizer.quantize._codebook.replace.args[0] is other.patch_quantizer.quantize._codebook

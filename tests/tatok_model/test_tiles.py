@@ -57,7 +57,7 @@ def test_tiles_of_a_picture_blend_to_that_picture(height, width):
     pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(height * 100 + width))
     tiles = _tiles(pixels, SIDE)
     tokens = TaTok(CONFIG).eval().encode(tiles[:1])[[0] * len(tiles)]
-    picture = PictureTokens(tokens, height, width, SIDE, 4.0)
+    picture = PictureTokens(tokens, height, width, CONFIG)
     assert tiles.shape == (math.prod(picture.grid), 3, SIDE, SIDE)
     torch.testing.assert_close(picture._blend(tiles), pixels, rtol=0, atol=1e-6)
 
@@ -80,8 +80,8 @@ def test_one_level_serves_all_tiles_and_the_share_is_kept(tokenizer, photo):
 
 def test_the_map_of_kept_patches_has_the_picture_s_size(photo):
     _, tokens = photo
-    assert torch.equal(tokens.keep(1).kept_map(4), torch.ones(40, 50))
-    some = tokens.keep(0.4).kept_map(4)
+    assert torch.equal(tokens.keep(1).kept_map(), torch.ones(40, 50))
+    some = tokens.keep(0.4).kept_map()
     assert some.shape == (40, 50)
     assert 0 <= float(some.min()) < float(some.max()) <= 1
 
@@ -101,7 +101,7 @@ def test_a_file_holds_the_cut_and_little_else(tokenizer, photo, tmp_path, entrop
     if not entropy_coded:
         assert size * 8 <= short.bits + 12 * (16 + 8) + 8 * 80  # lengths and rounding of each tile, one head
     read = load_picture(tokenizer, tmp_path / "a.tatok")
-    assert (read.height, read.width, read.side) == (40, 50, SIDE)
+    assert (read.height, read.width, read.side, read.all_tokens) == (40, 50, SIDE, short.all_tokens)
     assert torch.equal(read.tokens.kept_mask, short.tokens.kept_mask)
     assert torch.equal(decode_picture(tokenizer, read), decode_picture(tokenizer, short))
 
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_whole_is_refused(tokenizer, photo, tmp_path, change,
 def test_a_file_of_another_tokenizer_is_refused(tokenizer, photo, tmp_path):
     save_picture(tokenizer, photo[1].keep(0.4), tmp_path / "a.tatok")
     torch.manual_seed(1)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="stream is of the model"):
         load_picture(TaTok(CONFIG).eval(), tmp_path / "a.tatok")
 
 
@@ -138,13 +138,20 @@ def test_a_tokenizer_without_patch_tokens_takes_pictures_too(photo):
     only_globals = TaTok(config).eval()
     tokens = encode_picture(only_globals, photo[0])
     assert tokens.all_tokens == 12 * M
-    assert decode_picture(only_globals, tokens).shape == photo[0].shape
+    assert tokens.least_share == 1
+    assert torch.equal(tokens.keep(1).tokens.global_indices, tokens.tokens.global_indices)
+    assert decode_picture(only_globals, tokens.keep(1)).shape == photo[0].shape
 
 
 @pytest.mark.parametrize("share", [0.05, 1.1, -1.0])
 def test_a_share_out_of_reach_is_refused(photo, share):
     with pytest.raises(ValueError, match=rf"share is {share}; expected 0.112 \(global tokens alone\) to 1"):
         photo[1].keep(share)
+
+
+def test_a_file_without_patch_tokens_knows_how_many_there_were(tokenizer, photo, tmp_path):
+    save_picture(tokenizer, photo[1].keep(M / (M + N)), tmp_path / "a.tatok")
+    assert load_picture(tokenizer, tmp_path / "a.tatok").all_tokens == 12 * (M + N)
 
 
 def test_a_cut_cannot_be_cut_again(tokenizer, photo, tmp_path):
@@ -169,6 +176,9 @@ CLEAR = Image.fromarray(np.concatenate([RED, np.zeros((2, 4, 1), np.uint8)], axi
         (EXPECTED.double(), EXPECTED),
         (EXPECTED.half(), EXPECTED.half().float()),
         (EXPECTED.numpy(), EXPECTED),
+        (EXPECTED.numpy().astype(">f4"), EXPECTED),
+        (EXPECTED + 5e-4 * (EXPECTED == 1), EXPECTED),
+        (np.asarray(Image.fromarray(RED)), EXPECTED),
         (Image.fromarray(RED), EXPECTED),
         (Image.fromarray(RED).convert("P", palette=Image.Palette.ADAPTIVE), EXPECTED),
         (np.full((2, 4), 51, np.uint8), torch.full((3, 2, 4), 0.2)),
@@ -176,7 +186,8 @@ CLEAR = Image.fromarray(np.concatenate([RED, np.zeros((2, 4, 1), np.uint8)], axi
         (CLEAR, torch.ones(3, 2, 4)),
         (Image.fromarray(np.full((2, 4), 51, np.uint8)), torch.full((3, 2, 4), 0.2)),
     ],
-    ids=["array", "tensor HWC", "tensor CHW", "batch of one", "double", "half", "float array", "PIL", "palette",
+    ids=["array", "tensor HWC", "tensor CHW", "batch of one", "double", "half", "float array",
+         "other byte order", "rounding", "read-only", "PIL", "palette",
          "grey array", "16 bits", "transparent", "grey PIL"],
 )  # fmt: skip
 def test_every_kind_of_picture_becomes_the_same_pixels(picture, expected):
@@ -195,8 +206,8 @@ def test_a_path_is_read_and_turned_upright(tmp_path):
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (EXPECTED * 255, r"picture has values from 0 to 255; expected floats in \[0, 1\]"),
-        (EXPECTED * 2 - 1, r"picture has values from -1 to 1; expected floats in \[0, 1\]"),
+        (EXPECTED * 255, r"picture has values from 0 to 255; expected uint8 or floats in \[0, 1\]"),
+        (EXPECTED * 2 - 1, r"picture has values from -1 to 1; expected uint8 or floats in \[0, 1\]"),
         (EXPECTED * math.nan, "picture has values from nan to nan"),
         (torch.zeros(2, 3, 8, 8), r"picture is \(2, 3, 8, 8\); expected \(H, W\)"),
         (torch.zeros(4, 8, 8), r"picture is \(4, 8, 8\)"),
@@ -204,6 +215,7 @@ def test_a_path_is_read_and_turned_upright(tmp_path):
         (torch.zeros(3, 8, 8, dtype=torch.int64), r"picture is torch.int64; expected uint8 or floats"),
         ([[0.0]], "picture is a list; expected a path, a PIL image, an array or a tensor"),
         (None, "picture is a NoneType"),
+        (np.array([["a"]]), "picture is <U1; expected uint8 or floats"),
     ],
 )  # fmt: skip
 def test_what_is_no_picture_is_refused(picture, message):
@@ -225,7 +237,7 @@ def test_files_that_are_no_pictures_are_refused(tmp_path):
         as_pixels(tmp_path / "none.png")
 
 
-def test_seams_between_tiles_do_not_show():
+def test_seams_between_columns_of_tiles_do_not_show():
     from skimage import data
 
     tokenizer = TaTok.from_pretrained("tatok64").eval()

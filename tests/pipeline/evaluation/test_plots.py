@@ -5,15 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.plots import (
-    ROW_GAP,
-    Curve,
-    KeptRow,
-    kept_patches_picture,
-    rate_distortion_plot,
-    save_rows,
-    token_histogram,
-)
+from pipeline.core.collages import ROW_GAP, KeptRow, kept_patches_picture, save_rows
+from pipeline.core.plots import Curve, rate_distortion_plot, token_histogram
 
 CURVE = Curve(
     "surprisal", [16, 32, 64], [160, 320, 640], [18, 20, 23], [40, 25, 12], [150, 290, 560], operating_point=1

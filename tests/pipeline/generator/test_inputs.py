@@ -93,6 +93,9 @@ def test_damaged_weights_are_refused(configure: Configure, save_generator: Calla
     (folder / "model.safetensors").write_bytes((save_generator(size="tiny") / "model.safetensors").read_bytes())
     with pytest.raises(BadInput, match="has damaged weights .*size mismatch.*; expected those saved"):
         load_generator(config)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="has no model.safetensors; expected a folder that Generator saved"):
+        load_generator(config)
 
 
 def test_what_training_left_brings_its_tokens_as_if_it_had_just_been_made(
