@@ -155,25 +155,30 @@ class Stepper:
         return torch.where(told.isinf(), told, untold + scale * (told - untold))
 
 
+DEFAULTS = SamplingConfig()
+
+
 @torch.no_grad()
 def sample(
     generator: Generator,
-    labels: Tensor,
-    numbers: Tensor,
-    seed: int,
-    config: SamplingConfig,
+    labels: Tensor | list[int],
+    numbers: Tensor | None = None,
+    seed: int = 0,
+    config: SamplingConfig = DEFAULTS,
     use_cache: bool = True,
 ) -> Sequences:
-    """Draw one sequence for each label, on the labels' device; ValueError for a class that does not exist.
+    """Draw one sequence for each label, on the generator's device; ValueError for a class that does not exist.
 
     Args:
         generator: in evaluation mode.
         labels: (B,) int64 classes, -1 for no class.
-        numbers: (B,) int64, which sample this is: it keys the draws.
+        numbers: (B,) int64, which sample this is: it keys the draws; None: 0 to B - 1.
         seed: keys the draws too.
         config: temperature, guidance, ...
         use_cache: False computes every step from the beginning: slow, the reference that the cache is tested against.
     """
+    labels = torch.as_tensor(labels, dtype=torch.int64, device=generator.device)
+    numbers = torch.arange(len(labels), device=labels.device) if numbers is None else numbers
     check_labels(labels, generator.config.classes)
     m, most = generator.config.global_tokens, generator.config.max_patch_tokens
     draws = uniforms(seed, numbers, m + 2 * most)  # of each global token, then of each position and its code
