@@ -227,6 +227,7 @@ class GenerateConfig(SamplingConfig):
     num_workers: AtLeast1 = 1  # actors
     device: Device = "auto"
     encoding: Encoding = "png"
+    files: bool = False  # each picture as a file in images/ too, as other people's evaluators want them
     grid_images: AtLeast0 = 64  # pictures in the grid
 
     def __post_init__(self) -> None:
