@@ -247,6 +247,8 @@ class BenchmarkConfig:
     pictures: AtLeast1 = 2000  # preprocess, ingest, scaling's workers: JPEG files of 500x375 made for the run
     sizes: Sizes = (1000, 10000)  # scaling: pictures over which time and memory an image should stay flat
     workers: Sizes = (1, 2, 4)  # scaling: numbers of workers; those beyond the CPUs are left out
+    fresh: bool = False  # generation: fresh weights that write as many tokens as a trained tokenizer keeps
+    mean_tokens: Positive = 56.4  # of those on average, global ones included
     titok: str = ""  # train_step: folder with TiTok's public code (1d-tokenizer); empty: it is left out
 
     def __post_init__(self) -> None:
