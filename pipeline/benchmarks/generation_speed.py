@@ -205,7 +205,8 @@ def _measure(run: Run, contenders: list[TimedGenerator], device: Any, facts: dic
         for name, seconds in harness.take_turns(run, turns).items():
             measured[name, size] = [section.images / value for value in seconds]
     rates = {key: Spread.of(values) for key, values in measured.items()}
-    numbers: dict[str, float] = {}
+    weights = sum(weight.nbytes for weight in contenders[0].generator.parameters())
+    numbers: dict[str, float] = {"generator_bytes": weights}
     best: dict[str, int] = {}  # batch size by name
     for contender in contenders:
         name, spent = contender.name, work[contender.name, equal]
