@@ -150,9 +150,9 @@ def keep_together(pictures: Sequence[PictureTokens], share: float) -> list[Pictu
         ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
     """
     config, least_share = pictures[0].config, pictures[0].least_share
-    if not least_share <= share <= 1:
+    if not isinstance(share, int | float) or not least_share <= share <= 1:
         least = math.ceil(least_share * 1000) / 1000
-        raise ValueError(f"share is {share}; expected {least} (global tokens alone) to 1")
+        raise ValueError(f"share is {share!r}; expected {least} (global tokens alone) to 1")
     if not config.patch_tokens:
         return list(pictures)
     rankings = [picture.tokens.ranking for picture in pictures if picture.tokens.ranking is not None]
@@ -192,6 +192,8 @@ def encode_picture(
         ValueError: something else than a picture.
         FileNotFoundError: a path that does not exist.
     """
+    if not hasattr(tokenizer, "config"):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; expected a TaTok, then the picture")
     config = tokenizer.config
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1 tile")

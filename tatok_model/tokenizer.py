@@ -400,6 +400,11 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
 
     def _as_float(self, images: Tensor) -> Tensor:
         side = self.config.image_size
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images are a {type(images).__name__}; expected a tensor (B, {CHANNELS}, {side}, {side}); "
+                "encode_picture takes paths, arrays and pictures of any size"
+            )
         if images.ndim != 4 or images.shape[1:] != (CHANNELS, side, side):
             raise ValueError(f"images are {tuple(images.shape)}; expected (B, {CHANNELS}, {side}, {side})")
         if images.dtype == torch.uint8:
@@ -410,6 +415,8 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
         return images.to(self.dtype)
 
     def _check_tokens(self, tokens: Tokens) -> None:
+        if not isinstance(tokens, Tokens):
+            raise ValueError(f"tokens are a {type(tokens).__name__}; expected Tokens, as encode makes them")
         lengths = tokens.global_indices.shape[1], tokens.patch_indices.shape[1]
         expected = self.config.global_tokens, self.config.patch_positions
         if lengths != expected:
@@ -435,7 +442,10 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
             FileNotFoundError: the text is not a hub id and no such folder exists, or a folder lacks a file.
             ValueError: the folder's config.json is not one of a tokenizer, or its quality.json not calibration's.
         """
-        path = Path(pretrained_model_name_or_path)
+        name = pretrained_model_name_or_path
+        if not name or not isinstance(name, str | Path):
+            raise ValueError(f"checkpoint is {name!r}; expected a folder, a hub id or a name: {', '.join(boxed())}")
+        path = Path(name)
         in_the_box = Path(__file__).parent / "weights" / path
         if len(path.parts) == 1 and not path.exists() and in_the_box.is_dir():
             path = in_the_box

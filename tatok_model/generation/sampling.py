@@ -185,6 +185,8 @@ def sample(
         ValueError: a class that does not exist, or places that cannot be.
     """
     labels = torch.as_tensor(labels, dtype=torch.int64, device=generator.device)
+    if labels.ndim != 1:
+        raise ValueError(f"labels are {tuple(labels.shape)}; expected one for each sample, -1 for no class")
     numbers = torch.arange(len(labels), device=labels.device) if numbers is None else numbers
     check_labels(labels, generator.config.classes)
     m, most = generator.config.global_tokens, generator.config.max_patch_tokens
