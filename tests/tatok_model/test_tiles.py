@@ -254,3 +254,18 @@ def test_loading_the_boxed_tokenizer_says_nothing_and_an_unknown_name_names_it(c
     assert capfd.readouterr().out == ""
     with pytest.raises(FileNotFoundError, match="checkpoint 'tatok65' does not exist; expected .* in the box: tatok64"):
         TaTok.from_pretrained("tatok65")
+
+
+def test_no_seam_shows_between_tiles():
+    """Steps across a tile's edge are no larger than one pixel inside, on a photograph at a quarter of its tokens."""
+    data = pytest.importorskip("skimage.data")
+    photo = torch.from_numpy(data.astronaut()[:256, 100:356].copy()).permute(2, 0, 1)
+    boxed = TaTok.from_pretrained("tatok64").eval()
+    picture = decode_picture(boxed, encode_picture(boxed, photo).keep(0.25))
+    starts = tile_starts(256, 64)
+    edges = starts[1:] + [start + 64 for start in starts[:-1]]
+    for pixels in (picture, picture.transpose(1, 2)):
+        steps = (pixels[..., 1:] - pixels[..., :-1]).abs().mean(dim=(0, 1))  # (255,), from pixel i to i + 1
+        across = steps[[edge - 1 for edge in edges]].mean()
+        inside = steps[edges].mean()
+        assert across < 1.05 * inside
