@@ -1,6 +1,5 @@
 """Where tracking goes: which addresses make sense, where pictures of a SQLite store lie, what may be shown of them."""
 
-import re
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -9,9 +8,9 @@ from urllib.request import urlopen
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
+from pipeline.core.files import masked
 
 EXPECTED = "expected sqlite:///file.db, http(s)://host:port, databricks, or '' for no tracking"
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
 
 
 def check_tracking(config: Config) -> None:
@@ -88,8 +87,3 @@ def artifact_folder(uri: str, experiment: str) -> str | None:
     if not sqlite_path(uri):
         return None
     return str(Path(sqlite_path(uri)).absolute().parent / "mlartifacts" / quote(experiment, safe=" "))
-
-
-def masked(text: str) -> str:
-    """`text` without the `user:password` part of the URLs in it."""
-    return _CREDENTIALS.sub("***@", text)

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.core.console import say
-from pipeline.core.files import write_json
+from pipeline.core.files import masked, write_json
 from pipeline.core.run import METRICS as METRICS_FILE
 from pipeline.core.run import parse_metrics
-from pipeline.tracking.address import masked
 from pipeline.tracking.mlflow_store import METRICS, MetricPoint, MlflowStore, Refused
 
 SAMPLE_SECONDS = 5.0  # between samples of what the machine does

@@ -9,9 +9,9 @@ from typing import Any, Self
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import Stopped
+from pipeline.core.files import masked
 from pipeline.core.run import Run
 from pipeline.core.run import commit as code_version
-from pipeline.tracking.address import masked
 from pipeline.tracking.mlflow_store import MlflowStore
 from pipeline.tracking.sender import Sender
 

@@ -6,7 +6,8 @@ from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import resolve_paths
 from pipeline.core.presets import load_config
-from pipeline.tracking import check_tracking, masked
+from pipeline.core.files import masked
+from pipeline.tracking import check_tracking
 from pipeline.tracking.address import artifact_folder
 
 
