@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from pipeline.core.checkpoints import check_architecture, find, from_hub, is_hub_id
 from pipeline.core.cluster import check_cluster, check_room, connect, most_resources, names_cluster, pick_device
@@ -26,7 +24,7 @@ from pipeline.core.files import INPUT_KEYS, in_temporary_copy, leave, masked, re
 from pipeline.core.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, own_stdout, parse_arguments, refuse
 from pipeline.core.presets import load_config
 from pipeline.data.checks import check_files, check_pictures
-from pipeline.tracking import check_answers, check_tracking
+from pipeline.tracking import check_store, check_tracking
 
 WEIGHTS = (  # files that a preset may name
     "losses.perceptual_backbone", "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference",
@@ -112,22 +110,9 @@ def _check_weights(config: Config, ask: bool) -> None:
 
 def _check_tracking(config: Config, ask: bool) -> str:
     check_tracking(config)
-    uri = config.tracking.uri
-    if not ask or not uri.startswith(("http://", "https://")):
-        return masked(uri) or "none"
-    check_answers(config)
-    try:
-        with urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:
-            return f"{masked(uri)}, MLflow {answer.read(40).decode(errors='replace')}"
-    except HTTPError as error:
-        if error.code == 403:
-            raise BadInput(
-                f"tracking.uri is {masked(uri)!r}, which answers 403; expected a server that was started with "
-                "--allowed-hosts for this name, and credentials in MLFLOW_TRACKING_USERNAME and _PASSWORD if it asks"
-            ) from None
-        return f"{masked(uri)}, answers {error.code}"
-    except OSError as error:
-        return f"{masked(uri)}, {error}"
+    if ask:
+        check_store(config)
+    return masked(config.tracking.uri) or "none"
 
 
 def _check_upload(folder: Path) -> str:

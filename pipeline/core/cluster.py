@@ -1,7 +1,7 @@
 """Connecting to Ray, whether what is asked for fits, and where networks compute.
 
-A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on this machine. Ray asks a cluster that is gone
-for minutes and then ends the process, so it is only let loose on one that has answered.
+A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on this machine. Ray asks a cluster that is
+gone for minutes and then ends the process, so it is only let loose on one that has answered.
 """
 
 import os
@@ -61,11 +61,13 @@ def connect(dashboard: bool = False) -> Any:
 
 def _refusal(reason: str) -> str:
     if names_cluster():
-        return f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, where no Ray cluster can be joined ({reason}); {EXPECTED}"
+        return (
+            f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}, where no Ray cluster can be joined ({reason}); {EXPECTED}"
+        )
     variable, folder = _sockets()
     return (
-        f"Ray cannot start on this machine, in {folder!r} ({reason}); expected {variable} to name a folder with a short "
-        "path on this machine that has room and may be written to, such as /tmp"
+        f"Ray cannot start on this machine, in {folder!r} ({reason}); expected {variable} to name a folder on "
+        "this machine with a short path and room that may be written to, such as /tmp"
     )
 
 
@@ -119,7 +121,7 @@ def _address() -> str:
     if named.startswith(("http://", "https://")):
         raise BadInput(f"RAY_ADDRESS is {named!r}, the address of a dashboard, which only `ray job` takes; {EXPECTED}")
     if named.startswith("ray://"):
-        raise BadInput(f"RAY_ADDRESS is {named!r}, of Ray Client, through which Ray Data's actors are not seen; {EXPECTED}")
+        raise BadInput(f"RAY_ADDRESS is {named!r}, of Ray Client, which shows jobs no cluster; {EXPECTED}")
     if named != "auto":
         matched = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d+)", named, re.ASCII)
         if not matched or not 0 < int(matched[1]) < 2**16:
@@ -171,7 +173,7 @@ def _check_sockets() -> None:
     over = len(os.fsencode(os.path.join(folder, "ray", session, "sockets", "plasma_store"))) - SOCKET_BYTES
     if over > 0:
         raise BadInput(
-            f"{variable} is {folder!r}, {over} bytes too long for the sockets that Ray makes below it; expected "
+            f"{variable} is {folder!r}, too long by {over} for the sockets that Ray makes below it; expected "
             "RAY_TMPDIR to name a folder with a shorter path on this machine, such as /tmp"
         )
     there = os.path.join(folder, "ray")
@@ -179,8 +181,8 @@ def _check_sockets() -> None:
         there = os.path.dirname(there)
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise BadInput(
-            f"{variable} is {folder!r}, where Ray cannot make a folder; expected RAY_TMPDIR to name one on this machine "
-            "that can be written to, such as /tmp"
+            f"{variable} is {folder!r}, where Ray cannot make a folder; expected RAY_TMPDIR to name one on this "
+            "machine that can be written to, such as /tmp"
         )
 
 

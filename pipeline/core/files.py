@@ -1,6 +1,7 @@
 """Where paths and URLs point, files that appear whole or not at all, and what full storage or memory is reported as.
 
-What is asked of another machine is asked for so long and no longer (`within`): a store that does not answer is bad input.
+What is asked of another machine is asked for so long and no longer (`within`): a store that does not answer is bad
+input.
 
 Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside a submitted Ray job the working
 directory may be a temporary copy: a relative output would vanish with it, so it is refused.
@@ -245,30 +246,23 @@ class Location:
         selector = fs.FileSelector(self.path, recursive=True)
         prefix = len(self.path.rstrip("/")) + 1
         # A long listing may take what it takes, but not before the store has answered at all: `info` comes first.
-        for info in self._ask(lambda: self.filesystem.get_file_info(selector), seconds=None):
+        for info in self._ask(lambda: self.filesystem.get_file_info(selector), bounded=False):
             if info.type == fs.FileType.File:
                 yield info.path[prefix:], info.size
 
-    def _ask(self, call: Callable[[], T], seconds: float | None = ANSWER_SECONDS) -> T:
-        return call() if self.is_local else asked_of_store(self.said, call, seconds)
-
-
-def asked_of_store(said: str, call: Callable[[], T], seconds: float | None = ANSWER_SECONDS) -> T:
-    """What a store answers to `call`; whatever its library raises becomes one sentence that begins with `said`.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        BadInput: everything else, no answer within `seconds` included.
-    """
-    try:
-        return within(seconds, call)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each library of each store has its own
-        reason = masked(" ".join(str(error).split()))[:300] or type(error).__name__
-        raise BadInput(
-            f"{said} cannot be read ({reason}); expected a store that answers and lets this machine read, or a path"
-        ) from None
+    def _ask(self, call: Callable[[], T], bounded: bool = True) -> T:
+        if self.is_local:
+            return call()
+        try:
+            return within(ANSWER_SECONDS if bounded else None, call)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each library of each store has its own
+            reason = masked(" ".join(str(error).split()))[:300] or type(error).__name__
+            raise BadInput(
+                f"{self.said} cannot be read ({reason}); expected a store that answers and lets this machine read, or "
+                "a path"
+            ) from None
 
 
 def locate(place: str, key: str = "") -> Location:
