@@ -121,7 +121,7 @@ def _address() -> str:
     if named.startswith(("http://", "https://")):
         raise BadInput(f"RAY_ADDRESS is {named!r}, the address of a dashboard, which only `ray job` takes; {EXPECTED}")
     if named.startswith("ray://"):
-        raise BadInput(f"RAY_ADDRESS is {named!r}, of Ray Client, which shows jobs no cluster; {EXPECTED}")
+        raise BadInput(f"RAY_ADDRESS is {named!r}, of Ray Client, through which these jobs cannot work; {EXPECTED}")
     if named != "auto":
         matched = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):(\d+)", named, re.ASCII)
         if not matched or not 0 < int(matched[1]) < 2**16:
@@ -218,12 +218,15 @@ def check_room(resources: dict[str, float], key: str, workers: int, gpu: bool, c
 def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
     """Refuse more workers than this machine has CPUs for; a cluster's size is only known once connected.
 
+    Also what `check_cluster` refuses, where these workers are Ray's: one alone may work in this process.
+
     Raises:
-        BadInput: naming `key`, what it asks for and what there is; more workers than one where no cluster answers.
+        BadInput: naming `key`, what it asks for and what there is; workers where Ray cannot work.
     """
+    alone = workers == 1 and not key.startswith("train") and not (names_cluster() and key != "data.num_workers")
+    if workers and not alone:
+        check_cluster()
     if names_cluster():
-        if workers > 1:
-            check_cluster()
         return
     available = os.cpu_count() or 1
     if workers * cpus_per_worker > available:

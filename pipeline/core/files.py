@@ -239,7 +239,7 @@ class Location:
     def read(self) -> bytes:
         """All bytes of a file."""
         with self.open() as file:
-            return file.read()
+            return self._ask(file.read, bounded=False)
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """(path relative to this folder, size in bytes) of every file below, in no order."""
@@ -251,39 +251,45 @@ class Location:
                 yield info.path[prefix:], info.size
 
     def _ask(self, call: Callable[[], T], bounded: bool = True) -> T:
-        if self.is_local:
-            return call()
-        try:
-            return within(ANSWER_SECONDS if bounded else None, call)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # noqa: BLE001 - each library of each store has its own
-            reason = masked(" ".join(str(error).split()))[:300] or type(error).__name__
-            raise BadInput(
-                f"{self.said} cannot be read ({reason}); expected a store that answers and lets this machine read, or "
-                "a path"
-            ) from None
+        return call() if self.is_local else _of_store(self.said, call, ANSWER_SECONDS if bounded else None)
 
 
 def locate(place: str, key: str = "") -> Location:
     """The location that a path or URL names; `key` is the one of the configuration that holds it.
 
     Raises:
-        BadInput: a URL whose scheme pyarrow does not know, or that is malformed; the store does not answer.
+        BadInput: a URL whose scheme pyarrow does not know, or that is malformed; the store does not answer, or lacks a
+            library here.
     """
     if "://" not in place:
         return Location(fs.LocalFileSystem(), place)
     said = f"{key} {masked(place)!r}".strip()
     try:
-        filesystem, path = within(ANSWER_SECONDS, lambda: fs.FileSystem.from_uri(place))
-    except (pa.ArrowException, ValueError, OSError, ImportError) as error:
-        reason = masked(" ".join(str(error).split()))[:300]
+        filesystem, path = _of_store(said, lambda: fs.FileSystem.from_uri(place), ANSWER_SECONDS)
+    except ValueError as error:
         raise BadInput(
-            f"{said} is not understood ({reason}); expected a path or a URL such as s3://bucket/folder, "
+            f"{said} is not understood ({_reason(error)}); expected a path or a URL such as s3://bucket/folder, "
             "gs://bucket/folder, abfs://container@account.dfs.core.windows.net/folder, hf://datasets/owner/name or "
             "file:///folder"
         ) from None
     return Location(filesystem, path, said)
+
+
+def _of_store(said: str, call: Callable[[], T], seconds: float | None) -> T:
+    """What a store answers; what its library raises becomes a sentence, but for a malformed URL and what is absent."""
+    try:
+        return within(seconds, call)
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:  # noqa: BLE001 - each library of each store has its own
+        raise BadInput(
+            f"{said} cannot be read ({_reason(error)}); expected a store that answers and lets this machine read, or a "
+            "path"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return masked(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 # What to say when storage or memory is full: one sentence, whatever library met it first.

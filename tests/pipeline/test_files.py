@@ -259,13 +259,24 @@ def test_a_url_of_no_known_store_names_its_key_and_those_that_are(url):
         locate(url, "data.source")
 
 
+@pytest.mark.parametrize("problem", [OSError("Unable to load libjvm"), ImportError("No module named 'hub'")])
+def test_a_store_that_lacks_a_library_here_is_named_with_its_key(monkeypatch, problem):
+    def fail(*about: object) -> None:
+        raise problem
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem.from_uri", fail)
+    with pytest.raises(BadInput) as caught:
+        locate("hdfs://host/x", "data.heldout_source")
+    assert str(caught.value).startswith(f"data.heldout_source 'hdfs://host/x' cannot be read ({problem}); expected")
+
+
 def hanging(*about: object) -> None:
     time.sleep(20)
 
 
 @pytest.mark.parametrize(
     ("does", "reason"),
-    [(hanging, "no answer within 0.2 s"), (lambda *about: 1 / 0, "division by zero")],,
+    [(hanging, "no answer within 0.2 s"), (lambda *about: 1 / 0, "division by zero")],
 )
 def test_a_store_that_does_not_answer_or_fails_in_its_library_is_one_sentence(monkeypatch, does, reason):
     monkeypatch.setattr("pipeline.core.files.ANSWER_SECONDS", 0.2)
