@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
-import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.core.config import Config
@@ -251,7 +250,8 @@ class Location:
                 yield info.path[prefix:], info.size
 
     def _ask(self, call: Callable[[], T], bounded: bool = True) -> T:
-        return call() if self.is_local else _of_store(self.said, call, ANSWER_SECONDS if bounded else None)
+        seconds = ANSWER_SECONDS if bounded else None
+        return call() if self.is_local else _of_store(self.said, call, seconds, FileNotFoundError)
 
 
 def locate(place: str, key: str = "") -> Location:
@@ -265,7 +265,7 @@ def locate(place: str, key: str = "") -> Location:
         return Location(fs.LocalFileSystem(), place)
     said = f"{key} {masked(place)!r}".strip()
     try:
-        filesystem, path = _of_store(said, lambda: fs.FileSystem.from_uri(place), ANSWER_SECONDS)
+        filesystem, path = _of_store(said, lambda: fs.FileSystem.from_uri(place), ANSWER_SECONDS, ValueError)
     except ValueError as error:
         raise BadInput(
             f"{said} is not understood ({_reason(error)}); expected a path or a URL such as s3://bucket/folder, "
@@ -275,11 +275,11 @@ def locate(place: str, key: str = "") -> Location:
     return Location(filesystem, path, said)
 
 
-def _of_store(said: str, call: Callable[[], T], seconds: float | None) -> T:
-    """What a store answers; what its library raises becomes a sentence, but for a malformed URL and what is absent."""
+def _of_store(said: str, call: Callable[[], T], seconds: float | None, but: type[Exception]) -> T:
+    """What a store answers; what its library raises becomes a sentence, `but` what has a meaning of its own."""
     try:
         return within(seconds, call)
-    except (FileNotFoundError, ValueError):
+    except but:
         raise
     except Exception as error:  # noqa: BLE001 - each library of each store has its own
         raise BadInput(

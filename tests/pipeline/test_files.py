@@ -264,7 +264,7 @@ def test_a_store_that_lacks_a_library_here_is_named_with_its_key(monkeypatch, pr
     def fail(*about: object) -> None:
         raise problem
 
-    monkeypatch.setattr("pyarrow.fs.FileSystem.from_uri", fail)
+    monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=fail))
     with pytest.raises(BadInput) as caught:
         locate("hdfs://host/x", "data.heldout_source")
     assert str(caught.value).startswith(f"data.heldout_source 'hdfs://host/x' cannot be read ({problem}); expected")
