@@ -2,7 +2,7 @@
 
 It works through `MlflowClient` with an explicit address: no active run, no global tracking URI. Every method may raise
 and may take as long as the network does: `tracker.py` calls them from a thread of its own. What MLflow will never take
-is told from an outage by `refusal`, before work begins, and by `is_final`.
+is told from an outage by `refusal`, before work begins, and by `is_final` and `is_of_run`.
 """
 
 import logging
@@ -37,6 +37,7 @@ FINAL = (  # error codes of MLflow that waiting does not change
     "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
     "NOT_IMPLEMENTED", "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
 )  # fmt: skip
+OF_RUN = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")  # not of who asks, which may change
 SECONDS = 5.0  # that a server may take to refuse a run before it begins; one that is away is waited for meanwhile
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
@@ -93,6 +94,11 @@ def _prepare() -> None:
         os.environ.setdefault(name, value)
     # It repeats every attempt on a dead server; the tracker says it once.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+def is_of_run(error: Exception) -> bool:
+    """Whether MLflow refuses this item or this run, which somebody may have deleted meanwhile."""
+    return isinstance(error, Refused) or getattr(error, "error_code", "") in OF_RUN
 
 
 def is_final(error: Exception) -> bool:

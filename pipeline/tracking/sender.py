@@ -18,7 +18,7 @@ from pipeline.core.console import say
 from pipeline.core.files import masked, write_json
 from pipeline.core.run import METRICS as METRICS_FILE
 from pipeline.core.run import parse_metrics
-from pipeline.tracking.mlflow_store import METRICS, MetricPoint, MlflowStore, Refused, in_words, is_final
+from pipeline.tracking.mlflow_store import METRICS, MetricPoint, MlflowStore, in_words, is_final, is_of_run
 
 SAMPLE_SECONDS = 5.0  # between samples of what the machine does
 ENDING_PAUSE = 1.0  # seconds between attempts once the run has ended
@@ -109,7 +109,7 @@ class Sender:
         self._queue: deque[list[Any]] = deque(earlier.get("queue", []))
         self._feed = Feed(folder / METRICS_FILE, earlier.get("sent", {}))
         self._sampled = time.monotonic()
-        self._ending = ""
+        self._ending = self._reason = ""
         self.away = self.given_up = False  # the server does not answer now; nothing more is sent
         self._saving = threading.Lock()
         self._saved: dict[str, Any] = {}
@@ -197,7 +197,7 @@ class Sender:
         if time.monotonic() - self._sampled >= SAMPLE_SECONDS:
             self._sample()
         if ending:
-            self._store.end(ending)
+            self._unless_refused(self._store.end, ending)
         self._save()
 
     def _open(self) -> None:
@@ -212,8 +212,13 @@ class Sender:
         """Send; what the server will never take is dropped with a warning, or it would hold up all that follows."""
         try:
             send(*arguments)
-        except Refused as error:
-            say(f"MLflow refuses something of this run, which stays in {self._folder} only: {masked(str(error))[:300]}")
+        except Exception as error:
+            if not is_of_run(error):
+                raise
+            reason = masked(" ".join(str(error).split()))[:300]
+            if reason != self._reason:  # what is refused because the run was deleted, is so again and again
+                say(f"MLflow refuses something of this run, which stays in {self._folder} only: {reason}")
+            self._reason = reason
 
     def _sample(self) -> None:
         self._sampled = time.monotonic()

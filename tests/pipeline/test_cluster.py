@@ -80,7 +80,7 @@ def test_an_address_of_another_form_is_refused_without_asking(monkeypatch, addre
         check_cluster()
     assert str(caught.value).startswith(f"RAY_ADDRESS is {address!r}")
     assert str(caught.value).endswith("expected host:6379 of a running cluster, auto for one on this machine, or no "
-                                      "RAY_ADDRESS to start one here")  # fmt: skip
+
 
 
 def test_a_dead_address_is_refused_before_anything_is_made_and_ray_is_not_asked(monkeypatch, silent):

@@ -322,6 +322,32 @@ def test_a_server_that_takes_no_run_is_not_asked_again_before_it_is_resumed(open
     assert server.tags["key"] == "value"
 
 
+def test_a_run_that_is_deleted_meanwhile_is_said_once_and_nothing_is_promised(open_run, server, monkeypatch, capsys):
+    class Deleted(Exception):
+        error_code = "INVALID_PARAMETER_VALUE"
+
+    def refuse(*about):
+        raise Deleted("The run 7 must be in the 'active' state. Current state is deleted.")
+
+    run = open_run()
+    with track(run, server) as tracker:
+        log(run, [1])
+        tracker.commit()
+        wait_until(lambda: server.steps() == [1])
+        for name in ("metrics", "tag", "end"):
+            monkeypatch.setattr(FakeStore, name, refuse)
+        for step in (2, 3, 4):
+            log(run, [step])
+            tracker.tag("step", str(step))
+            tracker.commit()
+            time.sleep(0.1)
+    said = capsys.readouterr().err.splitlines()
+    reason = "The run 7 must be in the 'active' state. Current state is deleted."
+    assert [line for line in said if "MLflow" in line] == [
+        f"MLflow refuses something of this run, which stays in {run.folder} only: {reason}"
+    ]
+
+
 def test_a_server_that_is_away_keeps_nobody_waiting_for_the_run(open_run, server, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.tracker.CLOSE_SECONDS", 0.3)
     server.up = False
