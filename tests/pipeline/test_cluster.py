@@ -79,8 +79,7 @@ def test_an_address_of_another_form_is_refused_without_asking(monkeypatch, addre
     with pytest.raises(BadInput) as caught:
         check_cluster()
     assert str(caught.value).startswith(f"RAY_ADDRESS is {address!r}")
-    assert str(caught.value).endswith("expected host:6379 of a running cluster, auto for one on this machine, or no "
-
+    assert str(caught.value).endswith(cluster.EXPECTED)
 
 
 def test_a_dead_address_is_refused_before_anything_is_made_and_ray_is_not_asked(monkeypatch, silent):
