@@ -37,6 +37,7 @@ FINAL = (  # error codes of MLflow that waiting does not change
     "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
     "NOT_IMPLEMENTED", "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
 )  # fmt: skip
+FINAL_TEXTS = ("not in a valid JSON format", "credential configuration failed")  # of errors that have no code
 OF_RUN = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")  # not of who asks, which may change
 SECONDS = 5.0  # that a server may take to refuse a run before it begins; one that is away is waited for meanwhile
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
@@ -103,7 +104,7 @@ def is_of_run(error: Exception) -> bool:
 
 def is_final(error: Exception) -> bool:
     """Whether MLflow refuses for good, as opposed to being away or busy."""
-    return getattr(error, "error_code", "") in FINAL or "not in a valid JSON format" in str(error)
+    return getattr(error, "error_code", "") in FINAL or any(text in str(error) for text in FINAL_TEXTS)
 
 
 def refusal(uri: str, experiment: str) -> str:
@@ -136,14 +137,16 @@ def in_words(error: Any) -> str:
     """What a server answers that refuses for good, and what may help."""
     code = getattr(error, "error_code", "")
     status = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "ENDPOINT_NOT_FOUND": 404}.get(code, code)
-    reason = masked(" ".join(str(error).split()))[:200]
-    expected = "expected the address of an MLflow server"
+    expected = "the address of an MLflow server"
     if status in (401, 403):
         expected = (
-            "expected a server that was started with --allowed-hosts for this name, and credentials in "
+            "a server that was started with --allowed-hosts for this name, and credentials in "
             "MLFLOW_TRACKING_USERNAME and _PASSWORD if it asks"
         )
-    return f"which answers {status}; {expected} ({reason})"
+    elif FINAL_TEXTS[1] in str(error):
+        expected = "credentials for Databricks"
+    answers = f"which answers {status}" if code in FINAL else "which cannot be used"
+    return f"{answers}; expected {expected} ({masked(' '.join(str(error).split()))[:200]})"
 
 
 def _deleted(experiment: str, number: Any) -> str:
