@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
-from pipeline.core.files import OutOfRoom, resolve_paths, storage_sentence
+from pipeline.core.files import OutOfRoom, leave, resolve_paths, storage_sentence
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run, check_folder
 from pipeline.core.stages import Stage, find_stage
@@ -37,19 +37,22 @@ def main(name: str, description: str | None) -> NoReturn:
         check_folder(Path(config.run.output) / config.run.name, arguments.resume)
         print(config.to_yaml(), file=stdout, flush=True)
         if arguments.dry_run:
-            sys.exit(EXIT_DONE)
+            leave(EXIT_DONE)
         run = Run.open(name, config, config.run.name, resume=arguments.resume)
     except BadInput as error:
         refuse(error)
+    except KeyboardInterrupt:  # nothing is begun yet
+        print("stopped: interrupted", file=sys.stderr)
+        leave(EXIT_STOPPED)
     code = execute(run, stage)
     print(f"RUN_FOLDER={run.folder.absolute()}", file=stdout, flush=True)
-    sys.exit(code)
+    leave(code)
 
 
 def refuse(error: BadInput) -> NoReturn:
     """Say what is wrong with the input, and exit."""
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    leave(EXIT_BAD_INPUT)
 
 
 def execute(run: Run, stage: Stage) -> int:

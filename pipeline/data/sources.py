@@ -155,7 +155,7 @@ def read(source: Source, units: list[Unit], data: DataConfig) -> Iterator[Pictur
 def _existing(key: str, place: str) -> Location:
     if not place:
         raise BadInput(f"{key} is empty; {EXPECTED}")
-    location = locate(place)
+    location = locate(place, key)
     if location.info().type == fs.FileType.NotFound:
         raise BadInput(f"{key} {place!r} does not exist; {EXPECTED}")
     return location

@@ -402,6 +402,4 @@ def _register(run: Run, plan: SweepPlan, best: Trial, config: Config, tracker: T
     save_pyfunc(model, champion.__name__, data, example, champion.load(data).predict(example))
     shutil.rmtree(data)  # the model holds a copy
     run.outputs["champion"] = str(model)
-    name = run.config.sweep.register
-    tracker.register(model, name, ALIAS)
-    say(f"registered in MLflow: models:/{name}@{ALIAS}")
+    tracker.register(model, run.config.sweep.register, ALIAS)  # says so once it is
