@@ -8,6 +8,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -147,6 +149,8 @@ class Location:
 
     def open(self) -> Any:
         """A seekable file object for reading bytes."""
+        if self.is_local and printable(self.path) != self.path:  # not UTF-8, which pyarrow asks for
+            return open(self.path, "rb")
         return self.filesystem.open_input_file(self.path)
 
     def read(self) -> bytes:
@@ -154,13 +158,59 @@ class Location:
         with self.open() as file:
             return file.read()
 
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """(path relative to this folder, size in bytes) of every file below, in no order."""
+    def walk(self, left_out: list[tuple[str, str]] | None = None) -> Iterator[tuple[str, int]]:
+        """(path relative to this folder, size in bytes) of every file below, in no order.
+
+        On this machine hidden ones are left out, and so are folders of runs and what cannot be followed; these are
+        added to `left_out` with the reason.
+        """
+        if self.is_local:
+            yield from _walk(self.path, "", [], [] if left_out is None else left_out)
+            return
         selector = fs.FileSelector(self.path, recursive=True)
         prefix = len(self.path.rstrip("/")) + 1
         for info in self.filesystem.get_file_info(selector):
             if info.type == fs.FileType.File:
                 yield info.path[prefix:], info.size
+
+
+RUN_FILES = {"config.yaml", "summary.json"}  # a folder with both is a run's
+MLFLOW_FOLDERS = ("mlartifacts", "mlruns")
+
+
+def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list[tuple[str, str]]) -> Iterator[Any]:
+    """`Location.walk` on this machine; `above` are device and number of the folders on the way here."""
+    try:
+        status = os.stat(folder)
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        left_out.append((prefix.rstrip("/"), f"folder cannot be read ({error.strerror})"))
+        return
+    me = (status.st_dev, status.st_ino)
+    names = {entry.name for entry in entries}
+    if me in above:
+        left_out.append((prefix.rstrip("/"), "link to a folder that it lies in"))
+    elif prefix and (names >= RUN_FILES or os.path.basename(folder) in MLFLOW_FOLDERS):
+        left_out.append((prefix.rstrip("/"), "folder that jobs wrote"))
+    else:
+        for entry in entries:
+            name = prefix + entry.name
+            try:
+                found = entry.stat()
+            except OSError as error:
+                left_out.append((name, f"link that leads nowhere ({error.strerror})"))
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                yield from _walk(entry.path, f"{name}/", [*above, me], left_out)
+            elif stat.S_ISREG(found.st_mode):
+                yield name, found.st_size
+            else:
+                left_out.append((name, "neither file nor folder"))
+
+
+def printable(name: str) -> str:
+    """A name as UTF-8 can hold it: what stands for other bytes, or for half a character, is written out."""
+    return re.sub("[\ud800-\udfff]", lambda half: ascii(half[0])[1:-1], name)
 
 
 def locate(place: str) -> Location:

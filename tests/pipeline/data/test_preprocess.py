@@ -25,9 +25,10 @@ from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data import preprocess
-from pipeline.data.preprocess import PicturePlan, PreprocessWork, class_names, make_or_load_plan, split_of
+from pipeline.data.labels import class_names
+from pipeline.data.preprocess import PicturePlan, PreprocessWork, make_or_load_plan, split_of
+from pipeline.data.scans import Scan
 from pipeline.data.shards import Manifest, ShardDataset, read_manifest
-from pipeline.data.sources import Scan
 from pipeline.tracking import Tracker
 
 Bytes = Callable[..., bytes]

@@ -16,7 +16,7 @@ import pytest
 from pipeline.core.config import DataConfig
 from pipeline.core.errors import BadInput
 from pipeline.data import sources
-from pipeline.data.sources import Picture, Scan
+from pipeline.data.scans import Picture, Scan
 
 DATA = DataConfig(image_size=16)
 Bytes = Callable[..., bytes]
