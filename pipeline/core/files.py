@@ -35,7 +35,7 @@ def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths; URLs and hub ids stay as they are.
 
     Raises:
-        BadInput: a relative output or tracking path in a temporary copy of the working directory.
+        BadInput: a relative output or tracking path in a temporary copy of the working directory, a path not in UTF-8.
     """
     for key in INPUT_KEYS + OUTPUT_KEYS:
         section, name = key.split(".")
@@ -61,6 +61,8 @@ def _resolve(key: str, value: Any) -> Any:
 
 def _absolute(key: str, value: str) -> str:
     path = Path(value).expanduser()
+    if printable(str(_root() / path)) != str(_root() / path):
+        raise BadInput(f"{key} is {value!r}, a path that is not UTF-8; expected one that is, such as a link to it")
     if path.is_absolute():
         return str(path)
     if key in OUTPUT_KEYS and in_temporary_copy() and not os.environ.get("TATOK_ROOT"):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,12 +70,7 @@ def check_source(key: str, place: str, data: DataConfig) -> None:
     for name, _ in location.walk():
         first.setdefault(kind_of(name), name)
         if "folder" in first:
-            folders = [entry.name for entry in os.scandir(location.path) if entry.is_dir()]
-            check_splits(
-                key,
-                place,
-                [name for name in folders if any(kind_of(file) == "folder" for file, _ in (location / name).walk())],
-            )
+            check_splits(key, place, _folders_with_pictures(location))
             return
     if "parquet" in first:
         check_parquet(location / first["parquet"], data)
@@ -119,10 +115,12 @@ def scan(source: Source, data: DataConfig) -> Scan:
     elif source.kind == "samples":
         looked = _scan_folder(samples.list_tiles(data.image_size), data)
     else:
-        check_splits(source.key, source.place, [name.split("/")[0] for name in names if "/" in name])
+        check_splits(source.key, source.place, {name.split("/")[0] if "/" in name else "" for name in names})
         looked = _scan_folder(names, data)
     if not looked.ranges:
         raise BadInput(f"{source.key} {source.place!r} holds no picture; {EXPECTED}")
+    if source.kind in ("parquet", "tar"):
+        looked.warnings += [f"{source.key}: {told}" for told in _splits_together(names)]
     looked.left_out += source.left_out
     return looked
 
@@ -207,7 +205,7 @@ def check_splits(key: str, place: str, folders: Iterable[str]) -> None:
     Args:
         key: data.source | data.heldout_source, for the message.
         place: as configured.
-        folders: directly below it, with pictures.
+        folders: directly below it, with pictures; "" is the place itself.
     """
     splits = {name.lower(): name for name in folders}
     train, held_out = sorted(splits.keys() & TRAIN), sorted(splits.keys() & HELD_OUT)
@@ -216,9 +214,31 @@ def check_splits(key: str, place: str, folders: Iterable[str]) -> None:
         advice = f"{key}={posixpath.join(place, names[0])}"
         if train and held_out and key == "data.source":
             advice += f" data.heldout_source={posixpath.join(place, splits[held_out[-1]])}"
-        raise BadInput(
-            f"{key} {place!r} holds {' and '.join(names)}, which are splits and no classes; expected {advice}"
-        )
+        which = "which are splits and no classes" if len(names) > 1 else "which is a split and no class"
+        raise BadInput(f"{key} {place!r} holds {' and '.join(names)}, {which}; expected {advice}")
+
+
+def _folders_with_pictures(location: Location) -> list[str]:
+    """What `check_splits` asks for, of a local folder; each is walked up to its first picture."""
+    entries = [entry.name for entry in os.scandir(location.path) if not entry.name.startswith(".")]
+    loose = [""] if any(kind_of(name) == "folder" for name in entries) else []
+    return loose + [
+        name
+        for name in entries
+        if os.path.isdir(os.path.join(location.path, name))
+        and any(kind_of(file) == "folder" for file, _ in (location / name).walk())
+    ]
+
+
+def _splits_together(names: Iterable[str]) -> list[str]:
+    """A warning where Parquet or tar files are of several splits, as `train-0.parquet` beside `test-0.parquet`."""
+    parts = {part.lower() for name in names for part in (name.split("/")[0], posixpath.basename(name))}
+    words = {re.split(r"[\W\d_]", part)[0] for part in parts}
+    train, held_out = words & TRAIN, words & HELD_OUT
+    if not (train and held_out):
+        return []
+    both = " and ".join([*sorted(train), *sorted(held_out)])
+    return [f"files of {both} are one source; expected a file or folder of each, data.source and data.heldout_source"]
 
 
 def _scan_folder(names: Iterable[str], data: DataConfig) -> Scan:

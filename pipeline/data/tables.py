@@ -93,8 +93,8 @@ def scan_parquet(folder: Location, names: Sequence[str], data: DataConfig) -> Sc
         looked.add_label(text if None in numbers.values() else number)
     if others and not looked.names and not looked.indexed and (data.label_column or data.class_name_column):
         looked.warnings.append(
-            f"no picture has a label, as {data.label_column!r} and {data.class_name_column!r} are no columns or empty; "
-            f"expected one of {', '.join(sorted(others))} as data.label_column, if one is it"
+            f"no picture has a label: {data.label_column!r} and {data.class_name_column!r} are no columns, or empty; "
+            f"expected data.label_column to name the one of {', '.join(sorted(others))} that holds it, if one does"
         )
     return looked
 

@@ -229,8 +229,8 @@ def read_reference(path: str, wanted: dict[str, Any], feature_dim: int, given: b
         given: by `evaluate.reference`: it may be of another number of images, or not say of what it is.
 
     Raises:
-        BadInput: it is no such file, not of `feature_dim` features, no mean and covariance, of other images or of another
-            network.
+        BadInput: it is no such file, not of `feature_dim` features, no mean and covariance, of other images or of
+            another network.
     """
     try:
         with open(path, "rb") as raw:  # np.load leaves a file open that it cannot read
