@@ -178,6 +178,7 @@ class Location:
 
 RUN_FILES = {"config.yaml", "summary.json"}  # a folder with both is a run's
 MLFLOW_FOLDERS = ("mlartifacts", "mlruns")
+OURS = "folder that jobs wrote"
 
 
 def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list[tuple[str, str]]) -> Iterator[Any]:
@@ -193,7 +194,7 @@ def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list
     if me in above:
         left_out.append((prefix.rstrip("/"), "link to a folder that it lies in"))
     elif prefix and (names >= RUN_FILES or os.path.basename(folder) in MLFLOW_FOLDERS):
-        left_out.append((prefix.rstrip("/"), "folder that jobs wrote"))
+        left_out.append((prefix.rstrip("/"), OURS))
     else:
         for entry in entries:
             name = prefix + entry.name

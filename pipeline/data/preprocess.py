@@ -23,7 +23,7 @@ from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.files import printable, write_atomically
+from pipeline.core.files import OURS, printable, write_atomically
 from pipeline.core.manifest import check_unchanged
 from pipeline.core.ranges import Part, Stopwatch, run_ranges
 from pipeline.core.run import Run
@@ -174,6 +174,10 @@ def make_plan(sources: list[Source], data: DataConfig) -> PicturePlan:
     if len(warnings) > MOST_LINES:
         say(f"warning: the like {len(warnings) - MOST_LINES} times more")
     left_out = [(printable(path), printable(reason)) for looked in scans for path, reason in looked.left_out]
+    ours = [path for path, reason in left_out if reason == OURS]
+    if ours:  # no pictures of the source, and more after every run
+        say(f"left out: {len(ours)} folders that jobs wrote, such as {ours[0]}")
+        left_out = [(path, reason) for path, reason in left_out if reason != OURS]
     return PicturePlan(byte_config(data), _fingerprint(sources), classes, ranges, left_out)
 
 

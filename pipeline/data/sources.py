@@ -92,11 +92,11 @@ def open_source(key: str, place: str, data: DataConfig) -> Source:
     else:
         folder, everything = location, sorted(location.walk(left_out))
     kinds = _kinds_of(folder, everything)
+    left_out += [(name, f"neither picture nor text; expected one of {', '.join(SOME)}") for name, _ in kinds["other"]]
     kind, files = _choose(folder, kinds, data, left_out)
     if not files:
         why = f"; of {len(left_out)} left out, {left_out[0][0]!r}: {left_out[0][1]}" if left_out else ""
         raise BadInput(f"{key} {place!r} holds no picture{why}; {EXPECTED}")
-    left_out += [(name, f"neither picture nor text; expected one of {', '.join(SOME)}") for name, _ in kinds["other"]]
     rows = tuple(check_parquet(folder / name, data) for name, _ in files) if kind == "parquet" else ()
     return Source(key, place, kind, folder, tuple(files), rows, tuple(sorted(left_out)))
 

@@ -163,7 +163,7 @@ def _row_label(values: dict[str, Any], data: DataConfig, where: str) -> RawLabel
 def _open_parquet(place: Location) -> Iterator[pq.ParquetFile]:
     """Damage shows where it is met: in the footer, in a page, in a text that is not UTF-8."""
     try:
-        with pq.ParquetFile(place.open()) as file:
+        with place.open() as raw, pq.ParquetFile(raw) as file:
             yield file
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(
