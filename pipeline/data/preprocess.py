@@ -176,7 +176,7 @@ def make_plan(sources: list[Source], data: DataConfig) -> PicturePlan:
     left_out = [(printable(path), printable(reason)) for looked in scans for path, reason in looked.left_out]
     ours = [path for path, reason in left_out if reason == OURS]
     if ours:  # no pictures of the source, and more after every run
-        say(f"left out: {len(ours)} folders that jobs wrote, such as {ours[0]}")
+        say(f"left out, as jobs wrote it: {', '.join(ours[:MOST_LINES])}{', ...' if len(ours) > MOST_LINES else ''}")
         left_out = [(path, reason) for path, reason in left_out if reason != OURS]
     return PicturePlan(byte_config(data), _fingerprint(sources), classes, ranges, left_out)
 

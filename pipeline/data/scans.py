@@ -64,9 +64,8 @@ def ending_of(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """`folder` (a picture file), parquet, tar, `hidden`, or `other`, by the name alone."""
-    name = name.removeprefix("./")  # as tar writes them
-    if name.startswith(".") or "/." in name:
-        return "hidden"
+    if (name.startswith(".") or "/." in name) and any(part.strip(".") and part[0] == "." for part in name.split("/")):
+        return "hidden"  # not for `./` and `../`, which tar writes
     ending = ending_of(name)
     if ending in (".parquet", ".tar"):
         return ending[1:]

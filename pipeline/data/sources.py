@@ -219,8 +219,10 @@ def check_splits(key: str, place: str, folders: Iterable[str]) -> None:
 
 
 def _folders_with_pictures(location: Location) -> list[str]:
-    """What `check_splits` asks for, of a local folder; each is walked up to its first picture."""
+    """What `check_splits` asks for, of a local folder, where it matters; each is walked up to its first picture."""
     entries = [entry.name for entry in os.scandir(location.path) if not entry.name.startswith(".")]
+    if not {name.lower() for name in entries} & (TRAIN | HELD_OUT):
+        return []
     loose = [""] if any(kind_of(name) == "folder" for name in entries) else []
     return loose + [
         name

@@ -154,7 +154,7 @@ class _TarScan:
         text = content.decode("utf-8-sig", errors="backslashreplace").strip()
         where = repr(f"{self._name}#{name}")
         if not name.lower().endswith(".json"):
-            return self._numbered(text, where), ""
+            return _as_index(raw_label(text, where)), ""
         try:
             values: Any = json.loads(text)
         except ValueError:
@@ -164,19 +164,17 @@ class _TarScan:
             return None, ""
         class_name = values.get(self._data.class_name_column)
         class_name = printable(class_name) if isinstance(class_name, str) else ""
-        label = self._numbered(values.get(self._data.label_column), f"{self._data.label_column!r} of {where}")
+        label = _as_index(raw_label(values.get(self._data.label_column), f"{self._data.label_column!r} of {where}"))
         return (label, class_name) if label is not None else (class_name or None, "")
-
-    def _numbered(self, value: Any, where: str) -> RawLabel:
-        """A class index, also as text, or a name."""
-        label = raw_label(value, where)
-        index = index_of(label) if isinstance(label, str) else None
-        if index is None and isinstance(label, str) and label.isdecimal():
-            raw_label(int(label), where)  # refused: too large
-        return label if index is None else index
 
     def _leave_out(self, name: str, reason: str) -> None:
         self._looked.left_out.append((f"{self._name}#{name}", reason))
+
+
+def _as_index(label: RawLabel) -> RawLabel:
+    """A text that is an index as one."""
+    index = index_of(label) if isinstance(label, str) else None
+    return label if index is None else index
 
 
 def _target(link: tarfile.TarInfo) -> str:

@@ -9,7 +9,8 @@ from pipeline.data.labels import class_names, index_of, label_of
 @pytest.mark.parametrize(
     ("text", "index"),
     [("0", 0), ("011", 11), (" 3\n", 3), ("3.0", 3), ("7.", 7), ("+2", 2), ("-1", -1), ("99999", 99999),
-     ("100000", None), ("-2", None), ("1e3", None), ("0.5", None), ("3a", None), ("", None), ("\u0663", None), ("nan", None)],
+     ("100000", None), ("-2", None), ("1e3", None), ("0.5", None), ("3a", None), ("", None), ("\u0663", None),
+     ("nan", None)],
 )  # fmt: skip
 def test_a_whole_number_below_the_limit_is_an_index(text: str, index: int | None) -> None:
     assert index_of(text) == index

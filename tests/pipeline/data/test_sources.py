@@ -252,6 +252,7 @@ def labelled(place: Path) -> dict[str, Any]:
         ({f"{n}.{end}": n for n in range(2) for end in ("PNG", "CLS")}, {"0": 0, "1": 1}),
         ({"0.png": 0, "._0.cls": 9, "0.cls": 3, "._0.png": 0, "__MACOSX/._0.cls": 9}, {"0": 3}),
         ({"./a.d/0.png": 0, "./a.d/0.cls": 3}, {"./a.d/0": 3}),
+        ({"../a/0.png": 0, "../a/0.cls": b"02119789", "./.b/0.png": 1}, {"../a/0": "02119789"}),
         ({"0.cls": b"-1", "0.png": 0, "1.cls": b"-1.0", "1.png": 0}, {"0": -1, "1": -1}),
         ({"0.cls": b"\xef\xbb\xbf2\r\n", "0.png": 0, "1.cls": b"3.0", "1.png": 0}, {"0": 2, "1": 3}),
         ({"0.cls": b"caf\xe9", "0.png": 0}, {"0": "caf\\xe9"}),
@@ -278,7 +279,7 @@ def test_labels_in_a_tar_are_kept_wherever_they_lie(
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"0.png": b"x", "0.cls": b"99999999"}, "'a.tar#0.cls' holds 99999999; expected class indices below 100000"),
+        ({"0.png": b"x", "0.json": b'{"label": 99999999}'}, "'label' of 'a.tar#0.json' holds 99999999; expected class"),
         ({"0.png": b"x", "0.json": b'{"label": [1, 2]}'}, r"'label' of 'a.tar#0.json' holds \[1, 2\]; expected class"),
         ({"0.png": b"x", "0.cls": b"1", "0.json": b'{"label": 2}'}, "a.tar#0 has the label 1 in .cls and 2 in .json"),
     ],
