@@ -177,8 +177,8 @@ class Location:
 
 
 RUN_FILES = {"config.yaml", "summary.json"}  # a folder with both is a run's
-MLFLOW_FOLDERS = ("mlartifacts", "mlruns")
-OURS = "folder that jobs wrote"
+TRACKED = ("mlartifacts", "mlflow.db", "mlruns")  # what MLflow writes where it is not told otherwise
+OURS = "written by jobs"
 
 
 def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list[tuple[str, str]]) -> Iterator[Any]:
@@ -193,11 +193,14 @@ def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list
     names = {entry.name for entry in entries}
     if me in above:
         left_out.append((prefix.rstrip("/"), "link to a folder that it lies in"))
-    elif prefix and (names >= RUN_FILES or os.path.basename(folder) in MLFLOW_FOLDERS):
+    elif prefix and names >= RUN_FILES:
         left_out.append((prefix.rstrip("/"), OURS))
     else:
         for entry in entries:
             name = prefix + entry.name
+            if entry.name in TRACKED:
+                left_out.append((name, OURS))
+                continue
             try:
                 found = entry.stat()
             except OSError as error:

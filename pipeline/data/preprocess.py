@@ -7,6 +7,7 @@ First the plan (`plan.json`: which pictures go into which shard), then the shard
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -339,9 +340,11 @@ def _told_labels(counts: dict[int, int], manifest: Manifest) -> list[str]:
 def _told_rejections(folder: Path) -> list[str]:
     """A line for each of the frequent reasons, with an example."""
     table = pq.read_table(folder / "rejected.parquet").to_pylist()
-    frequent = Counter(row["reason"] for row in table).most_common()
-    examples = {row["reason"]: row["path"] for row in reversed(table)}
-    lines = [f"rejected: {count}, as {examples[reason]!r}: {reason}" for reason, count in frequent[:MOST_LINES]]
+    kinds = [re.sub(r"'[^']*'|\d+", "", row["reason"]) for row in table]  # alike but for names and numbers
+    first = dict(zip(reversed(kinds), reversed(table), strict=True))
+    frequent = Counter(kinds).most_common()
+    counts = [(count, first[kind]) for kind, count in frequent[:MOST_LINES]]
+    lines = [f"rejected: {count}, as {row['path']}: {row['reason']}" for count, row in counts]
     return lines + ([f"rejected: for {len(frequent) - MOST_LINES} reasons more"] if len(frequent) > MOST_LINES else [])
 
 

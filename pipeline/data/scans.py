@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from pipeline.core.errors import BadInput
 from pipeline.data.labels import RawLabel
 from pipeline.data.pictures import extensions
 
@@ -44,11 +45,20 @@ class Scan:
     warnings: list[str] = field(default_factory=list)  # sentences
 
     def add_label(self, label: RawLabel, name: str = "") -> None:
-        """Note that a label occurs; `name` is that of a class index."""
+        """Note that a label occurs; `name` is that of a class index.
+
+        Raises:
+            BadInput: the index has another name.
+        """
         if isinstance(label, str):
             self.names.add(label)
         elif label is not None and label >= 0:
-            self.indexed[label] = self.indexed.get(label) or name
+            known = self.indexed.get(label, "")
+            if known and name and known != name:
+                raise BadInput(
+                    f"class {label} is {known!r} and {name!r}; expected one name, or data.class_name_column= for none"
+                )
+            self.indexed[label] = known or name
 
     def add_ranges(self, units: Sequence[Unit], rows_per_range: int) -> None:
         """Deal out units of one picture each."""

@@ -36,6 +36,13 @@ def scan_tars(folder: Location, names: Sequence[str], data: DataConfig) -> Scan:
                 f"{(folder / name).path!r} cannot be read as tar ({error}); expected a whole, uncompressed tar file"
             ) from None
     looked.add_ranges(units, data.rows_per_shard)
+    folders = {posixpath.dirname(key) for _, key, *_ in units}
+    if len(folders) > 1 and not looked.names and not looked.indexed:
+        some = ", ".join(sorted(map(printable, folders))[:3])
+        looked.warnings.append(
+            "no picture has a label, as there is no .cls or .json; expected the tar files unpacked, "
+            f"if {some}, ... are the classes"
+        )
     return looked
 
 

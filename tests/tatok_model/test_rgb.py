@@ -4,12 +4,14 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tatok_model.rgb import load, to_rgb, without_notes
+from tatok_model.tiles import as_pixels
 
 SIDE = 4
 RAMP = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) * 17  # 0 to 255
@@ -175,10 +177,13 @@ NOTES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", NOTES)
-def test_without_its_long_notes_a_png_keeps_its_pixels_and_its_other_chunks(name: str) -> None:
+def test_without_its_long_notes_a_png_keeps_its_pixels_and_its_other_chunks(name: str, tmp_path: Path) -> None:
     kept = chunk(b"tRNS", CLEAR.pack(85)), chunk(b"gAMA", struct.pack(">I", 45455))
     bare = png(8, 0, b"\x00\x55\xaa\xff", *kept)
-    assert without_notes(png(8, 0, b"\x00\x55\xaa\xff", NOTES[name](), *kept)) == bare
+    noted = png(8, 0, b"\x00\x55\xaa\xff", NOTES[name](), *kept)
+    assert without_notes(noted) == bare
+    (tmp_path / "noted.png").write_bytes(noted)
+    assert (as_pixels(tmp_path / "noted.png")[:, 0] * 255).round().tolist() == [[0, 255, 170, 255]] * 3
     assert without_notes(bare) == bare
     assert grey(bare) == [0, 255, 170, 255]
     assert without_notes(bare[:50]) == bare[:50]

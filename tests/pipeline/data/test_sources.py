@@ -462,15 +462,40 @@ def test_links_that_lead_round_or_nowhere_are_named_once(class_folders: Path, pi
     ]
 
 
+def test_folders_that_link_to_one_another_are_listed_once_more_each(tmp_path: Path, picture_bytes: Bytes) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture_bytes(ord(name)))
+        (tmp_path / name / other).symlink_to(tmp_path / other)
+    assert [picture.id for picture in pictures_of(tmp_path)] == ["a/0.png", "a/b/0.png", "b/0.png", "b/a/0.png"]
+
+
+def test_folders_in_a_tar_are_no_classes_which_is_told(tmp_path: Path, picture_bytes: Bytes) -> None:
+    members = {f"{name}/0.png": picture_bytes(len(name)) for name in ("cat", "horse")}
+    found, parts = opened(write_tar(tmp_path / "a.tar", members))
+    assert [picture.label for part in parts for picture in part] == [None, None]
+    (told,) = found.warnings
+    assert "no .cls or .json; expected the tar files unpacked, if cat, horse, ... are the classes" in told
+
+
+def test_two_names_of_one_index_are_refused(tmp_path: Path, picture_bytes: Bytes) -> None:
+    images = [picture_bytes(0), picture_bytes(1)]
+    path = write_parquet(tmp_path / "a.parquet", image=images, label=[0, 0], class_name=["cat", "dog"])
+    with pytest.raises(BadInput, match="class 0 is '(cat|dog)' and '(cat|dog)'; expected one name, or data.class"):
+        opened(path)
+    assert [picture.label for picture in pictures_of(path, replace(DATA, class_name_column=""))] == [0, 0]
+
+
 def test_what_jobs_wrote_is_no_picture_of_a_source(class_folders: Path, picture_bytes: Bytes) -> None:
     before = sources.open_source("data.source", str(class_folders), DATA).fingerprint()
-    for name in ("runs/a/config.yaml", "runs/a/summary.json", "runs/a/pictures/0.png", "mlartifacts/1/artifacts/0.png"):
+    ours = ("config.yaml", "summary.json", "pictures/0.png")
+    for name in (*(f"runs/a/{name}" for name in ours), "mlartifacts/1/artifacts/0.png", "mlflow.db"):
         (class_folders / name).parent.mkdir(parents=True, exist_ok=True)
         (class_folders / name).write_bytes(picture_bytes(0))
     write_parquet(class_folders / "runs/a/shards/train-00000.parquet", image=[picture_bytes(0)] * 50)
     source = sources.open_source("data.source", str(class_folders), DATA)
     assert source.fingerprint() == before
-    assert source.left_out == (("mlartifacts", "folder that jobs wrote"), ("runs/a", "folder that jobs wrote"))
+    assert source.left_out == tuple((name, "written by jobs") for name in ("mlartifacts", "mlflow.db", "runs/a"))
     assert len(pictures_of(class_folders / "runs/a")) == 50, "unless it is the source itself"
 
 
