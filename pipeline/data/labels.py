@@ -6,6 +6,7 @@ is an index.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
@@ -17,7 +18,7 @@ RawLabel = int | str | None
 MAX_CLASSES = 100_000  # a larger "class index" is no class index
 
 
-def raw_label(value: Any, where: str) -> RawLabel:
+def raw_label(value: Any, where: str, key: str = "label_column") -> RawLabel:
     """The label that a column, a `.cls` or a `.json` member holds.
 
     Numbers and booleans that are whole, texts, also as bytes, and lists of one of these; null, NaN, an empty text and
@@ -26,6 +27,7 @@ def raw_label(value: Any, where: str) -> RawLabel:
     Args:
         value: as it was read.
         where: what it was read from, for the message.
+        key: of `data`, that names it.
 
     Raises:
         BadInput: a fraction, a number that is no class index, several values, a date.
@@ -42,8 +44,8 @@ def raw_label(value: Any, where: str) -> RawLabel:
     if isinstance(one, bool | int | float | Decimal) and one % 1 == 0 and -1 <= one < MAX_CLASSES:
         return int(one)
     raise BadInput(
-        f"{where} holds {value!r}; expected class indices below {MAX_CLASSES} (-1: none) or class names, one a "
-        "picture, or data.label_column= to go without"
+        f"{where} holds {value!r:.80}; expected class indices below {MAX_CLASSES} (-1: none) or class names, one a "
+        f"picture, or data.{key}= to go without"
     )
 
 
@@ -61,7 +63,7 @@ def class_names(indexed: Iterable[tuple[int, str]], names: Iterable[str]) -> lis
         names: class names without an index, of all sources.
 
     Raises:
-        BadInput: an index has two names, or a name has no index although other classes have one.
+        BadInput: an index has two names, or a name two indices, or none although other classes have one.
     """
     known: dict[int, str] = {}
     for label, name in indexed:
@@ -76,9 +78,12 @@ def class_names(indexed: Iterable[tuple[int, str]], names: Iterable[str]) -> lis
         numbers = {text: int(text) if text.isdecimal() and text.isascii() else None for text in texts}
         return sorted(texts, key=lambda text: (numbers[text] is None, numbers[text] or 0, text))
     table = [known.get(label) or str(label) for label in range(max(known) + 1)]
+    times = Counter(table)
     for text in texts:
         index = index_of(text)
-        if text not in table and (index is None or index >= len(table)):
+        if times[text] > 1:
+            raise BadInput(f"class {text!r} has {times[text]} indices; expected one, or indices for all pictures")
+        if not times[text] and (index is None or index >= len(table)):
             raise BadInput(f"class {text!r} has no index, but others have; expected indices for all or for none")
     return table
 
@@ -86,6 +91,8 @@ def class_names(indexed: Iterable[tuple[int, str]], names: Iterable[str]) -> lis
 def label_of(raw: RawLabel, indices: dict[str, int]) -> int:
     """Class index of a raw label; -1 for none."""
     if isinstance(raw, str):
-        index = indices.get(raw)
-        return index if index is not None else int(index_of(raw) or 0)  # as `class_names` has made sure
+        index = indices.get(raw, index_of(raw))
+        if index is None:
+            raise BadInput(f"class {raw!r} was not there when the source was looked at; expected the same files")
+        return index
     return -1 if raw is None else raw

@@ -24,7 +24,7 @@ from pipeline.core.files import Location, locate, printable
 from pipeline.data import samples
 from pipeline.data.labels import raw_label
 from pipeline.data.scans import HEAD_BYTES, SOME, Endings, LeftOut, Picture, Scan, Unit, kind_of
-from pipeline.data.tables import check_parquet, read_parquet, scan_parquet
+from pipeline.data.tables import check_parquet, may_hold_pictures, read_parquet, scan_parquet
 from pipeline.data.tars import read_tars, scan_tars
 
 EXPECTED = "expected a folder with pictures, a .parquet or .tar file or a folder of those, their URL, or 'samples'"
@@ -174,19 +174,20 @@ def _choose(
     there = [kind for kind in ("folder", "parquet", "tar") if kinds[kind]]
     if len(there) < 2:
         return (there[0], kinds[there[0]]) if there else ("folder", [])
-    counts, usable = dict.fromkeys(there, 0), {kind: list[tuple[str, int]]() for kind in there}
+    counts = dict.fromkeys(there, 0)
+    usable: dict[str, list[tuple[str, int]]] = {kind: [] for kind in there}
+    without_labels = replace(data, label_column="", class_name_column="")
     for kind in there:
         for name, size in kinds[kind]:
             try:
-                if kind == "folder":
-                    counts[kind] += 1
-                elif kind == "parquet":
-                    counts[kind] += check_parquet(folder / name, data)
-                else:
-                    counts[kind] += sum(scan_tars(folder, [name], data).rows)
-                usable[kind].append((name, size))
-            except BadInput as problem:
+                if kind == "parquet" and not may_hold_pictures(folder / name):
+                    raise BadInput("a table without a column of pictures")
+                pictures = sum(scan_tars(folder, [name], without_labels).rows) if kind == "tar" else 1
+            except BadInput as problem:  # nor can it be the source
                 left_out.append((name, str(problem)))
+                continue
+            usable[kind].append((name, size))
+            counts[kind] += check_parquet(folder / name, data) if kind == "parquet" else pictures
     chosen = max(there, key=lambda kind: counts[kind])
     what = {"folder": "picture files", "parquet": "Parquet files", "tar": "tar files"}[chosen]
     reason = f"the {counts[chosen]} pictures in {what} are used; expected one kind, or this one as data.source"

@@ -34,15 +34,12 @@ def check_parquet(place: Location, data: DataConfig) -> int:
                 f"expected data.image_column to be one of {', '.join(names)}"
             )
         kind = file.schema_arrow.field(data.image_column).type
-        nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        held = kind.field("bytes").type if nested else kind
-        held = held.value_type if pa.types.is_dictionary(held) else held
-        if not (pa.types.is_binary(held) or pa.types.is_large_binary(held) or pa.types.is_binary_view(held)):
+        if not _is_of_bytes(kind):
             raise BadInput(
-                f"column {data.image_column!r} of {where} holds {held}; "
+                f"column {data.image_column!r} of {where} holds {kind}; "
                 "expected data.image_column to name bytes or {bytes, path}"
             )
-        if nested and kind.get_field_index("path") >= 0 and _has_no_bytes(file, data.image_column):
+        if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 and _has_no_bytes(file, data.image_column):
             raise BadInput(
                 f"column {data.image_column!r} of {where} holds paths and no bytes; "
                 "expected the bytes of the pictures in it, or the folder of the pictures as data.source"
@@ -57,13 +54,27 @@ def check_parquet(place: Location, data: DataConfig) -> int:
         return file.metadata.num_rows
 
 
+def may_hold_pictures(place: Location) -> bool:
+    """False of a table about pictures, without a column of bytes; raises BadInput where it cannot be read."""
+    with _open_parquet(place) as file:
+        return any(_is_of_bytes(column.type) for column in file.schema_arrow)
+
+
+def _is_of_bytes(kind: pa.DataType) -> bool:
+    """Bytes, or a structure that has some under `bytes`."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
 def _has_no_bytes(file: pq.ParquetFile, column: str) -> bool:
     """True where there are rows and the statistics say that none has bytes."""
     for group in range(file.num_row_groups):
         row_group = file.metadata.row_group(group)
         chunks = (row_group.column(number) for number in range(row_group.num_columns))
-        (chunk,) = [chunk for chunk in chunks if chunk.path_in_schema == f"{column}.bytes"]
-        if not chunk.statistics or chunk.statistics.null_count != row_group.num_rows:
+        chunk = next((chunk for chunk in chunks if chunk.path_in_schema == f"{column}.bytes"), None)
+        if chunk is None or not chunk.statistics or chunk.statistics.null_count != row_group.num_rows:
             return False
     return file.metadata.num_rows > 0
 
@@ -142,8 +153,7 @@ def _scan_labels(place: Location, data: DataConfig, looked: Scan, texts: set[str
                 if isinstance(label, str) and columns[0] == data.label_column:
                     texts.add(label)
                 else:
-                    name = values.get(data.class_name_column)
-                    looked.add_label(label, name if isinstance(name, str) else "")
+                    looked.add_label(label, _class_name(values.get(data.class_name_column)))
         return set(file.schema_arrow.names) - {data.image_column, *columns}
 
 
@@ -156,7 +166,15 @@ def _label_columns(file: pq.ParquetFile, data: DataConfig) -> list[str]:
 def _row_label(values: dict[str, Any], data: DataConfig, where: str) -> RawLabel:
     """The label column's value if there is one, else the class name."""
     column = data.label_column if data.label_column in values else data.class_name_column
-    return raw_label(values.get(column), where)
+    return raw_label(values.get(column), where, "label_column" if column == data.label_column else "class_name_column")
+
+
+def _class_name(value: Any) -> str:
+    """Of a class that has an index; "" where the value is no text."""
+    with suppress(BadInput):
+        name = raw_label(value, "")
+        return name if isinstance(name, str) else ""
+    return ""
 
 
 @contextmanager

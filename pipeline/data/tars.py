@@ -85,9 +85,7 @@ class _TarScan:
                     self._add(archive, member.name, member)
                 else:
                     self._leave_out(member.name, "neither file nor folder")
-            file.seek(
-                archive.offset
-            )  # where tarfile stopped: at the zeros that end a tar or, silently, at a broken header
+            file.seek(archive.offset)  # here tarfile stopped: at the zeros of the end or, silently, at a broken header
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end of archive")
             self._follow_links(archive)
@@ -124,23 +122,20 @@ class _TarScan:
 
     def _units_of_key(self, key: str, names: list[str]) -> list[Unit]:
         """Usually one. Where all the pictures of a key have more dots in their names, each is one of its own."""
-        unknown = {
-            name: self._endings.kind(name) for name in names if kind_of(name) == "other" and self._files[name].size
-        }
         pictures = [name for name in names if kind_of(name) == "folder"]
-        pictures = pictures or [name for name, kind in unknown.items() if kind == "folder"]
         if not pictures:
-            for name in (name for name, kind in unknown.items() if kind == "other"):
-                self._leave_out(name, "its key has no picture, and this is neither picture nor text")
-        plain = [name for name in pictures if "." not in posixpath.splitext(name)[0].removeprefix(key)]
-        chosen = {key: (plain or pictures)[0]} if plain or len(pictures) == 1 else {}
-        if not chosen:
-            for name in pictures:
-                chosen.setdefault(posixpath.splitext(name)[0], name)
+            kinds = {name: self._endings.kind(name) for name in names if self._files[name].size}
+            pictures = [name for name in kinds if kinds[name] == "folder"]
+            for name in kinds if not pictures else ():
+                if kinds[name] == "other":
+                    self._leave_out(name, "its key has no picture, and this is neither picture nor text")
+        plain = [name for name in pictures if posixpath.splitext(name)[0] == key]
+        chosen: dict[str, str] = {}
+        for name in plain or pictures:
+            chosen.setdefault(key if plain or len(pictures) == 1 else posixpath.splitext(name)[0], name)
         for name in pictures:
             if name not in chosen.values():
-                used = next(other for other in chosen.values() if name.startswith(posixpath.splitext(other)[0]))
-                self._leave_out(name, f"{printable(used)!r} is the picture of this key; expected one a key")
+                self._leave_out(name, "another picture has this key; expected one a key")
         return [self._unit(stem, key, name) for stem, name in chosen.items()]
 
     def _unit(self, stem: str, key: str, name: str) -> Unit:
@@ -164,7 +159,7 @@ class _TarScan:
             return _as_index(raw_label(text, where)), ""
         try:
             values: Any = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             self._looked.warnings.append(f"{where} is no JSON; its picture has no label from it")
             return None, ""
         if not isinstance(values, dict):

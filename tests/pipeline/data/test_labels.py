@@ -28,6 +28,8 @@ def test_classes_of_both_sources_are_one_table() -> None:
     assert class_names([(11, "")], {"2", "10"}) == [str(number) for number in range(12)]
     with pytest.raises(BadInput, match="class 1 is 'cat' in data.source and 'dog' in data.heldout_source"):
         class_names([(1, "cat"), (1, "dog")], [])
+    with pytest.raises(BadInput, match="class 'cat' has 2 indices; expected one"):
+        class_names([(1, "cat"), (3, "cat")], ["cat"])
     for name in ("ant", "2", "100000"):
         with pytest.raises(BadInput, match=f"class '{name}' has no index, but others have"):
             class_names([(1, "cat")], {name})
@@ -38,3 +40,5 @@ def test_a_text_is_the_class_of_this_name_else_its_number() -> None:
     indices = {name: index for index, name in enumerate(table)}
     labels = {"dog": 9, "9": 9, "1": 1, "3.0": 3, 4: 4, -1: -1, None: -1}
     assert {raw: label_of(raw, indices) for raw in labels} == labels
+    with pytest.raises(BadInput, match="class 'ant' was not there when the source was looked at"):
+        label_of("ant", indices)

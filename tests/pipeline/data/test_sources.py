@@ -302,9 +302,9 @@ def test_of_several_pictures_of_a_tar_key_the_others_are_named(tmp_path: Path, p
     taken = {picture.id: picture.data for part in parts for picture in part}
     assert taken == {"a.tar#0": images[0], "a.tar#1.a": images[3], "a.tar#1.b": images[5], "a.tar#img": images[6]}
     assert found.left_out == [
-        ("a.tar#0.mask.png", "'0.png' is the picture of this key; expected one a key"),
-        ("a.tar#0.jpg", "'0.png' is the picture of this key; expected one a key"),
-        ("a.tar#1.a.jpg", "'1.a.png' is the picture of this key; expected one a key"),
+        ("a.tar#0.mask.png", "another picture has this key; expected one a key"),
+        ("a.tar#0.jpg", "another picture has this key; expected one a key"),
+        ("a.tar#1.a.jpg", "another picture has this key; expected one a key"),
         ("a.tar#x.heic", "its key has no picture, and this is neither picture nor text"),
     ]
 
@@ -407,13 +407,17 @@ def test_the_kind_that_holds_the_most_pictures_is_used_and_the_others_are_named(
     named = dict(found.left_out)
     assert set(named) == {"a.tar", "b.tar", "metadata.parquet"}
     assert named["a.tar"].startswith("the 6 pictures in picture files are used; expected one kind")
-    assert "has no column 'image'" in named["metadata.parquet"]
+    assert named["metadata.parquet"] == "a table without a column of pictures"
+    assert "cannot be read as tar" in named["b.tar"]
     write_parquet(class_folders / "data/train.parquet", image=[picture_bytes(n) for n in range(20)])
     found, parts = opened(class_folders)
     assert [part[0].id for part in parts] == ["data/train.parquet#0"]
     assert sum(name.endswith(".png") for name, _ in found.left_out) == 6
     write_tar(class_folders / "a.tar", {f"{n}.png": picture_bytes(n) for n in range(21)})
     assert sum(opened(class_folders)[0].rows) == 21
+    for wrong in ({"image_column": "img"}, {"label_column": "fine"}):  # no reason to take the others instead
+        with pytest.raises(BadInput, match=f"has no column '{next(iter(wrong.values()))}'"):
+            opened(class_folders, replace(DATA, **wrong))
 
 
 def test_what_an_ending_does_not_say_the_first_bytes_say(tmp_path: Path, picture_bytes: Bytes) -> None:
