@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -16,6 +16,7 @@ TURNS = {
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG: colour profile and texts
+NOTE_ERRORS = (SyntaxError, UnidentifiedImageError, ValueError)  # what Pillow raises at long or broken ones
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 RAW_LEVELS = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies the levels of a PNG, but not the transparent one
 
@@ -29,7 +30,7 @@ def turn_of(picture: Image.Image) -> Image.Transpose | None:
 
 
 def without_notes(data: bytes) -> bytes:
-    """A PNG without colour profile and texts, at which Pillow gives up when they are long; other bytes as they are."""
+    """A PNG without colour profile and texts, at which Pillow gives up with `NOTE_ERRORS`; other bytes as they are."""
     if not data.startswith(PNG):
         return data
     kept, start = [PNG], len(PNG)

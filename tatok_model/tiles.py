@@ -297,7 +297,7 @@ def as_pixels(picture: Any) -> Tensor:
 def _opened(path: Path) -> "Image.Image":
     from PIL import Image
 
-    from tatok_model.rgb import load, without_notes
+    from tatok_model.rgb import NOTE_ERRORS, load, without_notes
 
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; expected one picture")
@@ -305,8 +305,12 @@ def _opened(path: Path) -> "Image.Image":
         try:
             with Image.open(path) as picture:
                 return load(picture)
-        except ValueError:  # Pillow gives up at long texts and profiles of a PNG
-            return load(Image.open(io.BytesIO(without_notes(path.read_bytes()))))
+        except NOTE_ERRORS:
+            data = path.read_bytes()
+            bare = without_notes(data)
+            if bare == data:
+                raise
+            return load(Image.open(io.BytesIO(bare)))
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.core.config import DataConfig
-from tatok_model.rgb import load, to_rgb, turn_of, without_notes
+from tatok_model.rgb import NOTE_ERRORS, load, to_rgb, turn_of, without_notes
 
 PNG_LEVEL = 2  # as small as the default 6 with photographs (117 against 117 KB at 256 pixels) in 40% of the time
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # what every reader of the shards understands
@@ -92,9 +92,11 @@ def encode(picture: Image.Image, encoding: str, quality: int) -> bytes:
 def _prepare(data: bytes, config: DataConfig) -> bytes:
     try:
         picture = _open(data, config.max_pixels)
-    except ValueError:  # Pillow gives up at long texts and profiles of a PNG
-        data = without_notes(data)
-        picture = _open(data, config.max_pixels)
+    except NOTE_ERRORS:
+        bare = without_notes(data)
+        if bare == data:
+            raise
+        data, picture = bare, _open(bare, config.max_pixels)
     size = config.image_size
     turn = turn_of(picture)
     if turn is None and picture.size == (size, size) and _is_plain(picture, data):

@@ -328,7 +328,7 @@ def _told_labels(counts: dict[int, int], manifest: Manifest) -> list[str]:
     if not labelled:
         return ["labels: no image has one"]
     classes = [(index, manifest.classes[index]) for index in counts]
-    told = [f"{index} {name}" if name != str(index) else name for index, name in classes[:MOST_CLASSES]]
+    told = [f"{index}={name}" if name != str(index) else name for index, name in classes[:MOST_CLASSES]]
     more = ", ..." if len(classes) > MOST_CLASSES else ""
     number = f"{len(classes)} classes" if len(classes) > 1 else "1 class"
     lines = [f"labels: {labelled} of {images} images have one, in {number}: {', '.join(told)}{more}"]

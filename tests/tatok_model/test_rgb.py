@@ -173,6 +173,8 @@ NOTES: dict[str, Callable[[], bytes]] = {
     "zTXt": lambda: chunk(b"zTXt", b"notes\0\0" + zlib.compress(b"x" * LONG)),
     "iTXt": lambda: chunk(b"iTXt", b"notes\0\1\0\0\0" + zlib.compress(b"x" * LONG)),
     "tEXt": lambda: chunk(b"tEXt", b"notes\0" + b"x" * (70 * 2**20)),
+    "broken": lambda: chunk(b"tEXt", b"notes\0x")[:-1] + b"?",
+    "unknown": lambda: chunk(b"zTXt", b"notes\0\7x"),
 }
 
 

@@ -202,7 +202,8 @@ def test_long_notes_do_not_cost_a_good_png(size: int) -> None:
     chunk = b"iTXt" + b"notes\x00\x01\x00\x00\x00" + zlib.compress(b"x" * 2 * 2**20)
     notes = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     for place in (33, len(plain) - 12):  # after the header, before the end
-        assert prepare(plain[:place] + notes + plain[place:], CONFIG) == prepare(plain, CONFIG)
+        for there in (notes, notes[:-1] + b"?"):  # and with a wrong checksum
+            assert prepare(plain[:place] + there + plain[place:], CONFIG) == prepare(plain, CONFIG)
 
 
 def test_16_bit_colour_becomes_8_bit() -> None:

@@ -336,7 +336,7 @@ def test_it_tells_how_many_pictures_have_labels_and_what_was_left_out(
         (class_folders / f"cat/{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
     run = made(configured(class_folders), "a")
     told = capsys.readouterr().err
-    assert "\nlabels: 6 of 7 images have one, in 2 classes: 0 cat, 1 dog\n" in told
+    assert "\nlabels: 6 of 7 images have one, in 2 classes: 0=cat, 1=dog\n" in told
     assert "\nwarning: no label for 1 of 7 images; expected one for all or for none\n" in told
     assert "\nrejected: 2, as cat/4.heic: neither picture nor text; expected" in told
     assert "\nrejected: 1, as cat/3.png: not a picture in a known format\n" in told
