@@ -12,6 +12,7 @@ tile is reflected at its borders.
 Shapes: H, W picture, S tile side, R x C tiles, M global tokens, N patch positions of a tile.
 """
 
+import io
 import math
 import struct
 import zlib
@@ -312,12 +313,20 @@ def as_pixels(picture: Any) -> Tensor:
 def _opened(path: Path) -> "Image.Image":
     from PIL import Image
 
+    from tatok_model.rgb import NOTE_ERRORS, load, without_notes
+
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; expected one picture")
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        try:
+            with Image.open(path) as picture:
+                return load(picture)
+        except NOTE_ERRORS:
+            data = path.read_bytes()
+            bare = without_notes(data)
+            if bare == data:
+                raise
+            return load(Image.open(io.BytesIO(bare)))
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
@@ -326,8 +335,9 @@ def _opened(path: Path) -> "Image.Image":
 
 
 def _of_pil(picture: "Image.Image") -> Tensor:
-    from tatok_model.rgb import to_rgb, turn_of
+    from tatok_model.rgb import load, to_rgb, turn_of
 
+    picture = load(picture)
     turn = turn_of(picture)
     upright = to_rgb(picture if turn is None else picture.transpose(turn))
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1).float() / 255

@@ -58,8 +58,8 @@ class DataConfig:
     encoding: Encoding = "png"  # how resized pictures are stored; others keep their bytes
     quality: Annotated[int, Field(ge=1, le=100)] = 95  # of jpeg and webp, 1-100
     image_column: str = "image"  # Parquet column with the picture: bytes or {bytes, path}
-    label_column: str = "label"  # Parquet column with the class index, used when present
-    class_name_column: str = "class_name"  # Parquet column with the class name, used when present
+    label_column: str = "label"  # of Parquet, or entry of .json in a tar: class index or name; "" none
+    class_name_column: str = "class_name"  # the same for the name of a class; "" none
     num_workers: AtLeast0 = 0  # parallel shard tasks; 0: one per CPU
 
 

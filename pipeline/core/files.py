@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def resolve_paths(config: Config) -> Config:
 
     Raises:
         BadInput: a relative output or tracking path in a temporary copy of the working directory, a URL where only a
-            path can be used.
+            path can be used, a path not in UTF-8.
     """
     for key in INPUT_KEYS + OUTPUT_KEYS:
         section, name = key.split(".")
@@ -72,6 +73,8 @@ def _resolve(key: str, value: Any) -> Any:
 
 def _absolute(key: str, value: str) -> str:
     path = Path(value).expanduser()
+    if printable(str(_root() / path)) != str(_root() / path):
+        raise BadInput(f"{key} is {value!r}, a path that is not UTF-8; expected one that is, such as a link to it")
     if path.is_absolute():
         return str(path)
     if key in OUTPUT_KEYS and in_temporary_copy() and not os.environ.get("TATOK_ROOT"):
@@ -233,6 +236,8 @@ class Location:
 
     def open(self) -> Any:
         """A seekable file object for reading bytes."""
+        if self.is_local and printable(self.path) != self.path:  # not UTF-8, which pyarrow asks for
+            return open(self.path, "rb")
         return self._ask(lambda: self.filesystem.open_input_file(self.path))
 
     def read(self) -> bytes:
@@ -240,8 +245,15 @@ class Location:
         with self.open() as file:
             return self._ask(file.read, bounded=False)
 
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """(path relative to this folder, size in bytes) of every file below, in no order."""
+    def walk(self, left_out: list[tuple[str, str]] | None = None) -> Iterator[tuple[str, int]]:
+        """(path relative to this folder, size in bytes) of every file below, in no order.
+
+        On this machine hidden ones are left out, and so are folders of runs and what cannot be followed; these are
+        added to `left_out` with the reason.
+        """
+        if self.is_local:
+            yield from _walk(self.path, "", [], [] if left_out is None else left_out)
+            return
         selector = fs.FileSelector(self.path, recursive=True)
         prefix = len(self.path.rstrip("/")) + 1
         # A long listing may take what it takes, but not before the store has answered at all: `info` comes first.
@@ -252,6 +264,49 @@ class Location:
     def _ask(self, call: Callable[[], T], bounded: bool = True) -> T:
         seconds = ANSWER_SECONDS if bounded else None
         return call() if self.is_local else _of_store(self.said, call, seconds, FileNotFoundError)
+
+
+RUN_FILES = {"config.yaml", "summary.json"}  # a folder with both is a run's
+TRACKED = ("mlartifacts", "mlflow.db", "mlruns")  # what MLflow writes where it is not told otherwise
+OURS = "written by jobs"
+
+
+def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list[tuple[str, str]]) -> Iterator[Any]:
+    """`Location.walk` on this machine; `above` are device and number of the folders on the way here."""
+    try:
+        status = os.stat(folder)
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        left_out.append((prefix.rstrip("/"), f"folder cannot be read ({error.strerror})"))
+        return
+    me = (status.st_dev, status.st_ino)
+    names = {entry.name for entry in entries}
+    if me in above:
+        left_out.append((prefix.rstrip("/"), "link to a folder that it lies in"))
+    elif prefix and names >= RUN_FILES:
+        left_out.append((prefix.rstrip("/"), OURS))
+    else:
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name in TRACKED:
+                left_out.append((name, OURS))
+                continue
+            try:
+                found = entry.stat()
+            except OSError as error:
+                left_out.append((name, f"link that leads nowhere ({error.strerror})"))
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                yield from _walk(entry.path, f"{name}/", [*above, me], left_out)
+            elif stat.S_ISREG(found.st_mode):
+                yield name, found.st_size
+            else:
+                left_out.append((name, "neither file nor folder"))
+
+
+def printable(name: str) -> str:
+    """A name as UTF-8 can hold it: what stands for other bytes, or for half a character, is written out."""
+    return re.sub("[\ud800-\udfff]", lambda half: ascii(half[0])[1:-1], name)
 
 
 def locate(place: str, key: str = "") -> Location:
