@@ -47,7 +47,7 @@ format: $(INSTALLED)  ## format the code and repair what ruff can
 	$(BIN)/ruff format
 
 ui: $(INSTALLED)  ## MLflow on this checkout's runs, for this machine only (PORT=5000)
-	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (Ctrl-C ends the server)"
+	@$(BIN)/python -c 'from pipeline.tracking.address import ui_page; print("open", ui_page("mlflow.db", "tatok", "http://127.0.0.1:$(PORT)"), "(Ctrl-C ends the server)")'
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///mlflow.db
 
 screenshots: $(INSTALLED)  ## pictures of MLflow's pages for docs/, of a sweep on the samples (needs Chromium)

@@ -42,7 +42,7 @@ class Run:
         self.mlflow_run_id: str | None = None
         self.resumed = False
         self._stop = threading.Event()
-        self._command = command or sys.argv
+        self.command = command or sys.argv
         self._started = time.time()
         self._config_sha256 = config.sha256()  # as asked for: stages fill in what they make
         self._commit = commit()  # now: the clone may move on while the run lasts
@@ -132,7 +132,7 @@ class Run:
             "status": status,
             "error": error,
             "exit_code": exit_code,
-            "command": shlex.join(self._command),
+            "command": shlex.join(self.command),
             "config_sha256": self._config_sha256,
             "seed": self.config.train.seed,
             **self._commit,

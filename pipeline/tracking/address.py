@@ -1,5 +1,7 @@
 """Where tracking goes: which addresses make sense, where pictures of a SQLite store lie, what may be shown of them."""
 
+import sqlite3
+from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -10,8 +12,20 @@ from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import masked
 
+VIEW = "tatok"  # the name of the table of runs whose columns matter
 LONGEST_NAME = 500  # characters of an experiment's that MLflow takes
 EXPECTED = "expected sqlite:///file.db, http(s)://host:port, databricks, or '' for no tracking"
+
+
+def ui_page(database: str, experiment: str, server: str) -> str:
+    """The page of an MLflow server on a SQLite file that lists the runs of an experiment, in the columns of `VIEW`."""
+    number = ""
+    if Path(database).exists():
+        with closing(sqlite3.connect(f"file:{quote(database)}?mode=ro", uri=True)) as opened, suppress(sqlite3.Error):
+            found = opened.execute("SELECT experiment_id FROM experiments WHERE name = ?", (experiment,)).fetchone()
+            number = str(found[0]) if found else ""
+    runs = f"/{number}/runs?viewStateShareKey={VIEW}&compareRunsMode=TABLE" if number else ""
+    return f"{server}/#/experiments{runs}"
 
 
 def check_tracking(config: Config) -> None:

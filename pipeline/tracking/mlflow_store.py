@@ -5,6 +5,7 @@ and may take as long as the network does: `tracker.py` calls them from a thread 
 is told from an outage by `refusal`, before work begins, and by `is_final` and `is_of_run`.
 """
 
+import json
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from urllib.parse import quote
 from pipeline.core.console import say
 from pipeline.core.files import masked, within
 from pipeline.core.run import versions
-from pipeline.tracking.address import artifact_folder, for_mlflow, sqlite_path
+from pipeline.tracking.address import VIEW, artifact_folder, for_mlflow, sqlite_path
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     import numpy as np
@@ -31,7 +32,20 @@ ENVIRONMENT = {  # only where the user has not decided otherwise
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is a contract, and the address may hold a password
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a run contacts nobody but the tracking server
 }
+SHOWN: dict[str, Any] = {  # as MLflow's own button "share" writes the view of the runs
+    "columnOrder": [], "columnWidths": {}, "runsExpanded": {}, "runsPinned": [], "runsHidden": [],
+    "runsVisibilityMap": {}, "runsHiddenMode": "FIRST_10_RUNS", "viewMaximized": False, "runListHidden": False,
+    "isAccordionReordered": False, "useGroupedValuesInCharts": True, "hideEmptyCharts": True, "groupBy": None,
+    "autoRefreshEnabled": True,
+    "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+}  # fmt: skip
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on charts, not on chat traces
+COLUMNS = (
+    "tags.`stage`", "metrics.`psnr`", "metrics.`tokens_per_image`", "metrics.`bits_fixed`", "metrics.`validation/psnr`",
+    "params.`filter.score`", "params.`filter.rule`", "params.`filter.threshold`",
+)  # fmt: skip
+VIEW_TAGS = {f"mlflow.sharedViewState.{VIEW}": json.dumps(SHOWN | {"selectedColumns": COLUMNS})}
+DIGEST = 36  # characters that MLflow takes of a data set's
 PARAMETERS, METRICS = 100, 1000  # how many of them MLflow takes in one call
 FINAL = (  # error codes of MLflow that waiting does not change
     "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
@@ -256,9 +270,12 @@ class MlflowStore:
     def _experiment_id(self) -> str:
         found = self._client.get_experiment_by_name(self._experiment)
         if found:
+            for name, value in VIEW_TAGS.items():  # an experiment that somebody else made
+                if name not in found.tags:
+                    self._client.set_experiment_tag(found.experiment_id, name, value)
             return found.experiment_id
         return self._client.create_experiment(
-            self._experiment, artifact_folder(self._uri, self._experiment), tags=EXPERIMENT_TAGS
+            self._experiment, artifact_folder(self._uri, self._experiment), tags=EXPERIMENT_TAGS | VIEW_TAGS
         )
 
     def _log_texts(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
@@ -290,6 +307,17 @@ class MlflowStore:
     def tag(self, key: str, value: str) -> None:
         """Set one tag."""
         self._client.set_tag(self.run_id, key, value, synchronous=True)
+
+    def text(self, name: str, text: str) -> None:
+        """Keep a text as an artifact."""
+        self._client.log_text(self.run_id, text, name)
+
+    def dataset(self, name: str, path: str, digest: str) -> None:
+        """Say what the run was given: it stands in the column "Dataset" of the runs."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        found = Dataset(f"{name}: {Path(path).name}", digest[:DIGEST], "local", json.dumps({"uri": masked(path)}))
+        self._client.log_inputs(self.run_id, [DatasetInput(found, [InputTag("mlflow.data.context", name)])])
 
     def artifact(self, path: str, folder: str) -> None:
         """Store a file, or what a folder holds, under `folder` ('' is the top).

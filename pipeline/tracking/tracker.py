@@ -30,9 +30,24 @@ def check_store(config: Config) -> None:
         raise BadInput(sentence)
 
 
+ALWAYS = (  # parameters by which runs are compared, also where they are the defaults
+    "preset", "data.image_size", "tokenizer.size", "tokenizer.patch_size", "tokenizer.global_tokens",
+    "tokenizer.codebook_size", "filter.score", "filter.rule", "filter.threshold", "train.optimizer",
+    "train.learning_rate", "train.global_batch_size", "train.max_steps", "train.seed",
+)  # fmt: skip
+
+
 def parameters(config: Config) -> dict[str, str]:
-    """The configuration as `section.key: value` texts, without credentials in addresses."""
-    return {name: masked(str(value)) for name, value in _flattened(config.to_dict(), "")}
+    """What differs from the defaults, and `ALWAYS`, as `section.key: value` texts, without credentials in addresses.
+
+    All two hundred would bury pictures and comparisons in MLflow; the artifact `config.yaml` has them.
+    """
+    defaults = dict(_flattened(Config().to_dict(), ""))
+    return {
+        name: masked(str(value))
+        for name, value in _flattened(config.to_dict(), "")
+        if name in ALWAYS or value != defaults.get(name)
+    }
 
 
 def _flattened(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -53,9 +68,14 @@ def standard_tags(run: Run) -> dict[str, str]:
         "commit": version["commit"],
         "dirty": str(version["dirty"]).lower(),
         "run_folder": str(run.folder.absolute()),
+        "mlflow.source.name": f"jobs/{run.stage}.py",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.note.content": f"`{masked(' '.join(run.command))}`\n\nRun folder: `{run.folder.absolute()}`. The whole "
+        "configuration is the artifact `config.yaml`.",
     }
 
 
+DATASETS = {"shards", "tokens"}  # inputs of a run that are data
 ENDINGS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # ours: MLflow's
 _SAID: set[str] = set()  # why nothing is tracked: a job that makes its inputs first has several runs
 CLOSE_SECONDS = 20.0  # a run waits at most this long for its last metrics to arrive
@@ -95,7 +115,11 @@ class Tracker:
                 say(f"nothing is tracked: {sentence}")
             _SAID.add(sentence)
             return cls(run, None)
-        return cls(run, store, tags)
+        tracker = cls(run, store, tags)
+        tracker._put("text", "config.yaml", masked(run.config.to_yaml()))
+        for name in sorted(DATASETS & run.inputs.keys()):
+            tracker._put("dataset", name, run.inputs[name]["path"], run.inputs[name]["sha256"])
+        return tracker
 
     def commit(self) -> None:
         """Let all that `metrics.jsonl` holds be sent: call it when a checkpoint is safe.

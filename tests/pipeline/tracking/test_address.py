@@ -1,4 +1,5 @@
 import dataclasses
+import sqlite3
 
 import pytest
 
@@ -7,7 +8,7 @@ from pipeline.core.errors import BadInput
 from pipeline.core.files import masked, resolve_paths
 from pipeline.core.presets import load_config
 from pipeline.tracking import check_tracking
-from pipeline.tracking.address import artifact_folder, without_credentials
+from pipeline.tracking.address import artifact_folder, ui_page, without_credentials
 
 
 def check(**keys):
@@ -89,3 +90,14 @@ def test_an_experiment_with_a_name_that_is_too_long_is_bad_input():
 
 def test_a_server_is_asked_without_the_password_in_its_address():
     assert without_credentials("http://anna:secret@host:5000/ml/") == "http://host:5000/ml"
+
+
+def test_the_page_of_the_runs_is_that_of_the_experiment_once_there_is_one(tmp_path):
+    server, database = "http://127.0.0.1:5000", tmp_path / "runs #1.db"
+    assert ui_page(str(database), "tatok", server) == f"{server}/#/experiments"
+    with sqlite3.connect(database) as opened:
+        opened.execute("CREATE TABLE experiments (experiment_id INTEGER, name TEXT)")
+        opened.execute("INSERT INTO experiments VALUES (7, 'tatok')")
+    page = ui_page(str(database), "tatok", server)
+    assert page == f"{server}/#/experiments/7/runs?viewStateShareKey=tatok&compareRunsMode=TABLE"
+    assert ui_page(str(database), "other", server) == f"{server}/#/experiments"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -91,6 +93,7 @@ def test_a_run_arrives_whole(open_run, client, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
+    run.inputs["shards"] = {"path": "/data/some", "sha256": "0123456789abcdef" * 4}
     with Tracker.start(run, {"data_fingerprint": "abc"}) as tracker:
         for step in range(1, 1201):
             run.log({"train/loss": 1 / step}, step)
@@ -102,10 +105,21 @@ def test_a_run_arrives_whole(open_run, client, tmp_path):
     history = client.get_metric_history(run.mlflow_run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(step, 1 / step) for step in range(1, 1201)]
     assert found.data.params == parameters(run.config)
+    assert len(found.data.params) < 70, "what is as by default is no parameter"
+    assert "train.clip_norm" not in found.data.params
     assert found.data.params["train.max_steps"] == "20"
     assert found.data.params["data.source"] == "s3://***@bucket/images"
     assert found.data.tags["data_fingerprint"] == "abc"
     assert found.info.run_name == "one"
+    assert found.data.tags["mlflow.source.name"] == f"jobs/{run.stage}.py"
+    assert str(run.folder) in found.data.tags["mlflow.note.content"]
+    (shards,) = found.inputs.dataset_inputs
+    assert (shards.dataset.name, shards.dataset.digest) == ("shards: some", "0123456789abcdef" * 2 + "0123")
+    whole = Path(client.download_artifacts(run.mlflow_run_id, "config.yaml")).read_text()
+    assert "clip_norm:" in whole
+    assert "s3://***@bucket/images" in whole
+    view = json.loads(client.get_experiment(found.info.experiment_id).tags["mlflow.sharedViewState.tatok"])
+    assert "metrics.`psnr`" in view["selectedColumns"]
     assert found.info.status == "FINISHED"
     assert files(client, run.mlflow_run_id, "pictures") == ["pictures/grid.png"]
     assert files(client, run.mlflow_run_id, "model") == ["model/config.json"]
