@@ -274,9 +274,9 @@ class TokenizerObjective:
     def metrics(self) -> dict[str, float]:
         """Use of the codebook and kept patch tokens since the last call."""
         metrics = self._usage.read()
-        if self.state.model.entropy_model is not None and "codebook/perplexity_patch" in metrics:
+        if self.state.model.entropy_model is not None and "train_codebook/perplexity_patch" in metrics:
             # What q saves against a code that knows only how often each entry is used.
-            metrics["train/unigram_bits"] = math.log2(metrics["codebook/perplexity_patch"])
+            metrics["train/unigram_bits"] = math.log2(metrics["train_codebook/perplexity_patch"])
         return metrics
 
 
@@ -305,8 +305,8 @@ class UsageMeter:
         for kind, counts in self._counts.items():
             usage = CodeUsage.from_arrays({"counts": distributed.total(counts).cpu().numpy()})
             if usage.counts.sum():
-                metrics[f"codebook/usage_{kind}"] = usage.usage
-                metrics[f"codebook/perplexity_{kind}"] = usage.perplexity
+                metrics[f"train_codebook/usage_{kind}"] = usage.usage
+                metrics[f"train_codebook/perplexity_{kind}"] = usage.perplexity
         kept = [distributed.total(count) for count in self._kept]
         metrics["train/kept_patch_tokens"] = float(kept[0] / kept[1])
         self._counts, self._kept = {}, []

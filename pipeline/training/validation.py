@@ -169,10 +169,10 @@ class TokenizerValidator:
         for kind, of_this_worker in usage.items():
             counted = distributed.merged(of_this_worker)
             if counted.counts.sum():
-                values[f"validation/codebook_usage_{kind}"] = counted.usage
-                values[f"validation/codebook_perplexity_{kind}"] = counted.perplexity
+                values[f"validation_codebook/usage_{kind}"] = counted.usage
+                values[f"validation_codebook/perplexity_{kind}"] = counted.perplexity
         if sums := distributed.summed(adaptive):
-            perplexity = values["validation/codebook_perplexity_patch"]
+            perplexity = values["validation_codebook/perplexity_patch"]
             values |= metrics(sums, model.config.patch_positions * math.log2(perplexity))
         if self._originals is not None and reconstructed.n > 1:
             distance = frechet_distance(

@@ -38,8 +38,8 @@ def trained(configure, run_training):
 def test_a_run_leaves_a_tokenizer_metrics_and_pictures(trained):
     assert TaTok.from_pretrained(trained.folder / "checkpoint").config.codebook_size == 16
     names = {name for line in lines(trained) for name in line["metrics"]}
-    assert {"train/loss", "train/l2", "train/images_per_second", "codebook/usage_patch"} <= names
-    assert {"validation/psnr", "validation/rfd_compact_cifar10", "validation/codebook_perplexity_global"} <= names
+    assert {"train/loss", "train/l2", "train/images_per_second", "train_codebook/usage_patch"} <= names
+    assert {"validation/psnr", "validation/rfd_compact_cifar10", "validation_codebook/perplexity_global"} <= names
     assert sorted(path.name for path in (trained.folder / "pictures").iterdir()) == [
         "step-00000004.png",
         "step-00000008.png",
