@@ -80,7 +80,8 @@ def run(run):
 
 SUMMARY_KEYS = {
     "schema_version", "stage", "status", "error", "exit_code", "command", "config_sha256", "seed", "commit", "dirty",
-    "hardware", "versions", "started", "seconds", "inputs", "outputs", "mlflow_run_id", "results",
+    "hardware", "versions", "started", "seconds", "inputs", "made_of", "outputs",
+    "mlflow_run_id", "results",
 }  # fmt: skip
 STABLE_KEYS = {
     "run.output", "run.name", "data.source", "data.heldout_source", "data.shards", "data.image_size",

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -117,12 +118,29 @@ def open_source(key: str, place: str, data: DataConfig) -> Source:
     if info.type == fs.FileType.File:
         folder, everything = location.parent, [(location.name, info.size)]
     else:
-        folder, everything = location, sorted(location.walk())
+        folder, everything = location, without_runs(sorted(location.walk()))
     kinds = [_kind_of(name) for name, _ in everything]
     kind = _kind(key, place, kinds)
     files = tuple(file for file, its_kind in zip(everything, kinds, strict=True) if its_kind == kind)
     rows = tuple(check_parquet(folder / name, data) for name, _ in files) if kind == "parquet" else ()
     return Source(key, place, kind, folder, files, rows)
+
+
+RUN = {"summary.json", "config.yaml"}  # what marks a run folder
+ARTIFACTS = re.compile(r"(^|/)[0-9a-f]{32}/artifacts/")  # of MLflow's runs
+
+
+def without_runs(files: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Files without what jobs left below the source: run folders, MLflow's artifacts, pages of `jobs/show.py`."""
+    names = {name for name, _ in files}
+    folders = {name.rpartition("/")[0] for name in names if name.endswith("/summary.json")}
+    runs = tuple(f"{folder}/" for folder in folders if names >= {f"{folder}/{file}" for file in RUN})
+    shown = {f"{name[:-4]}png" for name in names if name.endswith("show.html")}
+    return [
+        (name, size)
+        for name, size in files
+        if not (runs and name.startswith(runs)) and name not in shown and not ARTIFACTS.search(name)
+    ]
 
 
 def scan(source: Source, data: DataConfig) -> Scan:
@@ -182,7 +200,10 @@ def _kind_of(name: str) -> str | None:
 def _first_of_each_kind(folder: str) -> dict[str, str]:
     """Kind -> a relative path, by walking until a picture is found, which decides the kind of the folder."""
     first: dict[str, str] = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if set(names) >= RUN and parent != folder:  # what a job left is no picture of the source
+            folders.clear()
+            continue
         for name in names:
             path = os.path.relpath(os.path.join(parent, name), folder)
             kind = _kind_of(path)

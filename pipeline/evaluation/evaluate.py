@@ -9,7 +9,7 @@ from pipeline.core.checkpoints import check_quality, load_tokenizer
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
-from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
+from pipeline.core.inputs import check_tokenizer, with_input
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts, check_pictures, check_score
 from pipeline.data.shards import read_manifest
@@ -58,7 +58,7 @@ def default_name(config: Config) -> str:
 
 def run(run: Run) -> None:
     """Measure, and leave a report and pictures in the run folder."""
-    run.config = with_shards(run.config)
+    run.config = with_input(run.config, "data.shards")
     if run.config.evaluate.generated:
         from pipeline.evaluation.generated import evaluate_generated
 
@@ -66,7 +66,7 @@ def run(run: Run) -> None:
         return
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
-    run.config = with_tokenizer(run.config, manifest.fingerprint)
+    run.config = with_input(run.config, "tokenizer.checkpoint")
     tokenizer, sha256 = load_tokenizer(run.config)
     check_quality(run.config, tokenizer)
     run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pipeline.core.config import Config
 from pipeline.core.console import say
-from pipeline.core.errors import Stopped
+from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
 from pipeline.core.run import commit as code_version
 from pipeline.tracking.address import masked
@@ -133,7 +133,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        self.close("stopped" if stopped else "failed" if error else "finished")
+        kept = self._run.kept_status if isinstance(error, BadInput) else None  # a mistyped --resume changes nothing
+        self.close(kept if kept in ENDINGS else "stopped" if stopped else "failed" if error else "finished")
 
     def _put(self, *item: str | int) -> None:
         if self._sender is not None:
