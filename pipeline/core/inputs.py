@@ -121,7 +121,7 @@ def with_input(config: Config, key: str, begun: Path | None = None) -> Config:
     kind, found = KINDS[key], find_input(config, key, begun)
     if found.value(key):
         if not config.value(key):
-            say(f"{key} is empty: taking {found.value(key)}")
+            say(f"{_why_taken(config, kind)}: taking {found.value(key)}")
         return found
     if kind.section and not config.run.make:
         raise BadInput(_refusal(found, kind))
@@ -142,6 +142,15 @@ def with_input(config: Config, key: str, begun: Path | None = None) -> Config:
         say(f"{key} is empty: {kind.making} first{_steps(config, kind, ', ')} -> {folder}")
         run_nested(kind.stage, found, name)
     return _with(found, kind, folder)
+
+
+def _why_taken(config: Config, kind: InputKind) -> str:
+    try:
+        if not kind.needs:
+            find_stage(kind.stage).check(config)
+    except BadInput:
+        return f"data.source {config.data.source!r} cannot be read any more"
+    return f"{kind.key} is empty"
 
 
 def _with(config: Config, kind: InputKind, folder: Path) -> Config:
@@ -238,12 +247,8 @@ def shards_of_gone_source(config: Config) -> Path | None:
         stage.made_of(config)
         return None
     asked = stage.asked_for(config)
-    runs = [
-        (summary["started"], run)
-        for run, summary in _runs(config, kind)
-        if asked.items() <= summary.get("made_of", {}).items()
-    ]
-    return max(runs)[1] if runs else None
+    runs = [run for run, summary in _runs(config, kind) if asked.items() <= summary.get("made_of", {}).items()]
+    return max(runs, key=lambda run: (run / kind.last).stat().st_mtime_ns, default=None)
 
 
 def _recorded(folder: Path, name: str) -> str:

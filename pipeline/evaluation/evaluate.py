@@ -88,6 +88,7 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[
     from pipeline.evaluation.measurements import OPERATING
     from pipeline.evaluation.results import (
         cut_results,
+        cut_warnings,
         distance_warnings,
         keep_curve,
         measured_with_distances,
@@ -110,7 +111,7 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[
     at_curve = tuple(f"baseline_{codec}_{point.name}_" for codec in ("jpeg", "webp") for point, _ in curve)
     reported = {name: value for name, value in results.items() if not name.startswith(at_curve)}
     lines = list(rows(reported, distances[0].extractor, bench.device))
-    told = distance_warnings(distances[0].name, found.images, distances[0], "tokenizers")
+    told = [*distance_warnings(distances[0].name, found.images, distances[0], "tokenizers"), *cut_warnings(run, found)]
     cuts = table(curve, run.config.filter.rule, distances)
     report(run, f"{run.config.preset}: {bench.plan.count} held-out images", lines, told, facts, tracker, cuts)
     if bench.plan.grid:

@@ -20,7 +20,7 @@ from pipeline.generator.fit import asked_labels, check_length, check_start, gene
 from pipeline.generator.generate import class_rows
 from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset, TokenPart
 from pipeline.generator.train_generator import decides
-from pipeline.tokens.decoder import decoded_pictures
+from pipeline.tokens.decoder import cut_warning, decoded_pictures
 from pipeline.tokens.token_manifest import check_tokenizer
 from pipeline.training import distributed
 from pipeline.training.distributed import Mean, Terms
@@ -178,6 +178,9 @@ def work(
     deciding = decides(config, training.manifest)
     wanted = config.generator.from_codebook or train_config.grid_images
     tokenizer = _tokenizer(config, training) if wanted and config.tokenizer.checkpoint else None
+    told = cut_warning(config, config.filter.threshold, training.counts, training.limits)
+    if told and distributed.rank() == 0:
+        say(f"warning: {told}")
     state = starting_state(run, training, heldout, deciding, device, tokenizer)
     draws = train_config.grid_images and distributed.rank() == 0
     sizes = train_config.validation_images, config.generate, train_config.grid_images

@@ -78,7 +78,7 @@ def run(run: Run) -> None:
     from pipeline.tokens.decoder import DecodingWork, measure_lengths
 
     # Reads every file before any is decoded, so that a bad one is reported here and not by a worker.
-    counts, lengths = measure_lengths(config.tokens.path, manifest, ranges, config.filter)
+    counts, lengths = measure_lengths(config.tokens.path, manifest, ranges, config)
     sizes = config.tokens.batch_size, config.tokens.encoding, config.data.quality
     work = DecodingWork(run.folder, key, config.tokens.path, manifest, config.filter, *sizes)
     with Tracker.start(run, {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}) as tracker:

@@ -128,7 +128,7 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
     from pipeline.tokens.decoder import draw_lengths, measure_lengths
 
     everything = ranges_of_files(manifest, TokensConfig())
-    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
+    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config)
     rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
     run.results = {"images": sum(rows.values()), **rows, **lengths, **speed}
     run.rewind_metrics(-1)  # a resumed run measures anew

@@ -12,7 +12,17 @@ from pipeline.core import run as run_module
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.presets import load_config
-from pipeline.core.run import Run, check_folder, commit, hardware, parse_metrics, read_metrics, read_summary, versions
+from pipeline.core.run import (
+    Run,
+    check_folder,
+    commit,
+    hardware,
+    numbered_name,
+    parse_metrics,
+    read_metrics,
+    read_summary,
+    versions,
+)
 
 
 @pytest.fixture
@@ -63,6 +73,17 @@ def test_an_empty_folder_and_an_absent_one_are_free_and_a_file_is_not(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="exists"):
         check_folder(tmp_path / "file", resume=False)
+
+
+def test_what_measures_anew_gets_the_next_free_number_and_resumes_the_last(tmp_path):
+    assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == "smoke-evaluate"
+    assert numbered_name(tmp_path, "smoke-evaluate", resume=True) == "smoke-evaluate"
+    for number, name in enumerate(("smoke-evaluate", "smoke-evaluate-2", "smoke-evaluate-3"), 1):
+        (tmp_path / name).mkdir()
+        assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == name  # empty: free
+        (tmp_path / name / "config.yaml").touch()
+        assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == f"smoke-evaluate-{number + 1}"
+        assert numbered_name(tmp_path, "smoke-evaluate", resume=True) == name
 
 
 def test_resuming_goes_on_with_the_same_mlflow_run(run, config):

@@ -288,3 +288,36 @@ def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
     source = sources.open_source("data.source", str(tmp_path / "a.tar"), DATA)
     with pytest.raises(BadInput, match="expected a whole, uncompressed tar file"):
         sources.scan(source, DATA)
+
+
+def test_what_jobs_left_below_a_source_is_none_of_it(class_folders: Path, picture_bytes: Bytes) -> None:
+    """Run folders and what lies in them, artifacts of MLflow, pages of jobs/show.py; folders called so stay."""
+    before = sources.open_source("data.source", str(class_folders), DATA)
+    made = [
+        "runs/a/pictures/step-1.png",
+        "runs/demo-1/demo-evaluate/pictures/x.png",
+        "show/show.png",
+        "runs/a/b.parquet",
+    ]
+    made += [f"mlruns/1/{'0f' * 16}/artifacts/pictures/x.png"]
+    for name in made:
+        (class_folders / name).parent.mkdir(parents=True, exist_ok=True)
+        (class_folders / name).write_bytes(picture_bytes(1))
+    for run in ("runs/a", "runs/demo-1"):
+        (class_folders / run / "summary.json").write_text("{}")
+        (class_folders / run / "config.yaml").write_text("")
+    (class_folders / "show" / "show.html").write_text("")
+    after = sources.open_source("data.source", str(class_folders), DATA)
+    assert (after.files, after.fingerprint()) == (before.files, before.fingerprint())
+    (class_folders / "artifacts").mkdir()
+    (class_folders / "artifacts" / "show.png").write_bytes(picture_bytes(2))
+    found = sources.open_source("data.source", str(class_folders), DATA)
+    assert {name for name, _ in found.files} - {name for name, _ in before.files} == {"artifacts/show.png"}
+
+
+def test_a_folder_that_holds_only_what_jobs_left_holds_no_picture(tmp_path: Path, picture_bytes: Bytes) -> None:
+    for name, data in {"summary.json": b"{}", "config.yaml": b"", "x.png": picture_bytes(1)}.items():
+        (tmp_path / "runs" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "a" / name).write_bytes(data)
+    with pytest.raises(BadInput, match="holds no picture"):
+        sources.check_source("data.source", str(tmp_path), DATA)
