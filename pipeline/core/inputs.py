@@ -24,7 +24,7 @@ from pipeline.core.checkpoints import (
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.files import sha256_file
+from pipeline.core.files import boxed, sha256_file
 from pipeline.core.job import run_nested
 from pipeline.core.manifest import INPUTS, fingerprint, read_described
 from pipeline.core.run import read_summary, wait_while_held
@@ -171,9 +171,10 @@ def _refusal(found: Config, kind: InputKind) -> str:
     differs = f": {str(plain)!r} {_differs(found, kind, plain)}" if _is_whole(plain, kind) else ""
     others = [run.name for run, _ in _runs(found, kind) if run != plain]
     there = f" (there: {', '.join(others[:3])}{', ...' * (len(others) > 3)})" if others else ""
+    box = f" (in the box: {', '.join(boxed())})" if kind.key == "tokenizer.checkpoint" else ""
     return (
         f"{kind.key} is empty and {found.run.output!r} holds no {kind.what} of this configuration{there}{differs}; "
-        f"expected {kind.key} to name one, or --make to train it first, {_steps(found, kind, '')}"
+        f"expected {kind.key} to name one{box}, or --make to train it first, {_steps(found, kind, '')}"
     )
 
 

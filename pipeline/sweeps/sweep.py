@@ -9,7 +9,7 @@ from pipeline.core.cluster import connect, most_resources, names_cluster
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import with_input
+from pipeline.core.inputs import check_tokenizer, with_input
 from pipeline.core.run import Run, read_summary
 from pipeline.data.shards import Manifest, read_manifest
 from pipeline.evaluation import evaluate as evaluation
@@ -36,6 +36,8 @@ def check(config: Config) -> None:
         raise BadInput(
             "sweep.search is 'optuna', which is not installed; expected random, or pip install 'tatok[optuna]'"
         )
+    if not plan.trains and not config.sweep.checkpoints:
+        check_tokenizer(config)
     samples = plan.samples()
     for trial in samples:
         try:

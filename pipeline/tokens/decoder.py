@@ -170,7 +170,8 @@ def cut_warning(config: Config, threshold: float, kept: np.ndarray, limits: np.n
     if not len(limits) or fixes_length(section.rule, threshold) or FEW < share < 1 - FEW:
         return ""
     all_at, none_at = (float(value) for value in np.median(limits, axis=0))
-    named = [f"{key}={config.value(key)}" for key in ("data.shards", "data.source", "tokenizer.checkpoint")]
+    pictures = "data.shards" if config.data.shards else "data.source"
+    named = [f"{key}={config.value(key)}" for key in (pictures, "tokenizer.checkpoint")]
     given = " ".join(text for text in named if not text.endswith("="))
     wanted = tokenizer.global_tokens + tokenizer.patch_positions // 4
     return (

@@ -229,6 +229,7 @@ def test_a_refusal_names_what_there_is_and_its_advice_works(
     assert (
         f"smoke-train' was trained on other pictures, {config.data.shards!r} instead of {new.data.shards!r}" in sentence
     )
-    assert "expected tokenizer.checkpoint to name one, or --make to train it first, 20 steps of 16 pictures" in sentence
+    advice = "expected tokenizer.checkpoint to name one (in the box: tatok64), or --make to train it first, 20 steps"
+    assert advice in sentence
     evaluate.check(configure(f"tokenizer.checkpoint={other}"))
     evaluate.check(configure("run.make=true"))

@@ -1,5 +1,6 @@
 """The run folder: made once, held by one process, and telling how the run stands."""
 
+import fcntl
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from pipeline.core.run import (
     read_metrics,
     read_summary,
     versions,
+    wait_while_held,
 )
 
 
@@ -187,3 +189,13 @@ def test_hardware_and_versions_are_those_of_this_machine():
     assert hardware()["cpus"] >= 1
     assert hardware()["memory_gib"] > 0
     assert {"python", "torch", "ray", "mlflow"} <= set(versions())
+
+
+def test_a_folder_that_another_process_holds_is_waited_for(tmp_path):
+    assert not wait_while_held(tmp_path / "new", 60)
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        started = time.monotonic()
+        assert wait_while_held(tmp_path, 0.3)
+        assert 0.3 <= time.monotonic() - started < 30
+    assert not wait_while_held(tmp_path, 60)

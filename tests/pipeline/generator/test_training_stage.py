@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -223,23 +225,28 @@ def test_a_split_without_rows_is_refused(configure: Configure, write_stream: Wri
 
 
 def test_tokens_are_made_first_where_none_are_named(
-    configure: Configure, tokenizer_folder: Path, stream_folder: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure,
+    stream_folder: Path,
+    write_shards: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
 
-    def made(stage: str, config: Config) -> Run:
+    def made(stage: str, config: Config, name: str) -> None:
         asked.append(stage)
-        run = Run(stage, config, Path(stream_folder))
-        run.folder = stream_folder
-        return run
+        shutil.copytree(stream_folder, Path(config.run.output) / name)
 
     monkeypatch.setattr("pipeline.core.inputs.run_nested", made)
-    config = configure("tokens.path=", "train_generator.max_steps=1")
+    rows = {"train": [{"image": b"not looked at"}], "heldout": [{"image": b"not looked at"}]}
+    shards = write_shards(tmp_path / "shards", rows, 16, ("ant",))
+    config = configure("tokens.path=", f"data.shards={shards}", "train_generator.max_steps=1")
     run = Run.open("train_generator", config, "made", resume=False)
     stage.run(run)
     run.close()
     assert asked == ["tokenize_images"]
-    assert run.config.tokens.path == str(stream_folder)
+    assert re.fullmatch(f"{tmp_path}/runs/smoke-tokens-[0-9a-f]{{8}}", run.config.tokens.path)
+    assert run.inputs["tokenizer"]["path"] == config.tokenizer.checkpoint
     assert dataclasses.replace(run.config.tokens, path="") == config.tokens
 
 
