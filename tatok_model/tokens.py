@@ -113,7 +113,7 @@ class Ranking:
             return unsaid
         if rule == "quality" and self.line is not None:
             said = self.line.kept_slope * (total[:, None] - unsaid)
-            return -10 * torch.log10(self.line.intercept + self.line.slope * unsaid + said)
+            return (-10 * torch.log10(self.line.intercept + self.line.slope * unsaid + said)).clamp(max=self.line.most)
         return torch.tensor([1.0, 0.0], dtype=torch.float64).expand(len(total), 2)  # shares of the score
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Ranking":

@@ -122,6 +122,18 @@ class Run:
         names = {key: (path, str(self.config.value(key))) for key, path in paths.items()}
         check_unchanged(begun, wanted, self.folder if name_folder else None, names)
 
+    def check_inputs(self) -> None:
+        """Refuse to measure something else under the name of a run that is finished.
+
+        Raises:
+            BadInput: naming the first of the `inputs` that is another one.
+        """
+        if self.earlier.get("status") == "finished":
+            earlier = self.earlier["inputs"]
+            both = {key: name for key, name in INPUTS.items() if name in earlier and name in self.inputs}
+            begun, now = ({key: of[name]["sha256"] for key, name in both.items()} for of in (earlier, self.inputs))
+            self.check_unchanged(begun, now)
+
     def _metric_bytes(self) -> int:
         path = self.folder / METRICS
         return path.stat().st_size if path.exists() else 0

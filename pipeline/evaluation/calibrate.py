@@ -91,6 +91,7 @@ def run(run: Run) -> None:
     run.config = config = with_input(config, "tokenizer.checkpoint")
     tokenizer, sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
+    run.check_inputs()
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}):
         pictures = _Ranked(run, tokenizer)
         run.results = {}

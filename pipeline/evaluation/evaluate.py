@@ -70,6 +70,7 @@ def run(run: Run) -> None:
     tokenizer, sha256 = load_tokenizer(run.config)
     check_quality(run.config, tokenizer)
     run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}
+    run.check_inputs()
     check_baselines(run.config, manifest.splits["train"].rows)
 
     from pipeline.evaluation.evaluator import Bench

@@ -53,9 +53,12 @@ def default_name(config: Config) -> str:
 
 def decides(config: Config, manifest: TokenManifest) -> dict[str, Any]:
     """What decides the weights of a step, by key: a run that goes on must have the same."""
-    values = values_of(config, "generator", "train_generator")
+    return {**_given(config), "tokens.path": manifest.fingerprint}
+
+
+def _given(config: Config) -> dict[str, Any]:
     cut = {"filter.rule": config.filter.rule, "filter.threshold": config.filter.threshold}
-    return {**values, **cut, "tokens.path": manifest.fingerprint}
+    return {**values_of(config, "generator", "train_generator"), **cut}
 
 
 def made_of(config: Config) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def _start(config: Config) -> Path:
 
 def run(run: Run) -> None:
     """Train, and leave the averaged generator in `checkpoint/`."""
+    check_begun(run, _given(run.config))  # before anything is made for nothing
     config = run.config = with_input(run.config, "tokens.path")
     manifest = read_token_manifest(config.tokens.path)
     _check_tokens(config, manifest)

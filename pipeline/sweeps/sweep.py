@@ -9,7 +9,7 @@ from pipeline.core.cluster import connect, most_resources, names_cluster
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import check_tokenizer, with_input
+from pipeline.core.inputs import check_tokenizer, find_input, with_input
 from pipeline.core.run import Run, read_summary
 from pipeline.data.shards import Manifest, read_manifest
 from pipeline.evaluation import evaluate as evaluation
@@ -86,8 +86,10 @@ def run(run: Run) -> None:
     plan = SweepPlan.of(run.config, run.folder)
     ledger = Ledger.open(plan)
     # All trials share the shards; where there are none, they are made inside the sweep's folder.
-    inside = run.config.with_values("run", output=str(run.folder))
-    run.config = replace(run.config, data=with_input(inside, "data.shards", run.folder).data)
+    found = find_input(run.config, "data.shards")
+    if not found.data.shards:
+        found = with_input(run.config.with_values("run", output=str(run.folder)), "data.shards", run.folder)
+    run.config = replace(run.config, data=found.data)
     plan = replace(plan, config=run.config)
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}

@@ -169,15 +169,16 @@ def cut_warning(config: Config, threshold: float, kept: np.ndarray, limits: np.n
     share = float(kept.mean()) / tokenizer.patch_positions if len(kept) else 0.5
     if not len(limits) or fixes_length(section.rule, threshold) or FEW < share < 1 - FEW:
         return ""
-    all_at, none_at = (float(value) for value in np.median(limits, axis=0))
+    ends = sorted(zip(np.median(limits, axis=0).tolist(), ("keeps all", "keeps none"), strict=True))
+    between = " and ".join(f"{value:.3g}, where the median picture {what}" for value, what in ends)
     pictures = "data.shards" if config.data.shards else "data.source"
     named = [f"{key}={config.value(key)}" for key in (pictures, "tokenizer.checkpoint")]
     given = " ".join(text for text in named if not text.endswith("="))
     wanted = tokenizer.global_tokens + tokenizer.patch_positions // 4
     return (
         f"filter.threshold {threshold:g} (rule {section.rule}, score {section.score}) keeps {share:.1%} of the patch "
-        f"tokens of {len(kept)} pictures; expected one between {all_at:.3g}, where the median picture keeps all, and "
-        f"{none_at:.3g}, where it keeps none: python jobs/calibrate.py {config.preset} {given} "
+        f"tokens of {len(kept)} pictures; expected one between {between}: "
+        f"python jobs/calibrate.py {config.preset} {given} "
         f"filter.score={section.score} "
         f"filter.rounds={section.rounds} filter.rule={section.rule} filter.mean_tokens={wanted}"
     )

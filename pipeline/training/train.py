@@ -52,10 +52,12 @@ def default_name(config: Config) -> str:
     return f"{config.preset}-train"
 
 
+SECTIONS = ("tokenizer", "losses", "kept_sets", "train")  # that decide weights
+
+
 def decides(config: Config) -> dict[str, Any]:
     """What decides the weights of a step, by key: a run that goes on must have the same."""
-    values = values_of(config, "tokenizer", "losses", "kept_sets", "train")
-    return {**values, "data.shards": read_manifest(config.data.shards).fingerprint}
+    return {**values_of(config, *SECTIONS), "data.shards": read_manifest(config.data.shards).fingerprint}
 
 
 def made_of(config: Config) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def made_of(config: Config) -> dict[str, Any]:
 
 def run(run: Run) -> None:
     """Train, and leave the averaged model in `checkpoint/`."""
+    check_begun(run, values_of(run.config, *SECTIONS))  # before pictures are preprocessed for nothing
     run.config = with_input(run.config, "data.shards")
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}

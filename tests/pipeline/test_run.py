@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,31 @@ def test_what_measures_anew_gets_the_next_free_number_and_resumes_the_last(tmp_p
         (tmp_path / name / "config.yaml").touch()
         assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == f"smoke-evaluate-{number + 1}"
         assert numbered_name(tmp_path, "smoke-evaluate", resume=True) == name
+
+
+@pytest.mark.parametrize(
+    ("status", "name", "sha256", "sentence"),
+    [
+        (
+            "finished",
+            "/t2",
+            "b",
+            "tokenizer.checkpoint is '/t2', but the run in '.*one' was begun with '/t1'; expected",
+        ),
+        ("finished", "/t1", "b", "tokenizer.checkpoint '/t1' is not, or no longer, what the run in .* was begun with"),
+        ("finished", "/t1", "a", None),
+        ("failed", "/t2", "b", None),
+    ],
+)
+def test_a_finished_run_is_not_measured_anew_with_other_inputs(run, config, status, name, sha256, sentence):
+    run.inputs = {"tokenizer": {"path": "/t1", "sha256": "a"}}
+    run.write_summary(status)
+    run.close()
+    again = Run.open("train", config.with_values("tokenizer", checkpoint=name), "one", resume=True)
+    again.inputs = {"tokenizer": {"path": name, "sha256": sha256}, "shards": {"path": "/s", "sha256": "c"}}
+    with pytest.raises(BadInput, match=sentence) if sentence else nullcontext():
+        again.check_inputs()
+    again.close()
 
 
 def test_resuming_goes_on_with_the_same_mlflow_run(run, config):
