@@ -170,7 +170,8 @@ def cut_warning(config: Config, threshold: float, kept: np.ndarray, limits: np.n
     if not len(limits) or fixes_length(section.rule, threshold) or FEW < share < 1 - FEW:
         return ""
     ends = sorted(zip(np.median(limits, axis=0).tolist(), ("keeps all", "keeps none"), strict=True))
-    between = " and ".join(f"{value:.3g}, where the median picture {what}" for value, what in ends)
+    (low, at_low), (high, at_high) = ends
+    between = f"{low:.3g}, where the median picture {at_low}, and {high:.3g}, where it {at_high}"
     pictures = "data.shards" if config.data.shards else "data.source"
     named = [f"{key}={config.value(key)}" for key in (pictures, "tokenizer.checkpoint")]
     given = " ".join(text for text in named if not text.endswith("="))

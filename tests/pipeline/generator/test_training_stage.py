@@ -217,6 +217,25 @@ def test_a_generator_of_other_classes_is_no_start(
         check(configure(f"generator.checkpoint={first.folder}", f"tokens.path={other}"))
 
 
+def test_a_cut_that_keeps_almost_nothing_is_warned_of(
+    configure: Configure, train_generator: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_generator(configure("filter.rule=marginal", "filter.threshold=1e9", "train_generator.max_steps=1"), "none")
+    assert "(rule marginal, score distortion) keeps 0.0% of the patch tokens of 48 pictures" in capsys.readouterr().err
+    train_generator(configure("train_generator.max_steps=1"), "some")
+    assert "warning: filter.threshold" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["train_generator.seed=5", "filter.threshold=0.5", "generator.dropout=0.3"])
+def test_a_mistyped_resume_is_refused_before_tokens_are_made(
+    configure: Configure, train_generator: Train, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    train_generator(configure("train_generator.max_steps=1"), "one")
+    monkeypatch.setattr(stage, "with_input", lambda *arguments: pytest.fail("tokens are looked for"))
+    with pytest.raises(BadInput, match=f"{override.partition('=')[0]} is .*; expected .*, as this run was begun"):
+        train_generator(configure("train_generator.max_steps=1", override), "one", resume=True)
+
+
 def test_a_split_without_rows_is_refused(configure: Configure, write_stream: WriteStream) -> None:
     folder = write_stream(heldout=only_globals(0), train=only_globals(4))
     config = configure(f"tokens.path={folder}", "tokenizer.patch_tokens=false", "tokenizer.checkpoint=")
