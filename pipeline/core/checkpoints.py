@@ -208,7 +208,8 @@ def with_architecture(values: dict[str, Any], typed: set[str]) -> dict[str, Any]
     if not all(isinstance(section, dict) for section in sections.values()):
         return values
     data, tokenizer, train, sweep = sections.values()
-    path = tokenizer.get("checkpoint") or next(iter(sweep.get("checkpoints") or ()), "")
+    several = sweep.get("checkpoints")
+    path = tokenizer.get("checkpoint") or (several[0] if several and isinstance(several, list | tuple) else "")
     try:
         place = resolve("tokenizer.checkpoint", str(path)) if path else ""
         found = asdict(read_architecture(place)) if place and not is_hub_id(place) else {}

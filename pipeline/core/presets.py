@@ -33,7 +33,17 @@ def load_config(preset: str = "demo", overrides: list[str] | None = None) -> Con
     values.setdefault("preset", Path(preset).stem)
     for text in overrides or []:
         _apply_override(values, text)
-    return config_from_dict(with_architecture(values, {text.partition("=")[0] for text in overrides or []}))
+    return config_from_dict(with_architecture(values, _stated(preset, overrides or [])))
+
+
+def _stated(preset: str, overrides: list[str]) -> set[str]:
+    """Keys that the checkpoint in use may not change: typed ones, and those of a YAML file that names it itself."""
+    keys = {text.partition("=")[0] for text in overrides}
+    if preset.endswith((".yaml", ".yml")) and "tokenizer.checkpoint" not in keys:
+        own = yaml.safe_load(Path(preset).read_text(encoding="utf-8", errors="replace")) or {}
+        beside = {f"{name}.{key}" for name, part in own.items() if isinstance(part, dict) for key in part}
+        keys |= beside if "tokenizer.checkpoint" in beside else set()
+    return keys
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

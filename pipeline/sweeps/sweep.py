@@ -86,10 +86,9 @@ def run(run: Run) -> None:
     plan = SweepPlan.of(run.config, run.folder)
     ledger = Ledger.open(plan)
     # All trials share the shards; where there are none, they are made inside the sweep's folder.
-    found = find_input(run.config, "data.shards")
-    if not found.data.shards:
-        found = with_input(run.config.with_values("run", output=str(run.folder)), "data.shards", run.folder)
-    run.config = replace(run.config, data=found.data)
+    inside = run.config.with_values("run", output=str(run.folder))
+    place = run.config if find_input(run.config, "data.shards").data.shards else inside
+    run.config = replace(run.config, data=with_input(place, "data.shards", run.folder).data)
     plan = replace(plan, config=run.config)
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}

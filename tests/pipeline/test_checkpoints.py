@@ -157,6 +157,21 @@ def test_typed_keys_that_disagree_are_refused_all_at_once(tokenizer_folder):
     )
 
 
+def test_a_yaml_file_states_what_stands_beside_its_checkpoint_and_a_preset_does_not(tokenizer_folder, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"extends: tiny64\ntokenizer: {{checkpoint: {tokenizer_folder}, global_tokens: 2, patch_size: 4}}\n"
+    )
+    with pytest.raises(
+        BadInput, match="has patch_size 8, global_tokens 3; expected tokenizer.patch_size, 4, tokenizer.gl"
+    ):
+        checkpoints.check_architecture(load_config(str(file)))
+    other = load_config(str(file), ["tokenizer.checkpoint=tatok64"])  # not the one that it names
+    assert (other.tokenizer.global_tokens, other.tokenizer.patch_size, other.data.image_size) == (16, 4, 64)
+    file.write_text(f"extends: tiny64\ntokenizer: {{checkpoint: {tokenizer_folder}}}\n")
+    assert load_config(str(file)).tokenizer.global_tokens == 3
+
+
 def test_an_entropy_model_that_is_trained_anew_has_the_shape_that_is_configured(tokenizer_folder):
     preset = ["tokenizer.entropy_width=64", "train.parts=entropy"]
     config = load_config("smoke", [f"tokenizer.checkpoint={tokenizer_folder}", *preset])
@@ -165,6 +180,12 @@ def test_an_entropy_model_that_is_trained_anew_has_the_shape_that_is_configured(
         64,
         load_config("smoke").tokenizer.entropy_layers,
     )
+
+
+@pytest.mark.parametrize("override", ["sweep.checkpoints=5", "sweep.checkpoints=x", "tokenizer.checkpoint=[1]"])
+def test_what_is_no_checkpoint_at_all_stays_one_sentence(override):
+    with pytest.raises(BadInput, match=f"{override.partition('=')[0]} "):
+        checkpoints.check_architecture(resolve_paths(load_config("smoke", [override])))
 
 
 def test_a_sweep_of_checkpoints_is_of_their_size(tokenizer_folder):

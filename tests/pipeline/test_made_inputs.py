@@ -147,9 +147,11 @@ def test_a_resumed_run_keeps_the_shards_it_was_begun_with(configure: Configure, 
     assert shards_of(configure("run.name=mine", "data.quality=50")) not in (begun, shards_of(configure()))
 
 
+@pytest.mark.parametrize("killed", [False, True])
 def test_what_another_process_is_making_is_waited_for(
-    configure: Configure, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    configure: Configure, capsys: pytest.CaptureFixture[str], tmp_path: Path, killed: bool
 ) -> None:
+    """And made by whoever waited, where that process was killed meanwhile."""
     shutil.copytree(shards_of(configure()), tmp_path / "kept")
     (folder,) = (tmp_path / "runs").iterdir()
     (folder / "manifest.json").unlink()
@@ -158,14 +160,18 @@ def test_what_another_process_is_making_is_waited_for(
 
     def finish() -> None:
         time.sleep(0.5)
-        shutil.copy(tmp_path / "kept" / "manifest.json", folder)
+        if not killed:
+            shutil.copy(tmp_path / "kept" / "manifest.json", folder)
         lock.close()
 
     threading.Thread(target=finish).start()
     started = time.monotonic()
     assert shards_of(configure()) == str(folder)
     assert time.monotonic() - started >= 0.4
-    assert "another process is making" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"data.shards is empty: another process is making {folder}, waiting for it" in told
+    assert ("preprocessing data.source first" in told.partition("waiting")[2]) == killed
+    assert (folder / "manifest.json").read_bytes() == (tmp_path / "kept" / "manifest.json").read_bytes()
 
 
 def test_each_tokenizer_has_tokens_of_its_own(configure: Configure, save_tokenizer: Callable[[int], Path]) -> None:
