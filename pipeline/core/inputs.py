@@ -26,7 +26,7 @@ from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import boxed, sha256_file
 from pipeline.core.job import run_nested
-from pipeline.core.manifest import INPUTS, fingerprint, read_described
+from pipeline.core.manifest import fingerprint, read_described
 from pipeline.core.run import read_summary, wait_while_held
 from pipeline.core.stages import Maker, find_stage
 
@@ -94,12 +94,10 @@ def check_input(config: Config, key: str) -> Config:
     if found.value(key):
         return found
     find_stage(kind.stage).check(config)
-    known = all(found.value(need) for need in kind.needs)
-    if (
-        kind.section
-        and not config.run.make
-        and (known or not (_is_whole(_plain(config, kind), kind) or any(_runs(config, kind))))
-    ):
+    open_question = not all(found.value(need) for need in kind.needs) and (
+        _is_whole(_plain(config, kind), kind) or any(_runs(config, kind))
+    )  # whether one of these fits is known once what they are made from is there
+    if kind.section and not config.run.make and not open_question:
         raise BadInput(_refusal(found, kind))
     return found
 
@@ -269,12 +267,15 @@ def _with_recorded(config: Config, kind: InputKind, value: Path) -> Config:
     if "tokenizer.checkpoint" not in kind.needs:
         return config
     run = value.parent if kind.folder and value.name == kind.folder else value
-    for key in reversed(kind.needs):
-        section, name = key.split(".")
-        path = Path(_recorded(run, INPUTS[key]) or ".")
-        there = any((path / file).is_file() for file in (KINDS[key].last, "config.json"))
-        if key in ("tokens.path", "tokenizer.checkpoint") and not config.value(key) and there:
-            config = config.with_values(section, **{name: str(path)})
+    tokens, tokenizer = _recorded(run, "tokens"), _recorded(run, "tokenizer")
+    if "tokens.path" in kind.needs and not config.tokens.path and tokens:
+        there = _is_whole(Path(tokens), KINDS["tokens.path"])
+        config = config.with_values("tokens", path=tokens if there else "")
+    if not config.tokenizer.checkpoint and tokenizer:
+        with suppress(BadInput):  # it is no longer there
+            if not is_hub_id(tokenizer):
+                find(tokenizer)
+            config = config.with_values("tokenizer", checkpoint=tokenizer)
     trained = KINDS["tokenizer.checkpoint"]
     if not config.tokenizer.checkpoint and _is_whole(_plain(config, trained), trained):
         config = _with(config, trained, _plain(config, trained))

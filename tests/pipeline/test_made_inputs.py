@@ -239,3 +239,18 @@ def test_a_refusal_names_what_there_is_and_its_advice_works(
     assert advice in sentence
     evaluate.check(configure(f"tokenizer.checkpoint={other}"))
     evaluate.check(configure("run.make=true"))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_tokens_bring_the_tokenizer_that_wrote_them(
+    configure: Configure, save_tokenizer: Callable[[int], Path], gone: bool
+) -> None:
+    tokenizer = save_tokenizer(1)
+    made = with_input(configure(f"tokenizer.checkpoint={tokenizer}"), "tokens.path").tokens.path
+    if gone:
+        shutil.rmtree(tokenizer)
+    found = find_input(configure(f"tokens.path={made}"), "tokens.path")
+    assert found.tokenizer.checkpoint == ("" if gone else str(tokenizer))
+    assert (
+        find_input(configure(f"tokens.path={made}", "tokenizer.checkpoint=tatok64"), "tokens.path").tokens.path == made
+    )
