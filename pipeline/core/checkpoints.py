@@ -233,7 +233,7 @@ def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -
         wanted = ", ".join(f"tokenizer.{name}, {getattr(config.tokenizer, name)}" for name in names)
         raise BadInput(
             f"tokenizer.checkpoint {path!r} has {has}; expected {wanted}, "
-            f"or no such key{'s' * (len(names) > 1)}: a checkpoint brings its architecture"
+            f"or tokenizer.checkpoint={path} without such keys: it brings its architecture"
         )
 
 

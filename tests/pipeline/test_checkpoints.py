@@ -152,8 +152,8 @@ def test_typed_keys_that_disagree_are_refused_all_at_once(tokenizer_folder):
         checkpoints.check_architecture(config)
     assert str(refused.value) == (
         f"tokenizer.checkpoint {str(tokenizer_folder)!r} has image_size 32, patch_size 8, global_tokens 3; expected "
-        "tokenizer.image_size, 16, tokenizer.patch_size, 4, tokenizer.global_tokens, 2, or no such keys: a checkpoint "
-        "brings its architecture"
+        "tokenizer.image_size, 16, tokenizer.patch_size, 4, tokenizer.global_tokens, 2, or "
+        f"tokenizer.checkpoint={tokenizer_folder} without such keys: it brings its architecture"
     )
 
 
