@@ -37,9 +37,12 @@ def run(run: Run) -> None:
         done = run_nested(stage, config)
         run.results |= {f"{stage}_{name}": value for name, value in done.results.items()}
         run.outputs |= {f"{stage}_{name}": path for name, path in done.outputs.items()}
+        if stage == "train":  # the preset names what training starts from, the others take what came of it
+            config = config.with_values("tokenizer", checkpoint=done.outputs["checkpoint"])
     run.results["seconds"] = time.monotonic() - started
     say(
         f"\nThe demo took {run.results['seconds']:.0f} s.\n"
+        f"Held-out pictures with a slider:  {run.outputs.get('evaluate_page', 'none drawn')}\n"
         f"Originals over reconstructions:  {run.outputs.get('evaluate_reconstructions', 'none drawn')}\n"
         f"Generated pictures:  {run.outputs.get('generate_samples', 'none drawn')}\n"
         "Curves, parameters and pictures:  make ui\n"

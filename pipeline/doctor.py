@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
-from pipeline.core.checkpoints import check_architecture, find
-from pipeline.core.cluster import check_room, connect, most_resources, pick_device
+from pipeline.core.checkpoints import check_architecture, find, from_hub, is_hub_id
+from pipeline.core.cluster import check_cluster, check_room, connect, most_resources, names_cluster, pick_device
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.files import INPUT_KEYS, in_temporary_copy, resolve_paths
-from pipeline.core.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, own_stdout, parse_arguments, refuse
+from pipeline.core.files import INPUT_KEYS, in_temporary_copy, leave, masked, resolve_paths
+from pipeline.core.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, own_stdout, parse_arguments, refuse
 from pipeline.core.presets import load_config
 from pipeline.data.checks import check_files, check_pictures
-from pipeline.tracking import check_answers, check_tracking, masked
+from pipeline.tracking import check_store, check_tracking
 
 WEIGHTS = (  # files that a preset may name
     "losses.perceptual_backbone", "losses.perceptual_heads", "evaluate.inception_weights", "evaluate.reference",
@@ -34,7 +32,7 @@ WEIGHTS = (  # files that a preset may name
 )  # fmt: skip
 UPLOAD_BYTES = 100 * 2**20  # what Ray's dashboard takes of a working directory
 LEAST_BYTES = 2 * 2**30  # of free storage: some checkpoints and shards
-SECONDS = 90  # that a cluster may take to answer
+SECONDS = 40  # that the nodes of a cluster which answers may take
 PREFIX = "PROBE "  # of the line that `probe` prints, among what Ray prints
 
 
@@ -60,9 +58,12 @@ def diagnose(description: str | None) -> NoReturn:
             print(line.rstrip(), file=stdout, flush=True)
     except BadInput as error:
         refuse(error)
+    except KeyboardInterrupt:
+        print("stopped: interrupted", file=sys.stderr)
+        leave(EXIT_STOPPED)
     if problems:
         print(f"error: {problems} thing{'s' if problems > 1 else ''} would fail", file=sys.stderr)
-    sys.exit((EXIT_BAD_INPUT if arguments.dry_run else EXIT_FAILED) if problems else EXIT_DONE)
+    leave((EXIT_BAD_INPUT if arguments.dry_run else EXIT_FAILED) if problems else EXIT_DONE)
 
 
 def examine(config: Config, ray: bool = True) -> Iterator[Finding]:
@@ -73,7 +74,7 @@ def examine(config: Config, ray: bool = True) -> Iterator[Finding]:
         ray: also what needs Ray, or writes a file.
     """
     yield _found("pictures", lambda: check_pictures(config))
-    yield _found("weights", lambda: _check_weights(config))
+    yield _found("weights", lambda: _check_weights(config, ask=ray))
     yield _found("tracking", lambda: _check_tracking(config, ask=ray))
     if not ray:
         return
@@ -81,7 +82,7 @@ def examine(config: Config, ray: bool = True) -> Iterator[Finding]:
         yield _found("upload", lambda: _check_upload(Path.cwd()))
     storage = _found("storage", lambda: _check_storage(config))
     yield storage
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = os.environ["RAY_ADDRESS"] if names_cluster() else ""
     cluster: dict[str, Any] = {}
     yield _found("ray", lambda: cluster.update(_ask(config, address, usable=not storage.problem)))
     if cluster:
@@ -98,31 +99,20 @@ def _found(name: str, check: Callable[[], Any]) -> Finding:
         return Finding(name, problem=str(error))
 
 
-def _check_weights(config: Config) -> None:
+def _check_weights(config: Config, ask: bool) -> None:
     check_files(config, *WEIGHTS)
     check_architecture(config)
+    if ask and is_hub_id(config.tokenizer.checkpoint):
+        from_hub(config.tokenizer.checkpoint)
     if config.generator.checkpoint:
         find(config.generator.checkpoint, "generator.checkpoint")
 
 
 def _check_tracking(config: Config, ask: bool) -> str:
     check_tracking(config)
-    uri = config.tracking.uri
-    if not ask or not uri.startswith(("http://", "https://")):
-        return masked(uri) or "none"
-    check_answers(config)
-    try:
-        with urlopen(f"{uri.rstrip('/')}/version", timeout=10) as answer:
-            return f"{masked(uri)}, MLflow {answer.read(40).decode(errors='replace')}"
-    except HTTPError as error:
-        if error.code == 403:
-            raise BadInput(
-                f"tracking.uri is {masked(uri)!r}, which answers 403; expected a server that was started with "
-                "--allowed-hosts for this name, and credentials in MLFLOW_TRACKING_USERNAME and _PASSWORD if it asks"
-            ) from None
-        return f"{masked(uri)}, answers {error.code}"
-    except OSError as error:
-        return f"{masked(uri)}, {error}"
+    if ask:
+        check_store(config)
+    return masked(config.tracking.uri) or "none"
 
 
 def _check_upload(folder: Path) -> str:
@@ -178,7 +168,7 @@ def _ask(config: Config, address: str, usable: bool) -> dict[str, Any]:
     output = Path(config.run.output)
     written = [str(output)] if usable else []
     made = not output.exists()
-    _check_token(address)
+    check_cluster()
     try:
         if not address:
             return {"resources": _own_resources(), "nodes": [look(seen, written, "")]}
@@ -196,18 +186,6 @@ def _paths(config: Config, key: str) -> tuple[str, ...]:
     """What a key names: one, several or ''."""
     value = config.value(key)
     return value if isinstance(value, tuple) else (value,)
-
-
-def _check_token(address: str) -> None:
-    """Refuse token authentication without a token: Ray's own client says so only deep in a log."""
-    if not address or os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        return
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file():
-        raise BadInput(
-            f"RAY_AUTH_MODE is 'token' and there is no token in {str(file)!r}; expected the cluster's: copy it from "
-            "the head node, or set RAY_AUTH_TOKEN"
-        )
 
 
 def _own_resources() -> dict[str, float]:
@@ -232,14 +210,9 @@ def _ask_cluster(address: str, seen: list[str], written: list[str], marker: str)
         if line.startswith(PREFIX):
             return dict(json.loads(line.removeprefix(PREFIX)))
     last = masked((errors.strip().splitlines() or ["no answer"])[-1])
-    if any(word in errors.lower() for word in ("authentication", "unauthenticated", "auth token")):
-        raise BadInput(
-            f"the Ray cluster at RAY_ADDRESS {address!r} does not let this process in ({last}); expected RAY_AUTH_MODE "
-            "and the token as where the cluster was started"
-        )
     raise BadInput(
-        f"RAY_ADDRESS is {address!r}, where no Ray cluster answers ({last}); expected a running one, host:6379 or "
-        "auto, or no RAY_ADDRESS to work on this machine"
+        f"RAY_ADDRESS is {address!r}, whose nodes do not answer ({last}); expected a cluster that this machine is a "
+        "node of, or no RAY_ADDRESS to work on this machine"
     )
 
 

@@ -75,6 +75,8 @@ def check_threshold(rule: str, threshold: float, positions: int) -> None:
     """Raises ValueError when there is no such rule or the threshold is outside the rule's range."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if not isinstance(threshold, int | float):
+        raise ValueError(f"threshold is {threshold!r}; expected a number")
     if rule == "relative" and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a share from 0 to 1 for the rule relative")
     if rule in ("residual", "marginal") and not 0 <= threshold < math.inf:

@@ -76,9 +76,12 @@ def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor
 def _read_score(score: str, tokens: Tokens, at: Tensor, models: Models) -> Read:
     """What a score reads off q where (B, N) `at` is True: (n,) float32 in the score's unit."""
     indices = tokens.patch_indices[at]
-    if score == "distortion":
-        return partial(read_distortion, indices=indices, codes=models.codes)
-    return partial(read_surprisal, indices=indices) if score == "surprisal" else read_entropy
+    reads: dict[str, Read] = {
+        "distortion": partial(read_distortion, indices=indices, codes=models.codes),
+        "surprisal": partial(read_surprisal, indices=indices),
+        "entropy": read_entropy,
+    }
+    return reads[score]
 
 
 def patch_errors(tokens: Tokens, kept_mask: Tensor, images: Tensor, models: Models) -> Tensor:
@@ -95,10 +98,11 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
             raise ValueError("score is 'pixel_entropy'; expected the images too")
         units = pixel_entropy_units(images, patch_size)
         return rank_in_rounds(lambda placed: units, batch, positions, 1, device)
-    if score == "random":
-        order = random_order(tokens.global_indices, positions)
-    else:
-        order = grid_order(positions).to(device).expand(batch, -1)
+    orders = {
+        "random": lambda: random_order(tokens.global_indices, positions),
+        "grid": lambda: grid_order(positions).to(device).expand(batch, -1),
+    }
+    order = orders[score]()
     return order, torch.zeros_like(order)
 
 

@@ -12,9 +12,11 @@ tile is reflected at its borders.
 Shapes: H, W picture, S tile side, R x C tiles, M global tokens, N patch positions of a tile.
 """
 
+import io
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,25 +113,8 @@ class PictureTokens:
         return replace(self, tokens=self.tokens.cut(rule, threshold))
 
     def keep(self, share: float) -> "PictureTokens":
-        """About this share of all tokens, by one level for the whole picture; global tokens are always kept.
-
-        Patches of one score stay or go together: on a flat picture a score that looks at pixels keeps none or all.
-
-        Raises:
-            ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
-        """
-        if not self.least_share <= share <= 1:
-            least = math.ceil(self.least_share * 1000) / 1000
-            raise ValueError(f"share is {share}; expected {least} (global tokens alone) to 1")
-        if not self.config.patch_tokens:
-            return self
-        ranking = self.tokens.ranking
-        if ranking is None:
-            raise ValueError("these tokens hold one cut and no ranking; expected those of encode_picture")
-        patch_tokens = share * self.config.max_tokens - self.config.global_tokens
-        if share == 1 or not SCORES[ranking.score].unit:
-            return self.cut("count", round(patch_tokens))
-        return self.cut("marginal", calibrate(ranking.score_units, "marginal", patch_tokens, ranking.resolution))
+        """About this share of all tokens, by one level for the whole picture; see `keep_together`."""
+        return keep_together([self], share)[0]
 
     def kept_map(self) -> Tensor:
         """(H, W) floats: which share of the patches that cover a pixel was kept."""
@@ -150,6 +135,36 @@ class PictureTokens:
             total[:, *place] += tile * window
             weight[place] += window
         return (total / weight)[:, : self.height, : self.width]
+
+
+def keep_together(pictures: Sequence[PictureTokens], share: float) -> list[PictureTokens]:
+    """About this share of all tokens of some pictures, by one level for all: what is hard to draw gets more of them.
+
+    Global tokens are always kept. Patches of one score stay or go together: on a flat picture a score that looks at
+    pixels keeps none or all. Scores without a unit keep the same number in every tile.
+
+    Args:
+        pictures: at least one, all of one tokenizer and ranked by one score.
+        share: of all tokens.
+
+    Raises:
+        ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
+    """
+    config, least_share = pictures[0].config, pictures[0].least_share
+    if not isinstance(share, int | float) or not least_share <= share <= 1:
+        least = math.ceil(least_share * 1000) / 1000
+        raise ValueError(f"share is {share!r}; expected {least} (global tokens alone) to 1")
+    if not config.patch_tokens:
+        return list(pictures)
+    rankings = [picture.tokens.ranking for picture in pictures if picture.tokens.ranking is not None]
+    if len(rankings) < len(pictures):
+        raise ValueError("these tokens hold one cut and no ranking; expected those of encode_picture")
+    patch_tokens = share * config.max_tokens - config.global_tokens
+    if share == 1 or not SCORES[rankings[0].score].unit:
+        return [picture.cut("count", round(patch_tokens)) for picture in pictures]
+    units = torch.cat([ranking.score_units for ranking in rankings])
+    level = calibrate(units, "marginal", patch_tokens, rankings[0].resolution)
+    return [picture.cut("marginal", level) for picture in pictures]
 
 
 def tile_starts(length: int, side: int) -> list[int]:
@@ -178,6 +193,8 @@ def encode_picture(
         ValueError: something else than a picture.
         FileNotFoundError: a path that does not exist.
     """
+    if not hasattr(tokenizer, "config"):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; expected a TaTok, then the picture")
     config = tokenizer.config
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1 tile")
@@ -296,12 +313,20 @@ def as_pixels(picture: Any) -> Tensor:
 def _opened(path: Path) -> "Image.Image":
     from PIL import Image
 
+    from tatok_model.rgb import NOTE_ERRORS, load, without_notes
+
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; expected one picture")
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        try:
+            with Image.open(path) as picture:
+                return load(picture)
+        except NOTE_ERRORS:
+            data = path.read_bytes()
+            bare = without_notes(data)
+            if bare == data:
+                raise
+            return load(Image.open(io.BytesIO(bare)))
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
@@ -310,8 +335,9 @@ def _opened(path: Path) -> "Image.Image":
 
 
 def _of_pil(picture: "Image.Image") -> Tensor:
-    from tatok_model.rgb import to_rgb, turn_of
+    from tatok_model.rgb import load, to_rgb, turn_of
 
+    picture = load(picture)
     turn = turn_of(picture)
     upright = to_rgb(picture if turn is None else picture.transpose(turn))
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1).float() / 255

@@ -16,8 +16,6 @@ Shapes: B images, H = W image side, N patch positions, M global tokens, K codebo
 patch side, n positions asked for.
 """
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
@@ -41,6 +39,7 @@ from tatok_model.entropy import (
 )
 from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, lines_json, read_lines
 from tatok_model.kept_sets import KeptSets, Wanted, hide
+from tatok_model.pretrained import Pretrained
 from tatok_model.quantizer import build_quantizer
 from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
@@ -68,12 +67,7 @@ class Codes(NamedTuple):
     commitment_loss: Tensor  # scalar
 
 
-class TaTok(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="tatok",
-    tags=["image-tokenizer"],
-):
+class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
     """The tokenizer; the file's docstring says how it works.
 
     Inference (`encode`, `rank`, `decode` and what they serve) moves no weight, in training mode either; `forward` is
@@ -389,16 +383,6 @@ class TaTok(
     def _global_quantizer(self) -> Any:
         return self.patch_quantizer if self.global_quantizer is None else self.global_quantizer
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights; pictures are cast to it."""
-        return self.mask_token.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.mask_token.device
-
     def _no_indices(self, images: Tensor, length: int) -> Tensor:
         return torch.zeros(len(images), length, dtype=torch.int64, device=images.device)
 
@@ -416,6 +400,11 @@ class TaTok(
 
     def _as_float(self, images: Tensor) -> Tensor:
         side = self.config.image_size
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images are a {type(images).__name__}; expected a tensor (B, {CHANNELS}, {side}, {side}); "
+                "encode_picture takes paths, arrays and pictures of any size"
+            )
         if images.ndim != 4 or images.shape[1:] != (CHANNELS, side, side):
             raise ValueError(f"images are {tuple(images.shape)}; expected (B, {CHANNELS}, {side}, {side})")
         if images.dtype == torch.uint8:
@@ -426,6 +415,8 @@ class TaTok(
         return images.to(self.dtype)
 
     def _check_tokens(self, tokens: Tokens) -> None:
+        if not isinstance(tokens, Tokens):
+            raise ValueError(f"tokens are a {type(tokens).__name__}; expected Tokens, as encode makes them")
         lengths = tokens.global_indices.shape[1], tokens.patch_indices.shape[1]
         expected = self.config.global_tokens, self.config.patch_positions
         if lengths != expected:
@@ -451,7 +442,10 @@ class TaTok(
             FileNotFoundError: the text is not a hub id and no such folder exists, or a folder lacks a file.
             ValueError: the folder's config.json is not one of a tokenizer, or its quality.json not calibration's.
         """
-        path = Path(pretrained_model_name_or_path)
+        name = pretrained_model_name_or_path
+        if not name or not isinstance(name, str | Path):
+            raise ValueError(f"checkpoint is {name!r}; expected a folder, a hub id or a name: {', '.join(boxed())}")
+        path = Path(name)
         in_the_box = Path(__file__).parent / "weights" / path
         if len(path.parts) == 1 and not path.exists() and in_the_box.is_dir():
             path = in_the_box
@@ -462,9 +456,7 @@ class TaTok(
                 f"checkpoint {str(path)!r} does not exist; expected a folder, a hub id owner/name "
                 f"or a name in the box: {', '.join(boxed())}"
             )
-        # Strict, else missing weights stay random; stdout, where the hub's library says that it loads, is the caller's.
-        with redirect_stdout(io.StringIO()):
-            model = super().from_pretrained(str(path), strict=True, **kwargs)
+        model = super().from_pretrained(path, **kwargs)
         model.quality_lines = read_lines(path / QUALITY_FILE if path.is_dir() else _quality_of_hub(str(path), kwargs))
         return model
 
@@ -474,6 +466,24 @@ class TaTok(
             (save_directory / QUALITY_FILE).write_text(lines_json(self.quality_lines))
         else:  # lines of other weights that lay there
             (save_directory / QUALITY_FILE).unlink(missing_ok=True)
+
+    def card(self, millions: float) -> str:
+        """See `Pretrained`."""
+        config = self.config
+        tokens = f"{config.global_tokens} global tokens"
+        if config.patch_tokens:
+            size = f"{config.patch_size}x{config.patch_size} pixels"
+            tokens += f" and up to {config.patch_positions} patch tokens ({size} each)"
+        reached = "".join(
+            f" All tokens give {line.most:.1f} dB on its validation pictures." for line in self.quality_lines[:1]
+        )
+        return (
+            f"# A tokenizer of {config.image_size}-pixel pictures\n\n{tokens} of {config.codebook_size:,} codes, "
+            f"{millions:.1f} million parameters.{reached}\n\n```python\nfrom tatok_model import TaTok, decode_picture, "
+            'encode_picture\n\ntokenizer = TaTok.from_pretrained("FOLDER")\n'
+            'photo = encode_picture(tokenizer, "photo.jpg").keep(0.25)  # any picture; a quarter of its tokens\n'
+            "picture = decode_picture(tokenizer, photo)  # (3, H, W) in [0, 1]\n```"
+        )
 
 
 def check_range(pixels: Tensor, what: str) -> None:

@@ -128,7 +128,7 @@ class Ranking:
         return self.each(lambda values: values.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokens:
     """What an encoder says of B images and all that a decoder needs.
 
@@ -172,8 +172,18 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.global_indices)
 
-    def __getitem__(self, images: Tensor | slice | list[int]) -> "Tokens":
-        """The tokens of some of the images."""
+    def __repr__(self) -> str:
+        patches = "no patch tokens"
+        if self.patch_indices.shape[1]:
+            mean = self.patch_counts.double().mean() if len(self) else 0
+            patches = f"{mean:.1f} of {self.patch_indices.shape[1]} patch tokens on average"
+        ranked = f", ranked by {self.ranking.score}" if self.ranking else ""
+        return f"Tokens({len(self)} images, {self.global_indices.shape[1]} global and {patches}{ranked})"
+
+    def __getitem__(self, images: Tensor | slice | list[int] | int) -> "Tokens":
+        """The tokens of some of the images; of one, as a batch of one, where `images` is its number."""
+        if isinstance(images, int):
+            images = slice(range(len(self))[images], range(len(self))[images] + 1)  # IndexError as of a list
         return self.each(lambda values: values[images])
 
     def to(self, device: torch.device | str) -> "Tokens":

@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.core import checkpoints
 from pipeline.core.checkpoints import load_tokenizer
 from pipeline.core.errors import BadInput
 from pipeline.core.presets import load_config
 from pipeline.data import sources
+from pipeline.data.labels import class_names, label_of
 from pipeline.data.pictures import BadPicture, prepare
 from pipeline.data.shards import ShardDataset
 from pipeline.tokens.stream import from_table, to_parquet, to_table
@@ -65,9 +67,17 @@ def mutated(data: bytes, number: int) -> bytes:
 
 
 def picture(number: int, encoding: str = "PNG") -> bytes:
+    """Noise; a deep one is of 16-bit grey, a noted one has a long text and a transparent level."""
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, encoding)
+    if encoding == "deep TIFF":
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(file, "TIFF")
+    elif encoding == "noted PNG":
+        notes = PngInfo()
+        notes.add_text("notes", "x" * 2**21, zip=True)
+        Image.fromarray(pixels[..., 0]).save(file, "PNG", pnginfo=notes, transparency=7)
+    else:
+        Image.fromarray(pixels).save(file, encoding)
     return file.getvalue()
 
 
@@ -79,6 +89,34 @@ def tar_of_pictures() -> bytes:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def tar_of_every_habit() -> bytes:
+    """Dots in keys, labels apart from their pictures, links, a Mac's shadows, a name that is not UTF-8."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in (
+            ("v1.0.png", picture(1)), ("v1.1.png", picture(2)), ("._v1.0.png", b"\0\5"), ("caf\xe9.PNG", picture(3)),
+            ("to", "caf\xe9.PNG"), ("v1.1.cls", b"\xef\xbb\xbf1"), ("v1.0.JSON", b'{"label": [2.0]}'),
+            ("to.png", "v1.0.png"),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                member.type, member.linkname = tarfile.SYMTYPE, data
+                archive.addfile(member)
+            else:
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def parquet_of_every_habit() -> bytes:
+    """Paths in the place of bytes, labels in lists of floats."""
+    file = io.BytesIO()
+    images = [{"bytes": data, "path": path} for data, path in ((picture(1), "a"), (None, "b"), (picture(2), None))]
+    rows = {"image": images, "label": [[1.0], [], [0.0]], "class_name": [b"ant", None, b"\xe9"]}
+    pq.write_table(pa.table(rows), file)
     return file.getvalue()
 
 
@@ -120,7 +158,8 @@ def place(tmp_path: Path):
 @pytest.mark.parametrize(
     ("encoding", "numbers"),
     [("PNG", range(120)), ("JPEG", range(120, 240)), ("WEBP", range(240, 320)), ("GIF", range(320, 360)),
-     ("TIFF", range(360, 420)), ("BMP", range(420, 450))],
+     ("TIFF", range(360, 420)), ("BMP", range(420, 450)), ("deep TIFF", range(450, 490)),
+     ("noted PNG", range(490, 530))],
 )  # fmt: skip
 def test_damaged_pictures(encoding: str, numbers: range) -> None:
     def use(data: bytes) -> None:
@@ -134,33 +173,42 @@ def read_source(path: Path) -> None:
     data = dataclasses.replace(DATA, source=str(path))
     source = sources.open_source("data.source", str(path), data)
     found = sources.scan(source, data)
+    indices = {name: index for index, name in enumerate(class_names(found.indexed.items(), found.names))}
     for units in found.ranges:
         for one in sources.read(source, units, data):
             assert not Path(one.id).is_absolute() or "#" in one.id
+            assert one.id.encode()
+            assert -1 <= label_of(one.label, indices) < max(len(indices), 1)
             try:
                 prepare(one.data, data)
             except BadPicture:
                 continue
 
 
-def test_damaged_tars(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "numbers"), [(tar_of_pictures, range(1000, 1120)), (tar_of_every_habit, range(1200, 1260))]
+)
+def test_damaged_tars(place: Path, make: Callable[[], bytes], numbers: range) -> None:
     path = place / "source.tar"
 
     def use(data: bytes) -> None:
         path.write_bytes(data)
         read_source(path)
 
-    assert each(tar_of_pictures(), range(1000, 1120), use, BadInput) > 10
+    assert each(make(), numbers, use, BadInput) > len(numbers) / 12
 
 
-def test_damaged_parquet_sources(place: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "numbers"), [(parquet_of_pictures, range(2000, 2120)), (parquet_of_every_habit, range(2200, 2260))]
+)
+def test_damaged_parquet_sources(place: Path, make: Callable[[], bytes], numbers: range) -> None:
     path = place / "source.parquet"
 
     def use(data: bytes) -> None:
         path.write_bytes(data)
         read_source(path)
 
-    assert each(parquet_of_pictures(), range(2000, 2120), use, BadInput) > 20
+    assert each(make(), numbers, use, BadInput) > len(numbers) / 6
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("manifest.json", range(3000, 3060)), ("shard", range(3060, 3120))])

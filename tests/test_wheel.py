@@ -45,7 +45,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_code_presets_and_weights_and_nothing_else(wheel, repository):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = set()
-    for pattern in ("*.py", "show.html", "configs/*.yaml", "weights/*.safetensors", "weights/*/*.*"):
+    for pattern in ("*.py", "evaluation/page.html", "configs/*.yaml", "weights/*.safetensors", "weights/*/*.*"):
         for top in ("pipeline", "tatok_model"):
             expected |= {str(path.relative_to(repository)) for path in (repository / top).rglob(pattern)}
     assert names == expected

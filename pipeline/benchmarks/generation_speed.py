@@ -2,9 +2,10 @@
 
 Both sample and decode the same number of pictures, in one process, on one device, taking turns; once at an equal batch
 and once each at the batch that suits it best. The control is not trained: what it has to do does not depend on its
-weights, because it always writes N tokens. Ours is, because its lengths are what training made of them. Positions are
-generated with the tokens, so nothing is filtered or replayed here; what decoding costs, q's expected codes included, is
-counted.
+weights, because it always writes N tokens. Ours is, because its lengths are what training made of them; or, with
+`benchmark.fresh`, it is not trained either, and writes as many tokens as a trained tokenizer keeps, at random places.
+Positions are generated with the tokens, so nothing is filtered or replayed here; what decoding costs is counted, q's
+expected codes included.
 
 Shapes: B pictures of a batch, N patch positions.
 """
@@ -25,10 +26,18 @@ from pipeline.core.run import Run
 from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
+    from torch import Tensor
+
     from tatok_model.generation.generator import Generator
     from tatok_model.tokenizer import TaTok
 
 OURS, CONTROL = "tatok", "patch_only"
+LENGTHS = (  # patch tokens over their mean, in twenty equal parts of 1,024 test pictures of Tiny-ImageNet, at 55 of 272
+    *(0.03, 0.10, 0.21, 0.28, 0.36, 0.46, 0.57, 0.65, 0.72, 0.83),
+    *(0.90, 1.03, 1.14, 1.24, 1.39, 1.55, 1.70, 1.94, 2.17, 2.53),
+)
+STRIDE = 7  # of LENGTHS from one sample to the next: a batch has short and long ones
+FRESH_CLASSES = 1000  # of a fresh generator, as of ImageNet
 FLOOR = 0.9  # of the ratio of steps: what fewer steps have to give at least
 
 
@@ -43,6 +52,15 @@ def check(config: Config) -> None:
         raise BadInput("tokenizer.patch_tokens is false; expected patch tokens, which the control writes all of")
     if config.generate.device == "cuda":  # else torch need not be imported
         pick_device("generate", config.generate.device)
+    if config.benchmark.fresh:
+        least, most = config.tokenizer.global_tokens, config.tokenizer.max_tokens
+        if not least < config.benchmark.mean_tokens <= most:
+            raise BadInput(
+                f"benchmark.mean_tokens is {config.benchmark.mean_tokens:g}; expected more than {least}, the global "
+                f"tokens, and at most {most}"
+            )
+        asked_labels(config.generate, FRESH_CLASSES)
+        return
     checkpoint = check_generator(config).generator.checkpoint
     if checkpoint:
         generator = read_generator(checkpoint)
@@ -56,6 +74,7 @@ class TimedGenerator:
     name: str
     generator: "Generator"
     tokenizer: "TaTok"
+    mean_tokens: float = 0.0  # of sequences whose lengths and places are given; 0: the generator chooses them
 
 
 @dataclass
@@ -82,15 +101,10 @@ class TimeSpent:
 
 def run(run: Run) -> None:
     """Measure, and leave `report.md` with the table."""
-    from pipeline.core.checkpoints import load_tokenizer
-
-    run.config = config = with_input(run.config, "generator.checkpoint")
-    generator, sha256 = load_generator(config)
-    tokenizer, tokenizer_sha256 = load_tokenizer(config)
-    run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}
-    run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
+    config = run.config
     device = pick_device("generate", config.generate.device)
-    ours = TimedGenerator(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
+    ours = _fresh(config, device) if config.benchmark.fresh else _trained(run, device)
+    generator, config = ours.generator, run.config
     facts = {
         **harness.device_facts(device),
         "generator": f"{generator.config.size}, {sum(p.numel() for p in generator.parameters())} parameters",
@@ -99,8 +113,63 @@ def run(run: Run) -> None:
         "guidance": f"{config.generate.guidance:g}, {config.generate.schedule}",
     }
     contenders = [ours, control_of(ours, device)]
-    tags = {"generator_sha256": sha256, **{name.replace(" ", "_"): fact for name, fact in facts.items()}}
+    tags = {name.replace(" ", "_"): fact for name, fact in facts.items()}
+    if "generator" in run.inputs:
+        tags["generator_sha256"] = run.inputs["generator"]["sha256"]
     harness.publish(run, lambda: _measure(run, contenders, device, facts), tags)
+
+
+def _trained(run: Run, device: Any) -> TimedGenerator:
+    """What the configuration names, or made first where it names none; said in the run's inputs."""
+    from pipeline.core.checkpoints import load_tokenizer
+
+    run.config = config = with_input(run.config, "generator.checkpoint")
+    generator, sha256 = load_generator(config)
+    tokenizer, tokenizer_sha256 = load_tokenizer(config)
+    run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}
+    run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": tokenizer_sha256}
+    return TimedGenerator(OURS, generator.to(device).eval(), tokenizer.to(device).eval())
+
+
+def _fresh(config: Config, device: Any) -> TimedGenerator:
+    """Generator and tokenizer of the configured sizes, not trained."""
+    import torch
+
+    from tatok_model.config import GeneratorConfig
+    from tatok_model.generation.generator import Generator
+    from tatok_model.tokenizer import TaTok
+
+    section = config.tokenizer
+    made = GeneratorConfig(
+        size=config.generator.size,
+        classes=FRESH_CLASSES,
+        global_tokens=section.global_tokens,
+        grid_size=section.grid_size,
+        codebook_size=section.codebook_size,
+        max_patch_tokens=section.patch_positions,
+    )
+    torch.manual_seed(0)
+    generator, tokenizer = Generator(made).to(device).eval(), TaTok(section.architecture()).to(device).eval()
+    return TimedGenerator(OURS, generator, tokenizer, config.benchmark.mean_tokens)
+
+
+def places_of(contender: TimedGenerator, numbers: "Tensor") -> "Tensor | None":
+    """(B, T) places for samples of these (B,) numbers, -1 after the last; None where the generator chooses.
+
+    Lengths are of `LENGTHS` in turn, stretched to the mean that is asked for; places are drawn, keyed by the number.
+    """
+    import torch
+
+    if not contender.mean_tokens:
+        return None
+    config = contender.generator.config
+    most, mean = config.max_patch_tokens, contender.mean_tokens - config.global_tokens
+    places = torch.full((len(numbers), most), -1)
+    for row, number in enumerate(numbers.tolist()):
+        length = min(round(LENGTHS[number * STRIDE % len(LENGTHS)] * mean), most)
+        draws = torch.Generator().manual_seed(number)
+        places[row, :length] = torch.randperm(config.patch_positions, generator=draws)[:length].sort().values
+    return places.to(numbers.device)
 
 
 def control_of(ours: TimedGenerator, device: Any) -> TimedGenerator:
@@ -136,7 +205,8 @@ def _measure(run: Run, contenders: list[TimedGenerator], device: Any, facts: dic
         for name, seconds in harness.take_turns(run, turns).items():
             measured[name, size] = [section.images / value for value in seconds]
     rates = {key: Spread.of(values) for key, values in measured.items()}
-    numbers: dict[str, float] = {}
+    weights = sum(weight.nbytes for weight in contenders[0].generator.parameters())
+    numbers: dict[str, float] = {"generator_bytes": weights}
     best: dict[str, int] = {}  # batch size by name
     for contender in contenders:
         name, spent = contender.name, work[contender.name, equal]
@@ -192,10 +262,10 @@ def make_pictures(
     asked = torch.tensor(asked_labels(config.generate, generator.config.classes), device=device)
     for first in range(0, images, batch_size):
         numbers = torch.arange(first, min(first + batch_size, images), device=device)
-        labels = asked[numbers % len(asked)]
+        labels, places = asked[numbers % len(asked)], places_of(contender, numbers)
         started = harness.now(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16("auto", device)):
-            sequences = sample(generator, labels, numbers, config.generate.seed, config.generate)
+            sequences = sample(generator, labels, numbers, config.generate.seed, config.generate, places=places)
             sampled = harness.now(device)
             tokenizer.decode(sequences.to_tokens(tokenizer.config.patch_positions, tokenizer.config.global_tokens))
         work.sampling += sampled - started

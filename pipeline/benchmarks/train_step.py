@@ -135,19 +135,34 @@ def training_flops(config: TokenizerConfig) -> float:
 
 def forward_flops(config: TokenizerConfig) -> float:
     """Operations of a forward pass for an image of which everything is read, kept and predicted."""
-    width, encoder_layers, decoder_layers, _ = SIZES[config.size]
-    m, n = config.global_tokens, config.patch_positions
-    pixels = config.patch_size**2 * CHANNELS
-    total = 2.0 * (2 * n * pixels * width)  # patches in, pixels out
-    total += transformer_flops(m + n, width, encoder_layers + decoder_layers)
-    total += 2.0 * config.max_tokens * config.codebook_size * _code_dim(config)  # nearest entries
-    total += 2 * (2.0 * config.max_tokens * width * _code_dim(config))  # to code vectors and back
-    if config.has_entropy_model:
-        seen = n + (m if config.entropy_globals else 0)
-        total += 2.0 * seen * _code_dim(config) * config.entropy_width
-        total += transformer_flops(seen, config.entropy_width, config.entropy_layers)
-        total += 2.0 * n * config.entropy_width * config.codebook_size
-    return total
+    return encode_flops(config) + decode_flops(config) + entropy_flops(config)
+
+
+def encode_flops(config: TokenizerConfig) -> float:
+    """Operations of the way from pixels to codebook entries, for an image."""
+    width, layers, _, _ = SIZES[config.size]
+    dim = _code_dim(config)
+    total = 2.0 * config.patch_positions * config.patch_size**2 * CHANNELS * width
+    total += transformer_flops(config.global_tokens + config.patch_positions, width, layers)
+    return total + 2.0 * config.max_tokens * dim * (width + config.codebook_size)  # to code vectors, and the nearest
+
+
+def decode_flops(config: TokenizerConfig) -> float:
+    """Operations of the way from codebook entries to pixels, for an image of which everything is kept."""
+    width, _, layers, _ = SIZES[config.size]
+    total = 2.0 * config.patch_positions * config.patch_size**2 * CHANNELS * width
+    total += transformer_flops(config.global_tokens + config.patch_positions, width, layers)
+    return total + 2.0 * config.max_tokens * _code_dim(config) * width
+
+
+def entropy_flops(config: TokenizerConfig) -> float:
+    """Operations of q, for an image of which every code is predicted; 0 where there is no q."""
+    if not config.has_entropy_model:
+        return 0.0
+    seen = config.patch_positions + (config.global_tokens if config.entropy_globals else 0)
+    total = 2.0 * seen * _code_dim(config) * config.entropy_width
+    total += transformer_flops(seen, config.entropy_width, config.entropy_layers)
+    return total + 2.0 * config.patch_positions * config.entropy_width * config.codebook_size
 
 
 def transformer_flops(length: int, width: int, layers: int) -> float:

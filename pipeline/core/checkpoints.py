@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, did_you_mean
-from pipeline.core.files import BOX, boxed, in_the_box, resolve, sha256_file, write_json
+from pipeline.core.files import ANSWER_SECONDS, BOX, boxed, in_the_box, resolve, sha256_file, within, write_json
 from pipeline.core.run import Run
 from tatok_model.config import GeneratorConfig, TokenizerConfig, read_config, read_generator_config
 from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, read_lines
@@ -317,13 +317,18 @@ def from_hub(name: str, key: str = "tokenizer.checkpoint") -> Path:
     Raises:
         BadInput: it cannot be had.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import HfApi, snapshot_download
 
+    problem: Exception | None = None
+    try:  # first: a download that does not begin is tried again for minutes
+        within(ANSWER_SECONDS, lambda: HfApi().model_info(name, timeout=10))
+    except Exception as error:  # noqa: BLE001 - of its HTTP library, which changes; what was had before may serve
+        problem = error
+    wanted = ["config.json", "model.safetensors", "quality.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "quality.json"]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=problem is not None))
+    except Exception as error:  # noqa: BLE001 - as above
+        reason = next(iter(str(problem or error).splitlines()), "") or type(problem or error).__name__
         raise BadInput(
             f"{key} {name!r} cannot be had from the hub ({reason}); expected a checkpoint folder or a hub id"
         ) from None

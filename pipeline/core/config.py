@@ -59,8 +59,8 @@ class DataConfig:
     encoding: Encoding = "png"  # how resized pictures are stored; others keep their bytes
     quality: Annotated[int, Field(ge=1, le=100)] = 95  # of jpeg and webp, 1-100
     image_column: str = "image"  # Parquet column with the picture: bytes or {bytes, path}
-    label_column: str = "label"  # Parquet column with the class index, used when present
-    class_name_column: str = "class_name"  # Parquet column with the class name, used when present
+    label_column: str = "label"  # of Parquet, or entry of .json in a tar: class index or name; "" none
+    class_name_column: str = "class_name"  # the same for the name of a class; "" none
     num_workers: AtLeast0 = 0  # parallel shard tasks; 0: one per CPU
 
 
@@ -228,6 +228,7 @@ class GenerateConfig(SamplingConfig):
     num_workers: AtLeast1 = 1  # actors
     device: Device = "auto"
     encoding: Encoding = "png"
+    files: bool = False  # each picture as a file in images/ too, as other people's evaluators want them
     grid_images: AtLeast0 = 64  # pictures in the grid
 
     def __post_init__(self) -> None:
@@ -247,6 +248,8 @@ class BenchmarkConfig:
     pictures: AtLeast1 = 2000  # preprocess, ingest, scaling's workers: JPEG files of 500x375 made for the run
     sizes: Sizes = (1000, 10000)  # scaling: pictures over which time and memory an image should stay flat
     workers: Sizes = (1, 2, 4)  # scaling: numbers of workers; those beyond the CPUs are left out
+    fresh: bool = False  # generation: fresh weights that write as many tokens as a trained tokenizer keeps
+    mean_tokens: Positive = 56.4  # of those on average, global ones included
     titok: str = ""  # train_step: folder with TiTok's public code (1d-tokenizer); empty: it is left out
 
     def __post_init__(self) -> None:

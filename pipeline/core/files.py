@@ -1,5 +1,8 @@
 """Where paths and URLs point, files that appear whole or not at all, and what full storage or memory is reported as.
 
+What is asked of another machine is asked for so long and no longer (`within`): a store that does not answer is bad
+input.
+
 Relative paths resolve against `TATOK_ROOT`, else the working directory. Inside a submitted Ray job the working
 directory may be a temporary copy: a relative output would vanish with it, so it is refused.
 """
@@ -8,13 +11,19 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.core.config import Config
@@ -29,7 +38,9 @@ INPUT_KEYS = (
 )  # fmt: skip
 TOKENIZERS = ("tokenizer.checkpoint", "sweep.checkpoints", "evaluate.blind_checkpoint")
 BOX = Path(str(resources.files("tatok_model"))) / "weights"
+T = TypeVar("T")
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
+URL_KEYS = ("data.source", "data.heldout_source", "data.shards", "tokens.path", "evaluate.generated", "tracking.uri")
 
 
 def in_the_box(name: str) -> bool:
@@ -46,7 +57,8 @@ def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths; URLs and hub ids stay as they are.
 
     Raises:
-        BadInput: a relative output or tracking path in a temporary copy of the working directory.
+        BadInput: a relative output or tracking path in a temporary copy of the working directory, a URL where only a
+            path can be used, a path not in UTF-8.
     """
     for key in INPUT_KEYS + OUTPUT_KEYS:
         section, name = key.split(".")
@@ -66,6 +78,8 @@ def resolve(key: str, value: Any) -> Any:
         return value  # a name
     if value.startswith("sqlite:///"):
         return "sqlite:///" + _absolute(key, value.removeprefix("sqlite:///"))
+    if "://" in value and key not in URL_KEYS:
+        raise BadInput(f"{key} is {masked(value)!r}; expected a path on a file system of this machine, not a URL")
     if "://" in value:
         return value
     if key == "tokenizer.checkpoint" and value.count("/") == 1 and not (_root() / value).parent.exists():
@@ -75,6 +89,8 @@ def resolve(key: str, value: Any) -> Any:
 
 def _absolute(key: str, value: str) -> str:
     path = Path(value).expanduser()
+    if printable(str(_root() / path)) != str(_root() / path):
+        raise BadInput(f"{key} is {value!r}, a path that is not UTF-8; expected one that is, such as a link to it")
     if path.is_absolute():
         return str(path)
     if key in OUTPUT_KEYS and in_temporary_copy() and not os.environ.get("TATOK_ROOT"):
@@ -129,18 +145,91 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_asking: set[threading.Thread] = set()  # that wait for an answer
+
+
+def leave(code: int) -> NoReturn:
+    """End this process: at once where a library still waits for an answer that nobody wants any more.
+
+    pyarrow's last act in a process is to wait for it.
+    """
+    if _asking:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; Ctrl-C and SIGTERM end the wait at once, with KeyboardInterrupt.
+
+    In a thread of its own: libraries in C++ hear no signal, and some ask a dead server for a quarter of an hour. A call
+    that was given up ends with the process.
+
+    Raises:
+        TimeoutError: no answer after so many seconds.
+    """
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as problem:  # noqa: BLE001 - raised where it was asked for
+            answer.set_exception(problem)
+        finally:
+            _asking.discard(threading.current_thread())
+
+    asking = threading.Thread(target=work, daemon=True, name="asking")
+    _asking.add(asking)
+    asking.start()
+    with interruptible():
+        try:
+            return answer.result(seconds)
+        except TimeoutError as error:
+            raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Signals interrupt, as a job's do not otherwise: what waits for an answer has nothing to save."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may hear them
+        yield
+        return
+    earlier = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 # Paths and URLs behind one interface: a local path or any file system pyarrow knows (s3://, gs://, file://, ...).
+
+
+ANSWER_SECONDS = 25.0  # a store is asked twice before anything is read: for itself and for what is in it
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
+
+
+def masked(text: str) -> str:
+    """`text` without the `user:password` part of the URLs in it."""
+    return _CREDENTIALS.sub("***@", text)
 
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on a file system."""
+    """A file or folder on a file system.
+
+    Raises, from every method that looks at another machine's:
+        FileNotFoundError: nothing is there.
+        BadInput: the store refuses, or does not answer, with the key that named it and the reason.
+    """
 
     filesystem: Any
     path: str
+    said: str = ""  # the key and URL that named it, for messages
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}" if name else self.path)
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}" if name else self.path)
 
     @property
     def name(self) -> str:
@@ -150,7 +239,7 @@ class Location:
     @property
     def parent(self) -> "Location":
         """The folder that holds this."""
-        return Location(self.filesystem, str(PurePosixPath(self.path).parent))
+        return replace(self, path=str(PurePosixPath(self.path).parent))
 
     @property
     def is_local(self) -> bool:
@@ -159,42 +248,119 @@ class Location:
 
     def info(self) -> fs.FileInfo:
         """Type and size; the type says when nothing is there."""
-        return self.filesystem.get_file_info(self.path)
+        return self._ask(lambda: self.filesystem.get_file_info(self.path))
 
     def open(self) -> Any:
         """A seekable file object for reading bytes."""
-        return self.filesystem.open_input_file(self.path)
+        if self.is_local and printable(self.path) != self.path:  # not UTF-8, which pyarrow asks for
+            return open(self.path, "rb")
+        return self._ask(lambda: self.filesystem.open_input_file(self.path))
 
     def read(self) -> bytes:
         """All bytes of a file."""
         with self.open() as file:
-            return file.read()
+            return self._ask(file.read, bounded=False)
 
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """(path relative to this folder, size in bytes) of every file below, in no order."""
+    def walk(self, left_out: list[tuple[str, str]] | None = None) -> Iterator[tuple[str, int]]:
+        """(path relative to this folder, size in bytes) of every file below, in no order.
+
+        On this machine hidden ones are left out, and so are folders of runs and what cannot be followed; these are
+        added to `left_out` with the reason.
+        """
+        if self.is_local:
+            yield from _walk(self.path, "", [], [] if left_out is None else left_out)
+            return
         selector = fs.FileSelector(self.path, recursive=True)
         prefix = len(self.path.rstrip("/")) + 1
-        for info in self.filesystem.get_file_info(selector):
+        # A long listing may take what it takes, but not before the store has answered at all: `info` comes first.
+        for info in self._ask(lambda: self.filesystem.get_file_info(selector), bounded=False):
             if info.type == fs.FileType.File:
                 yield info.path[prefix:], info.size
 
+    def _ask(self, call: Callable[[], T], bounded: bool = True) -> T:
+        seconds = ANSWER_SECONDS if bounded else None
+        return call() if self.is_local else _of_store(self.said, call, seconds, FileNotFoundError)
 
-def locate(place: str) -> Location:
-    """The location that a path or URL names.
+
+RUN_FILES = {"config.yaml", "summary.json"}  # a folder with both is a run's
+TRACKED = ("mlartifacts", "mlflow.db", "mlruns")  # what MLflow writes where it is not told otherwise
+OURS = "written by jobs"
+
+
+def _walk(folder: str, prefix: str, above: list[tuple[int, int]], left_out: list[tuple[str, str]]) -> Iterator[Any]:
+    """`Location.walk` on this machine; `above` are device and number of the folders on the way here."""
+    try:
+        status = os.stat(folder)
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        left_out.append((prefix.rstrip("/"), f"folder cannot be read ({error.strerror})"))
+        return
+    me = (status.st_dev, status.st_ino)
+    names = {entry.name for entry in entries}
+    if me in above:
+        left_out.append((prefix.rstrip("/"), "link to a folder that it lies in"))
+    elif prefix and names >= RUN_FILES:
+        left_out.append((prefix.rstrip("/"), OURS))
+    else:
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name in TRACKED:
+                left_out.append((name, OURS))
+                continue
+            try:
+                found = entry.stat()
+            except OSError as error:
+                left_out.append((name, f"link that leads nowhere ({error.strerror})"))
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                yield from _walk(entry.path, f"{name}/", [*above, me], left_out)
+            elif stat.S_ISREG(found.st_mode):
+                yield name, found.st_size
+            else:
+                left_out.append((name, "neither file nor folder"))
+
+
+def printable(name: str) -> str:
+    """A name as UTF-8 can hold it: what stands for other bytes, or for half a character, is written out."""
+    return re.sub("[\ud800-\udfff]", lambda half: ascii(half[0])[1:-1], name)
+
+
+def locate(place: str, key: str = "") -> Location:
+    """The location that a path or URL names; `key` is the one of the configuration that holds it.
 
     Raises:
-        BadInput: a URL whose scheme pyarrow does not know, or that is malformed.
+        BadInput: a URL whose scheme pyarrow does not know, or that is malformed; the store does not answer, or lacks a
+            library here.
     """
     if "://" not in place:
         return Location(fs.LocalFileSystem(), place)
+    said = f"{key} {masked(place)!r}".strip()
     try:
-        filesystem, path = fs.FileSystem.from_uri(place)
-    except (pa.ArrowException, ValueError, OSError) as error:
+        filesystem, path = _of_store(said, lambda: fs.FileSystem.from_uri(place), ANSWER_SECONDS, ValueError)
+    except ValueError as error:
         raise BadInput(
-            f"{place!r} is not understood ({' '.join(str(error).split())}); expected a path or a URL "
-            "such as s3://bucket/folder, gs://bucket/folder or file:///folder"
+            f"{said} is not understood ({_reason(error)}); expected a path or a URL such as s3://bucket/folder, "
+            "gs://bucket/folder, abfs://container@account.dfs.core.windows.net/folder, hf://datasets/owner/name or "
+            "file:///folder"
         ) from None
-    return Location(filesystem, path)
+    return Location(filesystem, path, said)
+
+
+def _of_store(said: str, call: Callable[[], T], seconds: float | None, but: type[Exception]) -> T:
+    """What a store answers; what its library raises becomes a sentence, `but` what has a meaning of its own."""
+    try:
+        return within(seconds, call)
+    except but:
+        raise
+    except Exception as error:  # noqa: BLE001 - each library of each store has its own
+        raise BadInput(
+            f"{said} cannot be read ({_reason(error)}); expected a store that answers and lets this machine read, or a "
+            "path"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return masked(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 # What to say when storage or memory is full: one sentence, whatever library met it first.

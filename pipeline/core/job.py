@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
-from pipeline.core.files import OutOfRoom, resolve_paths, storage_sentence
+from pipeline.core.files import OutOfRoom, leave, resolve_paths, storage_sentence
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run, check_folder, check_resumable, numbered_name
 from pipeline.core.stages import MEASURES, Stage, find_stage
@@ -41,13 +41,16 @@ def main(name: str, description: str | None) -> NoReturn:
             check_resumable(folder)
         print(config.to_yaml(), file=stdout, flush=True)
         if arguments.dry_run:
-            sys.exit(EXIT_DONE)
+            leave(EXIT_DONE)
         run = Run.open(name, config, config.run.name, resume=arguments.resume)
     except BadInput as error:
         refuse(error)
+    except KeyboardInterrupt:  # nothing is begun yet
+        print("stopped: interrupted", file=sys.stderr)
+        leave(EXIT_STOPPED)
     code = execute(run, stage)
     print(f"RUN_FOLDER={run.folder.absolute()}", file=stdout, flush=True)
-    sys.exit(code)
+    leave(code)
 
 
 def _default_name(name: str, config: Config, resume: bool) -> str:
@@ -59,7 +62,7 @@ def _default_name(name: str, config: Config, resume: bool) -> str:
 def refuse(error: BadInput) -> NoReturn:
     """Say what is wrong with the input, and exit."""
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+    leave(EXIT_BAD_INPUT)
 
 
 def execute(run: Run, stage: Stage) -> int:

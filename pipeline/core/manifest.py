@@ -17,15 +17,15 @@ from pipeline.core.files import locate
 T = TypeVar("T")  # a dataclass
 
 
-def read_described(folder: str | Path, name: str, writer: str) -> Any:
-    """The values in file `name` of a folder, a path or URL, which the job `writer` makes.
+def read_described(folder: str | Path, name: str, writer: str, key: str = "") -> Any:
+    """The values in file `name` of a folder, a path or URL, which the job `writer` makes and `key` may name.
 
     Raises:
         BadInput: there is none, or it is no JSON.
     """
     place = str(folder)
     try:
-        return json.loads((locate(place) / name).read())
+        return json.loads((locate(place, key) / name).read())
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{place!r} holds no {name}; expected a folder written by {writer}") from None
     except (OSError, ValueError) as error:

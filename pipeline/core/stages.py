@@ -34,6 +34,7 @@ BENCHMARKS = {  # the kinds of the stage `benchmark`: modules with `check` and `
     "generation": "pipeline.benchmarks.generation_speed",
     "evaluate": "pipeline.benchmarks.evaluate_speed",
     "scaling": "pipeline.benchmarks.scaling",
+    "all": "pipeline.benchmarks.every_kind",
 }
 
 

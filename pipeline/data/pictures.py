@@ -4,7 +4,7 @@ What happens, in order: the header is read and the pixel count checked before an
 decoded whole (a truncated file is refused, not padded); turned as its EXIF orientation says; brought to 8-bit RGB, with
 transparency over white; its short side resized to `image_size` (bicubic, antialiased) and its centre cropped. Colour
 profiles are ignored and only the first frame of an animation is used. A picture that needs none of this keeps its
-bytes.
+bytes, but for texts and profiles at which Pillow gives up.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.core.config import DataConfig
-from tatok_model.rgb import to_rgb, turn_of
+from tatok_model.rgb import NOTE_ERRORS, load, to_rgb, turn_of, without_notes
 
 PNG_LEVEL = 2  # as small as the default 6 with photographs (117 against 117 KB at 256 pixels) in 40% of the time
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP")  # what every reader of the shards understands
@@ -57,7 +57,8 @@ def prepare(data: bytes, config: DataConfig) -> bytes:
         config: uses image_size, max_pixels, encoding and quality.
 
     Returns:
-        `data` itself where nothing had to change and the format is JPEG, PNG or WebP; else newly encoded bytes.
+        `data` itself where nothing had to change and the format is JPEG, PNG or WebP, but for texts and a profile that
+        are too long for Pillow; else newly encoded bytes.
 
     Raises:
         BadPicture: empty, unknown, truncated, broken or larger than max_pixels.
@@ -89,7 +90,13 @@ def encode(picture: Image.Image, encoding: str, quality: int) -> bytes:
 
 
 def _prepare(data: bytes, config: DataConfig) -> bytes:
-    picture = _open(data, config.max_pixels)
+    try:
+        picture = _open(data, config.max_pixels)
+    except NOTE_ERRORS:
+        bare = without_notes(data)
+        if bare == data:
+            raise
+        data, picture = bare, _open(bare, config.max_pixels)
     size = config.image_size
     turn = turn_of(picture)
     if turn is None and picture.size == (size, size) and _is_plain(picture, data):
@@ -104,10 +111,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     picture = Image.open(io.BytesIO(data), formats=formats())
     if picture.width * picture.height > max_pixels:
         raise BadPicture(f"{picture.width}x{picture.height} pixels, more than data.max_pixels {max_pixels}")
-    picture.load()
+    loaded = load(picture)
     if picture.format == "PNG" and PNG_END not in data:
         raise BadPicture("image file is truncated (no end of PNG)")  # Pillow overlooks a few missing bytes
-    return picture
+    return loaded
 
 
 @contextmanager

@@ -7,25 +7,32 @@ First the plan (`plan.json`: which pictures go into which shard), then the shard
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet as pq
 
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.files import write_atomically
+from pipeline.core.files import OURS, printable, write_atomically
 from pipeline.core.manifest import check_unchanged, fingerprint
 from pipeline.core.ranges import Part, Stopwatch, run_ranges
 from pipeline.core.run import Run
+from pipeline.data.labels import class_names, label_of
 from pipeline.data.pictures import BadPicture, prepare, without_global_limits
-from pipeline.data.shards import SPLITS, Manifest, ShardWriter, write_manifest, write_rejected
-from pipeline.data.sources import Picture, RawLabel, Scan, Source, Unit, check_source, open_source, read, scan
+from pipeline.data.scans import LeftOut, Picture, Unit
+from pipeline.data.shards import SPLITS, Manifest, ShardDataset, ShardWriter, write_manifest, write_rejected
+from pipeline.data.sources import Source, check_source, open_source, read, scan
 from pipeline.tracking import Tracker, check_tracking
 
 BYTE_KEYS = (  # of the data section, beside the sources themselves
@@ -33,6 +40,8 @@ BYTE_KEYS = (  # of the data section, beside the sources themselves
     "image_column", "label_column", "class_name_column",
 )  # fmt: skip
 BY_HASH = "by_hash"
+MOST_LINES = 5  # of a kind, where there may be one a picture
+MOST_CLASSES = 20  # whose names are told
 READ_AHEAD = 64  # pictures that threads share at a time
 
 
@@ -112,6 +121,7 @@ class PicturePlan:
     source_fingerprint: str
     classes: list[str]
     ranges: list[PictureRange]
+    left_out: LeftOut = field(default_factory=list)  # what may be pictures and is in no range
 
     @property
     def key(self) -> str:
@@ -167,31 +177,21 @@ def make_plan(sources: list[Source], data: DataConfig) -> PicturePlan:
     for index, (looked, split) in enumerate(zip(scans, SPLITS if len(scans) > 1 else [BY_HASH], strict=True)):
         for units, rows in zip(looked.ranges, looked.rows, strict=True):
             ranges.append(PictureRange(len(ranges), index, split, rows, units))
-    return PicturePlan(byte_config(data), _fingerprint(sources), class_names(scans), ranges)
-
-
-def class_names(scans: list[Scan]) -> list[str]:
-    """The name of every class index over all sources; names without indices are numbered in their sorted order.
-
-    Raises:
-        BadInput: an index has two names, or a name has no index although other classes have one.
-    """
-    indexed: dict[int, str] = {}
-    for label, name in (item for looked in scans for item in looked.indexed.items()):
-        known = indexed.get(label) or name
-        if name and known != name:
-            raise BadInput(
-                f"class {label} is {known!r} in data.source and {name!r} in data.heldout_source; expected one name"
-            )
-        indexed[label] = known
-    names = sorted(set().union(*(looked.names for looked in scans)))
-    if not indexed:
-        return names
-    table = [indexed.get(label) or str(label) for label in range(max(indexed) + 1)]
-    for name in names:
-        if name not in table:
-            raise BadInput(f"class {name!r} has no index, but others have; expected indices for all or for none")
-    return table
+    classes = class_names(
+        (item for looked in scans for item in looked.indexed.items()),
+        (name for looked in scans for name in looked.names),
+    )
+    warnings = [warning for looked in scans for warning in looked.warnings]
+    for warning in warnings[:MOST_LINES]:
+        say(f"warning: {warning}")
+    if len(warnings) > MOST_LINES:
+        say(f"warning: the like {len(warnings) - MOST_LINES} times more")
+    left_out = [(printable(path), printable(reason)) for looked in scans for path, reason in looked.left_out]
+    ours = [path for path, reason in left_out if reason == OURS]
+    if ours:  # no pictures of the source, and more after every run
+        say(f"left out, as jobs wrote it: {', '.join(ours[:MOST_LINES])}{', ...' if len(ours) > MOST_LINES else ''}")
+        left_out = [(path, reason) for path, reason in left_out if reason != OURS]
+    return PicturePlan(byte_config(data), _fingerprint(sources), classes, ranges, left_out)
 
 
 def _fingerprint(sources: list[Source]) -> str:
@@ -279,13 +279,6 @@ class PreprocessWork:
         }
 
 
-def label_of(raw: RawLabel, indices: dict[str, int]) -> int:
-    """Class index of a raw label; -1 for none."""
-    if isinstance(raw, str):
-        return indices[raw]
-    return -1 if raw is None or raw < 0 else raw
-
-
 def split_of(data: bytes, heldout_fraction: float) -> str:
     """The split of a picture, by a hash of the file: equal files land in the same split, at every image size."""
     draw = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
@@ -294,14 +287,15 @@ def split_of(data: bytes, heldout_fraction: float) -> str:
 
 def _write_results(folder: Path, plan: PicturePlan, parts: list[Part]) -> Manifest:
     """Write `rejected.parquet`, then `manifest.json`, which marks the shards as complete."""
-    rejected = [rejection for part in parts for rejection in part.rejected or []]
+    rejected = plan.left_out + [rejection for part in parts for rejection in part.rejected or []]
     shards = [shard for part in parts for shard in part.files.items()]
     facts = plan.config, plan.source_fingerprint, tuple(plan.classes)
     manifest = Manifest.of(plan.config["image_size"], *facts, shards, len(rejected))
     if not manifest.splits["train"].rows:
         write_rejected(folder, rejected)
+        first = f" ({rejected[0][0]}: {rejected[0][1]})" if rejected else ""
         raise BadInput(
-            f"no picture for training: {_row_counts(manifest)}; expected some, see {folder / 'rejected.parquet'}"
+            f"no picture for training: {_row_counts(manifest)}{first}; expected some, see {folder / 'rejected.parquet'}"
         )
     write_manifest(folder, manifest, rejected)
     return manifest
@@ -313,9 +307,12 @@ def _report(run: Run, manifest: Manifest, speed: float) -> None:
         "manifest": str(run.folder / "manifest.json"),
         "rejected": str(run.folder / "rejected.parquet"),
     }
+    counts = count_labels(run.folder)
     run.results = {
         "rows_train": manifest.splits["train"].rows,
         "rows_heldout": manifest.splits["heldout"].rows,
+        "rows_labelled": sum(counts.values()),
+        "classes": len(counts),
         "rejected": manifest.rejected,
         "images_per_second": round(speed, 1),
     }
@@ -323,8 +320,44 @@ def _report(run: Run, manifest: Manifest, speed: float) -> None:
     run.log(run.results, step=0)
     rate = f", {speed:.0f} images/s" if speed else ""  # 0: everything was there already
     say(f"preprocess: {_row_counts(manifest)}{rate} -> {run.folder}")
+    for line in [*_told_labels(counts, manifest), *_told_rejections(run.folder)]:
+        say(line)
     if not manifest.splits["heldout"].rows:
         say("warning: nothing is held out; expected a larger data.heldout_fraction or a data.heldout_source")
+
+
+def count_labels(folder: Path) -> dict[int, int]:
+    """Class index -> pictures of both splits, in order, without those that have none."""
+    labels = [ShardDataset(folder, split, memory_bytes=0) for split in SPLITS]
+    indices, counts = np.unique(
+        np.concatenate([found.labels(range(len(found))) for found in labels]), return_counts=True
+    )
+    return {int(index): int(count) for index, count in zip(indices, counts, strict=True) if index >= 0}
+
+
+def _told_labels(counts: dict[int, int], manifest: Manifest) -> list[str]:
+    labelled, images = sum(counts.values()), sum(split.rows for split in manifest.splits.values())
+    if not labelled:
+        return ["labels: no image has one"]
+    classes = [(index, manifest.classes[index]) for index in counts]
+    told = [f"{index}={name}" if name != str(index) else name for index, name in classes[:MOST_CLASSES]]
+    more = ", ..." if len(classes) > MOST_CLASSES else ""
+    number = f"{len(classes)} classes" if len(classes) > 1 else "1 class"
+    lines = [f"labels: {labelled} of {images} images have one, in {number}: {', '.join(told)}{more}"]
+    if labelled < images:
+        lines.append(f"warning: no label for {images - labelled} of {images} images; expected one for all or for none")
+    return lines
+
+
+def _told_rejections(folder: Path) -> list[str]:
+    """A line for each of the frequent reasons, with an example."""
+    table = pq.read_table(folder / "rejected.parquet").to_pylist()
+    kinds = [re.sub(r"'[^']*'|\d+", "", row["reason"]) for row in table]  # alike but for names and numbers
+    first = dict(zip(reversed(kinds), reversed(table), strict=True))
+    frequent = Counter(kinds).most_common()
+    counts = [(count, first[kind]) for kind, count in frequent[:MOST_LINES]]
+    lines = [f"rejected: {count}, as {row['path']}: {row['reason']}" for count, row in counts]
+    return lines + ([f"rejected: for {len(frequent) - MOST_LINES} reasons more"] if len(frequent) > MOST_LINES else [])
 
 
 def _row_counts(manifest: Manifest) -> str:

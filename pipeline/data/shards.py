@@ -113,7 +113,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         BadInput: there is none, or it is another program's, of another version, or damaged.
     """
     what = f"{NAME} in {str(folder)!r}"
-    values = read_described(folder, NAME, WRITER)
+    values = read_described(folder, NAME, WRITER, "data.shards")
     check_format(values, what, (FORMAT, VERSION), WRITER)
     manifest = parse_values(Manifest, values, what)
     if set(manifest.splits) != set(SPLITS) or manifest.fingerprint != fingerprint(manifest.splits):

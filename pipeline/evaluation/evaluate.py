@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     from pipeline.evaluation.evaluator import Bench
     from pipeline.evaluation.measurements import Measurements
     from pipeline.evaluation.results import CurveResults
+    from tatok_model import TaTok
 
 
 def check(config: Config) -> None:
@@ -116,7 +117,7 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[
     cuts = table(curve, run.config.filter.rule, distances)
     report(run, f"{run.config.preset}: {bench.plan.count} held-out images", lines, told, facts, tracker, cuts)
     if bench.plan.grid:
-        _draw(run, bench, found, tracker)
+        _draw(run, bench, found, tokenizer, tracker)
     if curve:
         keep_curve(run, bench, found, curve, distances[0].name, tracker)
 
@@ -158,12 +159,21 @@ def _facts(bench: "Bench") -> dict[str, str]:
     }
 
 
-def _draw(run: Run, bench: "Bench", found: "Measurements", tracker: Tracker) -> None:
-    """Originals over reconstructions."""
-    from pipeline.core.collages import save_rows
+def _draw(run: Run, bench: "Bench", found: "Measurements", tokenizer: "TaTok", tracker: Tracker) -> None:
+    """Originals over reconstructions, and the page on which a slider moves over their budgets."""
+    import torch
 
-    path = run.folder / "pictures" / "reconstructions.png"
-    save_rows(path, [bench.originals_shown(), found.operating.shown.pictures])
-    run.outputs["reconstructions"] = str(path)
+    from pipeline.core.collages import save_rows
+    from pipeline.evaluation.page import at_every_budget, write_page
+
+    path, page = run.folder / "pictures" / "reconstructions.png", run.folder / "show.html"
+    originals = bench.originals_shown()
+    save_rows(path, [originals, found.operating.shown.pictures])
     tracker.picture(path, "reconstructions", 0)
-    say(f"originals over reconstructions: {path}")
+    places = bench.plan.indices(bench.plan.shown()).tolist()
+    pictures = torch.from_numpy(originals).permute(0, 3, 1, 2).float() / 255
+    named = list(zip(bench.pictures.ids(places), pictures, strict=True))
+    write_page(page, at_every_budget(tokenizer, named, run.config.filter.score, run.config.filter.rounds))
+    tracker.artifact(page)
+    run.outputs |= {"reconstructions": str(path), "page": str(page)}
+    say(f"originals over reconstructions: {path}\nwith a slider over the number of tokens: {page}")

@@ -119,9 +119,10 @@ class GeneratedComparison:
             Stopped: the run was asked to stop; features that were computed are kept.
         """
         results: dict[str, float] = {"images": len(self.made), "images_real": self.plan.count}
+        known = [self._known(extractor) for extractor in self.extractors]  # what is refused is refused first
         pairs = [(extractor, *self._features(extractor)) for extractor in self.extractors]
-        for extractor, made, real in pairs:
-            distance = Distance(extractor, self._reference(extractor, real))
+        for (extractor, made, real), reference in zip(pairs, known, strict=True):
+            distance = Distance(extractor, reference or self._new(extractor, real))
             results[distance_name(extractor)] = distance.of(statistics(made.features))
             if extractor is self.main:
                 self.distance = distance
@@ -192,13 +193,15 @@ class GeneratedComparison:
         real = measure_features(run, f"held-out, {name}", self.heldout, count, shards, extractor, None, mirrored)
         return made, real
 
-    def _reference(self, extractor: Extractor, real: FeatureSet) -> Reference:
-        """Statistics of the originals: given for the main extractor, kept by an earlier run, or new and kept."""
-        meta, main = describe(self.heldout.manifest, self.plan, extractor), extractor is self.main
-        known = known_reference(self.run, meta, extractor, main)
-        if known is not None:
-            return known
-        return new_reference(self.run, meta, extractor, main, statistics(real.features), inception_score(real.logits))
+    def _known(self, extractor: Extractor) -> Reference | None:
+        """Statistics of the originals: given for the main extractor, or kept by an earlier run."""
+        meta = describe(self.heldout.manifest, self.plan, extractor)
+        return known_reference(self.run, meta, extractor, extractor is self.main)
+
+    def _new(self, extractor: Extractor, real: FeatureSet) -> Reference:
+        """Those that were measured, kept."""
+        meta, features = describe(self.heldout.manifest, self.plan, extractor), statistics(real.features)
+        return new_reference(self.run, meta, extractor, extractor is self.main, features, inception_score(real.logits))
 
     def _manifold(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
         count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: balls shrink as a set grows

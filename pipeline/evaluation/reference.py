@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,15 +229,18 @@ def read_reference(path: str, wanted: dict[str, Any], feature_dim: int, given: b
         given: by `evaluate.reference`: it may be of another number of images, or not say of what it is.
 
     Raises:
-        BadInput: it is no such file, not of `feature_dim` features, or of other images or another network.
+        BadInput: it is no such file, not of `feature_dim` features, no mean and covariance, of other images or of
+            another network.
     """
     try:
         with open(path, "rb") as raw:  # np.load leaves a file open that it cannot read
             file = np.load(raw, allow_pickle=False)
             arrays = {name: file[name] for name in ("mu", "sigma", "n", "inception_score", "meta") if name in file}
-        mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
-        meta = json.loads(str(arrays["meta"])) if "meta" in arrays else None
-    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        mu, sigma = (arrays[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
+        n = int(arrays["n"]) if "n" in arrays else None
+        score = float(arrays["inception_score"]) if "inception_score" in arrays else None
+        meta = dict(json.loads(str(arrays["meta"]))) if "meta" in arrays else None
+    except (EOFError, KeyError, OSError, OverflowError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(
             f"reference statistics {path!r} cannot be read ({' '.join(str(error).split())}); "
             "expected an npz with mu and sigma"
@@ -246,8 +250,9 @@ def read_reference(path: str, wanted: dict[str, Any], feature_dim: int, given: b
             f"reference statistics {path!r} have mu {mu.shape} and sigma {sigma.shape}; "
             f"expected ({feature_dim},) and ({feature_dim}, {feature_dim}) of this extractor"
         )
-    n = int(arrays["n"]) if "n" in arrays else None
-    score = float(arrays["inception_score"]) if "inception_score" in arrays else None
+    wrong = _wrong_statistics(mu, sigma, n, score)
+    if wrong:
+        raise BadInput(f"reference statistics {path!r} hold {wrong}; expected mean and covariance of features")
     checked = [] if given and meta is None else [key for key in wanted if not (given and key == "images")]
     for key in checked:
         found, value = (meta or {}).get(key), wanted[key]
@@ -257,3 +262,15 @@ def read_reference(path: str, wanted: dict[str, Any], feature_dim: int, given: b
                 "delete the file, or name others with evaluate.reference"
             )
     return Reference(mu, sigma, n, score, meta)
+
+
+def _wrong_statistics(mu: np.ndarray, sigma: np.ndarray, n: int | None, score: float | None) -> str:
+    """What no mean and covariance can hold; '' where nothing is wrong."""
+    for name, values in (("mu", mu), ("sigma", sigma), ("inception_score", score)):
+        if values is not None and not np.isfinite(values).all():
+            return f"NaN or infinity in {name}"
+    if n is not None and n < 1:
+        return f"n {n}"
+    if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max():
+        return "a sigma that is not symmetric"
+    return "a negative variance in sigma" if np.diag(sigma).min() < 0 else ""

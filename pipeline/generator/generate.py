@@ -192,9 +192,22 @@ def _report(run: Run, generated: Generated, counts: np.ndarray, tracker: Tracker
         save_rows(path, class_rows(made.images(first), made.labels(first)))
         run.outputs["samples"] = str(path)
         tracker.picture(path, "samples", 0)
+    if section.files:
+        run.outputs["images"] = str(_write_files(run.folder, section))
     tracker.artifact(Path(run.outputs["generated"]))
     rate = f", {generated.speed['images_per_second']:.1f} images/s a worker" if generated.speed else ""
     say(f"generate: {generated.images} images of {generated.tokens['mean']:.1f} tokens{rate} -> {run.folder}")
+
+
+def _write_files(folder: Path, section: GenerateConfig) -> Path:
+    """Each picture of the shards as a file of its own, as it is encoded there; returns their folder."""
+    made, images = ShardDataset(folder, "heldout"), folder / "images"
+    images.mkdir(exist_ok=True)
+    for first in range(0, len(made), section.images_per_shard):
+        some = range(first, min(first + section.images_per_shard, len(made)))
+        for name, data in zip(made.ids(some), made.encoded(some), strict=True):
+            (images / f"{name}.{section.encoding}").write_bytes(data)
+    return images
 
 
 def class_rows(pictures: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:

@@ -92,7 +92,7 @@ def read_generated(folder: str | Path) -> Generated:
         BadInput: it is none, the run has not ended, or a file is another program's, of another version or damaged.
     """
     what = f"{NAME} in {str(folder)!r}"
-    values = read_described(folder, NAME, WRITER)
+    values = read_described(folder, NAME, WRITER, "evaluate.generated")
     check_format(values, what, (FORMAT, VERSION), WRITER)
     manifest = read_manifest(folder)
     found = parse_values(Generated, {**values, "folder": Path(folder), "manifest": manifest}, what)

@@ -356,11 +356,12 @@ def _hand_on(run: Run, plan: SweepPlan, best: Trial, compared: TrialComparison, 
     """The best configuration as a preset, and the model as MLflow's champion."""
     config = best_config(plan, best, [point for point in compared.points if point.number == best.number])
     path = run.folder / "best.yaml"
-    job = "evaluate" if best.values.get(CHECKPOINT) else "train"  # what there is would be fine-tuned by train
-    head = (
-        f"# The best of a sweep: {best.name}, {compared.best_in_words}.\n#\n#     python jobs/{job}.py {path}\n#\n"
-        "# Expected: the numbers of its trial; data.shards are the sweep's.\n"
-    )
+    started_from = config.tokenizer.checkpoint
+    config = config.with_values("tokenizer", checkpoint=_checkpoint(plan, best))
+    head = f"# The best of a sweep: {best.name}, {compared.best_in_words}.\n#\n#     python jobs/evaluate.py {path}\n"
+    if plan.trains:
+        head += f"#     python jobs/train.py {path} tokenizer.checkpoint={started_from}     # train it again\n"
+    head += "#\n# Expected: the numbers of its trial; data.shards are the sweep's.\n"
     write_atomically(path, (head + config.to_yaml()).encode())
     run.outputs["best"] = str(path)
     tracker.artifact(path)
@@ -383,12 +384,16 @@ def best_config(plan: SweepPlan, trial: Trial, points: list[TrialPoint]) -> Conf
     return replace(config.with_values("run", name=""), sweep=SweepConfig())
 
 
+def _checkpoint(plan: SweepPlan, trial: Trial) -> str:
+    """Of the tokenizer of a trial: as the sweep was given it, else what the trial trained."""
+    given = "" if plan.trains else trial.values[CHECKPOINT]
+    return given or str(plan.training_folder(trial) / "checkpoint")
+
+
 def _register(run: Run, plan: SweepPlan, best: Trial, config: Config, tracker: Tracker) -> None:
     from pipeline.tracking.mlflow_store import save_pyfunc
 
-    given = "" if plan.trains else best.values[CHECKPOINT]
-    checkpoint = given or str(plan.training_folder(best) / "checkpoint")
-    tokenizer, _ = load_tokenizer(plan.evaluation_of(best, next(iter(plan.cuts)), checkpoint))
+    tokenizer, _ = load_tokenizer(plan.evaluation_of(best, next(iter(plan.cuts)), config.tokenizer.checkpoint))
     data, model = run.folder / "champion", run.folder / "champion-mlflow"
     champion.write_data(data, tokenizer, config.filter)
     pictures = ShardDataset(config.data.shards, "heldout")
@@ -397,6 +402,4 @@ def _register(run: Run, plan: SweepPlan, best: Trial, config: Config, tracker: T
     save_pyfunc(model, champion.__name__, data, example, champion.load(data).predict(example))
     shutil.rmtree(data)  # the model holds a copy
     run.outputs["champion"] = str(model)
-    name = run.config.sweep.register
-    tracker.register(model, name, ALIAS)
-    say(f"registered in MLflow: models:/{name}@{ALIAS}")
+    tracker.register(model, run.config.sweep.register, ALIAS)  # says so once it is

@@ -15,7 +15,7 @@ from pipeline.data.shards import Manifest, read_manifest
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.compare import curve_of
 from pipeline.sweeps.trials import CHECKPOINT, Ledger, SweepPlan, Trial
-from pipeline.tracking import Tracker, check_answers, check_tracking
+from pipeline.tracking import Tracker, check_model_name, check_store, check_tracking
 from pipeline.training import train as training
 
 PARENT_SECONDS = 600.0  # how long a new database may take on a busy machine: children name their parent
@@ -27,8 +27,8 @@ def check(config: Config) -> None:
     Raises:
         BadInput: a space over an unknown key or an empty range, a threshold outside its rule's range, a checkpoint
             that is none or has no entropy model, a control without a curve, a search that is not installed, a tracking
-            server that does not answer, trials that do not fit into this machine, or as the checks of training and
-            evaluation.
+            server that does not answer or refuses, a name that no model is registered as, trials that do not fit into
+            this machine, or as the checks of training and evaluation.
     """
     check_tracking(config)
     plan = SweepPlan.of(config, Path(config.run.output) / (config.run.name or default_name(config)))
@@ -52,7 +52,10 @@ def check(config: Config) -> None:
         _check_asha(config)
     if not names_cluster():
         find_room([plan.config_of(trial) for trial in samples], plan.total, os.cpu_count() or 1, 0)
-    check_answers(config)
+    if config.tracking.uri:
+        if config.sweep.register:
+            check_model_name("sweep.register", config.sweep.register)
+        check_store(config)
 
 
 def _check_trial(plan: SweepPlan, trial: Trial) -> None:

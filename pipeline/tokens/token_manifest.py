@@ -137,7 +137,7 @@ def read_token_manifest(folder: str | Path) -> TokenManifest:
         BadInput: there is none, or it is another program's, of another version, or damaged.
     """
     what = f"{NAME} in {str(folder)!r}"
-    values = read_described(folder, NAME, WRITER)
+    values = read_described(folder, NAME, WRITER, "tokens.path")
     stream = stream_from_dict(values, what)
     manifest = parse_values(TokenManifest, {**values, "stream": stream}, what)
     if set(manifest.splits) != set(SPLITS) or manifest.fingerprint != fingerprint(manifest.splits):

@@ -8,7 +8,7 @@
 `mlflow_store.py` is the only module of the project that imports mlflow, and it does so when a tracker starts.
 """
 
-from pipeline.tracking.address import check_answers, check_tracking, masked
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.address import check_model_name, check_tracking
+from pipeline.tracking.tracker import Tracker, check_store
 
-__all__ = ["Tracker", "check_answers", "check_tracking", "masked"]
+__all__ = ["Tracker", "check_model_name", "check_store", "check_tracking"]

@@ -1,19 +1,24 @@
 """One MLflow run behind a few verbs. The only module that imports mlflow.
 
 It works through `MlflowClient` with an explicit address: no active run, no global tracking URI. Every method may raise
-and may take as long as the network does: `tracker.py` calls them from a thread of its own.
+and may take as long as the network does: `tracker.py` calls them from a thread of its own. What MLflow will never take
+is told from an outage by `refusal`, before work begins, and by `is_final` and `is_of_run`.
 """
 
 import logging
 import os
 import re
+import sqlite3
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from pipeline.core.console import say
+from pipeline.core.files import masked, within
 from pipeline.core.run import versions
-from pipeline.tracking.address import artifact_folder, sqlite_path
+from pipeline.tracking.address import artifact_folder, for_mlflow, sqlite_path
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     import numpy as np
@@ -28,6 +33,13 @@ ENVIRONMENT = {  # only where the user has not decided otherwise
 }
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on charts, not on chat traces
 PARAMETERS, METRICS = 100, 1000  # how many of them MLflow takes in one call
+FINAL = (  # error codes of MLflow that waiting does not change
+    "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED", "INVALID_PARAMETER_VALUE", "INVALID_STATE",
+    "NOT_IMPLEMENTED", "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "UNAUTHENTICATED",
+)  # fmt: skip
+FINAL_TEXTS = ("not in a valid JSON format", "credential configuration failed")  # of errors that have no code
+OF_RUN = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST")  # not of who asks, which may change
+SECONDS = 5.0  # that a server may take to refuse a run before it begins; one that is away is waited for meanwhile
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
 
@@ -41,8 +53,7 @@ def save_pyfunc(folder: Path, loader: str, data: Path, example: "np.ndarray", an
         example: (B, ...) input.
         answer: what `predict` makes of it, (B, ...) arrays by name.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _prepare()
     with warnings.catch_warnings():  # at its own type hints
         warnings.filterwarnings("ignore", ".*Any type hint is inferred", UserWarning)
         import mlflow.pyfunc
@@ -78,6 +89,110 @@ class Refused(Exception):
     """MLflow does not take this, now or later."""
 
 
+def _prepare() -> None:
+    """Settings that MLflow reads from the environment, before it is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # It repeats every attempt on a dead server; the tracker says it once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+def is_of_run(error: Exception) -> bool:
+    """Whether MLflow refuses this item or this run, which somebody may have deleted meanwhile."""
+    return isinstance(error, Refused) or getattr(error, "error_code", "") in OF_RUN
+
+
+def is_final(error: Exception) -> bool:
+    """Whether MLflow refuses for good, as opposed to being away or busy."""
+    return getattr(error, "error_code", "") in FINAL or any(text in str(error) for text in FINAL_TEXTS)
+
+
+def refusal(uri: str, experiment: str) -> str:
+    """Why no run of this experiment will ever get to this address, in a sentence; '' where it may.
+
+    Nothing is made or changed. A server that does not answer refuses nothing.
+    """
+    _prepare()
+    shown = f"tracking.uri is {masked(uri)!r}"
+    if sqlite_path(uri):
+        return _refusal_of_file(shown, uri, experiment)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def ask() -> Any:
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)  # that of one name hides a server that is no MLflow
+        return client.get_experiment_by_name(experiment)
+
+    try:
+        found = within(SECONDS, ask)
+    except MlflowException as error:
+        return f"{shown}, {in_words(error)}" if is_final(error) else ""
+    except Exception:  # noqa: BLE001 - whatever it is, the tracker goes on asking
+        return ""
+    return _deleted(experiment, found.experiment_id) if found and found.lifecycle_stage != "active" else ""
+
+
+def in_words(error: Any) -> str:
+    """What a server answers that refuses for good, and what may help."""
+    code = getattr(error, "error_code", "")
+    status = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "ENDPOINT_NOT_FOUND": 404}.get(code, code)
+    expected = "the address of an MLflow server"
+    if status in (401, 403):
+        expected = (
+            "a server that was started with --allowed-hosts for this name, and credentials in "
+            "MLFLOW_TRACKING_USERNAME and _PASSWORD if it asks"
+        )
+    elif FINAL_TEXTS[1] in str(error):
+        expected = "credentials for Databricks"
+    answers = f"which answers {status}" if code in FINAL else "which cannot be used"
+    return f"{answers}; expected {expected} ({masked(' '.join(str(error).split()))[:200]})"
+
+
+def _deleted(experiment: str, number: Any) -> str:
+    return (
+        f"tracking.experiment is {experiment!r}, which was deleted in MLflow; expected another name, or "
+        f"`mlflow experiments restore --experiment-id {number}` with MLFLOW_TRACKING_URI set first"
+    )
+
+
+def _refusal_of_file(shown: str, uri: str, experiment: str) -> str:
+    """As `refusal`, of a SQLite file."""
+    path = Path(sqlite_path(uri)).absolute()
+    there = next(folder for folder in path.parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"{shown}, and {str(there)!r} cannot be written to; expected a path in a folder that can"
+    if not path.exists():
+        return ""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=2.0)) as database:
+            database.isolation_level = None
+            for command in ("BEGIN IMMEDIATE", "PRAGMA user_version = 1", "ROLLBACK"):  # as a writer
+                database.execute(command)
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if "experiments" not in tables:
+                return ""
+            version = database.execute("SELECT version_num FROM alembic_version").fetchone()
+            named = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'deleted'"
+            deleted = database.execute(named, (experiment,)).fetchone()
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):  # by another run, which is no refusal
+            return ""
+        return (
+            f"{shown}, which cannot be used ({error}); expected a database of MLflow's that may be written, or none yet"
+        )
+    from mlflow.store.db.utils import _get_latest_schema_revision  # no public call answers without changing the file
+
+    wanted = _get_latest_schema_revision()
+    if version != (wanted,):
+        return (
+            f"{shown}, whose schema is of another version of MLflow ({version and version[0]}, not {wanted}); expected "
+            f"one that `mlflow db upgrade {for_mlflow(uri)}` has brought up to date, the newer MLflow that made it, or "
+            "a new file"
+        )
+    return _deleted(experiment, deleted[0]) if deleted else ""
+
+
 class MlflowStore:
     """Writes to one run of one experiment, making both when they are not there.
 
@@ -92,12 +207,9 @@ class MlflowStore:
     """
 
     def __init__(self, uri: str, experiment: str, run_id: str | None, system_metrics: bool) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        _prepare()
         from mlflow import MlflowClient
 
-        # It repeats every attempt on a dead server; the tracker says it once.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self.run_id = run_id
         self._uri, self._experiment = uri, experiment
         self._client_class = MlflowClient
@@ -109,7 +221,7 @@ class MlflowStore:
         if self._client is None:
             if sqlite_path(self._uri):
                 Path(sqlite_path(self._uri)).absolute().parent.mkdir(parents=True, exist_ok=True)
-            self._client = self._client_class(self._uri)
+            self._client = self._client_class(for_mlflow(self._uri))
         run = self._reopened() or self._client.create_run(
             self._experiment_id(), start_time=int(started * 1000), run_name=name
         )
@@ -220,14 +332,15 @@ class MlflowStore:
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
-            if error.error_code == "INVALID_PARAMETER_VALUE":
-                raise Refused(str(error)) from error
+            if is_final(error):
+                raise Refused(f"no model is registered as {name!r}: {error}") from error
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         known = [v for v in self._client.search_model_versions(f"run_id='{self.run_id}'") if v.name == name]
         source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{alias}"
         made = known[0] if known else self._client.create_model_version(name, source, self.run_id)
         self._client.set_registered_model_alias(name, alias, made.version)
+        say(f"registered in MLflow: models:/{name}@{alias}")
 
     def sample(self) -> dict[str, float]:
         """CPU, memory, disk, network and, where MLflow can read it, GPU use, averaged since the last call."""
@@ -254,7 +367,7 @@ class MlflowStore:
         try:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            return SystemMetricsMonitor(self.run_id, tracking_uri=self._uri)
+            return SystemMetricsMonitor(self.run_id, tracking_uri=for_mlflow(self._uri))
         except Exception as error:  # noqa: BLE001 - e.g. psutil is missing
             self._without_samples(error)
             return None

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.core.console import say
-from pipeline.core.files import write_json
+from pipeline.core.files import masked, write_json
 from pipeline.core.run import METRICS as METRICS_FILE
 from pipeline.core.run import parse_metrics
-from pipeline.tracking.address import masked
-from pipeline.tracking.mlflow_store import METRICS, MetricPoint, MlflowStore, Refused
+from pipeline.tracking.mlflow_store import METRICS, MetricPoint, MlflowStore, in_words, is_final, is_of_run
 
 SAMPLE_SECONDS = 5.0  # between samples of what the machine does
 ENDING_PAUSE = 1.0  # seconds between attempts once the run has ended
@@ -110,8 +109,8 @@ class Sender:
         self._queue: deque[list[Any]] = deque(earlier.get("queue", []))
         self._feed = Feed(folder / METRICS_FILE, earlier.get("sent", {}))
         self._sampled = time.monotonic()
-        self._ending = ""
-        self._away = self._given_up = False
+        self._ending = self._reason = ""
+        self.away = self.given_up = False  # the server does not answer now; nothing more is sent
         self._saving = threading.Lock()
         self._saved: dict[str, Any] = {}
         self._wake = threading.Event()
@@ -133,36 +132,49 @@ class Sender:
         self._wake.set()
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._given_up = True
+            self.given_up = True
             self._save()
             values, others = len(self._feed.next(limit=math.inf).points), len(self._queue)
             say(
                 f"MLflow at {self._address} has not got all of this run: {values} metric values, {others} tags or "
                 f"files and how it ended are kept in {self._folder} and sent when the run is resumed"
             )
+        elif self.given_up:
+            self._save()
 
     def _work(self) -> None:
         while True:
             self._wake.wait(min(self._pause, ENDING_PAUSE) if self._ending else self._pause)
             self._wake.clear()
-            if self._given_up:
+            if self.given_up:
                 return
             ending = self._ending  # before sending: what is written meanwhile belongs to the next round
             try:
                 self._send(ending)
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the run
+                if not self.opened and is_final(error):
+                    self._refuse(error)
+                    return
                 self._note_outage(error)
                 continue
-            if self._away:
-                self._away = False
+            if self.away:
+                self.away = False
                 say(f"MLflow at {self._address} answers again and has got what was kept for it")
             if ending:
                 return
 
+    def _refuse(self, error: Exception) -> None:
+        """Nothing of this run will be taken: said once, and not tried again before it is resumed."""
+        say(
+            f"nothing is tracked: MLflow at {self._address} does not take this run, {in_words(error)}; what it logs is "
+            f"kept in {self._folder} and sent when it is resumed and taken"
+        )
+        self.given_up = True
+
     def _note_outage(self, error: Exception) -> None:
-        if self._away:
+        if self.away:
             return
-        self._away = True
+        self.away = True
         reason = masked(" ".join(str(error).split()))[:300]
         say(
             f"MLflow at {self._address} cannot be written to; the run goes on, what it logs is kept and sent later. "
@@ -185,7 +197,7 @@ class Sender:
         if time.monotonic() - self._sampled >= SAMPLE_SECONDS:
             self._sample()
         if ending:
-            self._store.end(ending)
+            self._unless_refused(self._store.end, ending)
         self._save()
 
     def _open(self) -> None:
@@ -200,8 +212,13 @@ class Sender:
         """Send; what the server will never take is dropped with a warning, or it would hold up all that follows."""
         try:
             send(*arguments)
-        except Refused as error:
-            say(f"MLflow refuses something of this run, which stays in {self._folder} only: {masked(str(error))[:300]}")
+        except Exception as error:
+            if not is_of_run(error):
+                raise
+            reason = masked(" ".join(str(error).split()))[:300]
+            if reason != self._reason:  # what is refused because the run was deleted, is so again and again
+                say(f"MLflow refuses something of this run, which stays in {self._folder} only: {reason}")
+            self._reason = reason
 
     def _sample(self) -> None:
         self._sampled = time.monotonic()

@@ -1,4 +1,4 @@
-"""A run's tracker: what the stages use. Nothing here waits for a server, except `close`, for a bounded time."""
+"""A run's tracker: what the stages use. It waits for a server when a run begins and ends, for a bounded time."""
 
 import time
 from collections.abc import Iterator
@@ -9,11 +9,25 @@ from typing import Any, Self
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.files import masked
 from pipeline.core.run import Run
 from pipeline.core.run import commit as code_version
-from pipeline.tracking.address import masked
-from pipeline.tracking.mlflow_store import MlflowStore
+from pipeline.tracking.address import check_answers
+from pipeline.tracking.mlflow_store import MlflowStore, refusal
 from pipeline.tracking.sender import Sender
+
+
+def check_store(config: Config) -> None:
+    """Refuse tracking that does not work now: for stages that are of no use without it.
+
+    Raises:
+        BadInput: no server answers, or what answers will never take a run.
+    """
+    if not config.tracking.uri:
+        return
+    check_answers(config)
+    if sentence := refusal(config.tracking.uri, config.tracking.experiment):
+        raise BadInput(sentence)
 
 
 def parameters(config: Config) -> dict[str, str]:
@@ -43,6 +57,7 @@ def standard_tags(run: Run) -> dict[str, str]:
 
 
 ENDINGS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # ours: MLflow's
+_SAID: set[str] = set()  # why nothing is tracked: a job that makes its inputs first has several runs
 CLOSE_SECONDS = 20.0  # a run waits at most this long for its last metrics to arrive
 
 
@@ -64,7 +79,8 @@ class Tracker:
     def start(cls, run: Run, tags: dict[str, str] | None = None) -> Self:
         """Track `run` as its configuration says, in a new MLflow run or, resumed, in the one it had.
 
-        Returns before the server was asked for anything. Without an address or without mlflow nothing is tracked.
+        Without an address, without mlflow and where MLflow refuses for good nothing is tracked; but for the first it is
+        said. A server that is away is not waited for.
         """
         tracking = run.config.tracking
         if not tracking.uri:
@@ -73,6 +89,11 @@ class Tracker:
             store = MlflowStore(tracking.uri, tracking.experiment, run.mlflow_run_id, tracking.system_metrics)
         except Exception as error:  # noqa: BLE001 - not installed, or broken: no reason not to train
             say(f"this run is not tracked, because MLflow cannot be imported: {type(error).__name__}: {error}")
+            return cls(run, None)
+        if sentence := refusal(tracking.uri, tracking.experiment):
+            if sentence not in _SAID:
+                say(f"nothing is tracked: {sentence}")
+            _SAID.add(sentence)
             return cls(run, None)
         return cls(run, store, tags)
 
@@ -102,9 +123,14 @@ class Tracker:
         self._put("register", str(model), name, alias)
 
     def run_id(self, seconds: float = CLOSE_SECONDS) -> str | None:
-        """The MLflow run, waiting at most `seconds` for the server to make one; None where there is none."""
-        limit = time.monotonic() + seconds
-        while self._sender is not None and not self._sender.opened and time.monotonic() < limit:
+        """The MLflow run, waiting at most `seconds` for the server to make one; None where there is none.
+
+        One that is away is waited for as long as at the end of a run, one that refuses is not.
+        """
+        begun = time.monotonic()
+        while (sender := self._sender) is not None and not sender.opened and not sender.given_up:
+            if time.monotonic() - begun > (min(seconds, CLOSE_SECONDS) if sender.away else seconds):
+                break
             time.sleep(0.05)
         self._announce()
         return self._run.mlflow_run_id

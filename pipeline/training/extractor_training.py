@@ -28,7 +28,7 @@ from pipeline.core.files import locate, write_atomically
 from pipeline.core.run import Run
 from pipeline.data.pictures import BadPicture, decode, prepare
 from pipeline.data.shards import ShardDataset
-from pipeline.data.sources import check_parquet, read_parquet
+from pipeline.data.tables import check_parquet, read_parquet
 from pipeline.tracking import Tracker
 from tatok_model.metrics.extractors.extractor import TrainableExtractor
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checkpoints import check_architecture, check_begun, find, is_hub_id, latest, replaced
-from pipeline.core.cluster import check_cpus, check_room, connect, most_resources, pick_device
+from pipeline.core.cluster import check_cpus, check_room, connect, most_resources, names_cluster, pick_device
 from pipeline.core.config import Config, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
@@ -29,6 +29,7 @@ from pipeline.data.checks import check_files, check_pictures
 from pipeline.data.shards import Damaged, read_manifest
 from pipeline.tracking import Tracker, check_tracking
 
+CLEANER = "PlacementGroupCleanerCallback"  # of Ray Train, private to it
 GAVE_UP = "gave_up.json"  # in the run folder: why a worker saw no sense in starting again
 ENDINGS = {"bad_input": BadInput, "not_finite": FloatingPointError, "out_of_room": OutOfRoom}  # that end all workers
 
@@ -167,8 +168,18 @@ def run_workers(run: Run, section: str, worker: str) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        """Without the actor that frees what a dead controller held, on a Ray that ends with this job anyway.
+
+        It asks the dashboard every second, and says every second that there is none.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [one for one in callbacks if names_cluster() or type(one).__name__ != CLEANER]
+
     task = {"section": section, "worker": worker}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _work,
         train_loop_config={"config": run.config.to_dict(), "folder": str(run.folder), "stage": run.stage, **task},
         scaling_config=ScalingConfig(

@@ -171,6 +171,8 @@ def from_bytes(streams: list[bytes], form: Format, model: CodeModel | None = Non
         ValueError: a stream that is damaged, foreign, of another version, model or size, or of another cut than the
             first; a missing model, or one that does not say what the writer's said.
     """
+    if isinstance(streams, bytes | str):
+        raise ValueError(f"streams are a {type(streams).__name__}; expected a list with the bytes of each image")
     opened = [unseal(data) for data in streams]
     headers = [header for header, _ in opened]
     for header in headers:

@@ -159,7 +159,8 @@ def _derived(header: Header, count: int, global_indices: np.ndarray) -> np.ndarr
             "expected an order that a reader knows, or positions sent"
         )
     keyed_by = torch.from_numpy(global_indices)[None]
-    order = grid_order(n) if header.score == "grid" else random_order(keyed_by, n)[0]
+    orders = {"grid": lambda: grid_order(n), "random": lambda: random_order(keyed_by, n)[0]}
+    order = orders[header.score]()
     return np.isin(np.arange(n), order[:count].numpy())
 
 

@@ -13,21 +13,19 @@ Shapes: B sequences, M global tokens, T patch tokens of the longest one, L = 1 +
 positions, K codebook entries.
 """
 
-import io
 import math
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from tatok_model.config import GENERATOR_SIZES, GeneratorConfig, read_generator_config
 from tatok_model.generation.layers import EPS, Cache, CausalBlock, Rotation, init_weights
 from tatok_model.generation.sequences import Sequences
+from tatok_model.pretrained import Pretrained
 
 NO_CLASS = -1  # a label: none, or not told
 
@@ -51,12 +49,7 @@ class Bits:
         return self.globals_.sum(1) + self.positions.sum(1) + self.codes.sum(1)
 
 
-class Generator(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="tatok",
-    tags=["image-generation"],
-):
+class Generator(Pretrained, library_name="tatok", tags=["image-generation"]):
     """An autoregressive transformer over token sequences; the file's docstring says how it works.
 
     Source: LlamaGen (arXiv 2406.06525) for the plain autoregressive recipe; position and code heads are ours.
@@ -268,11 +261,22 @@ class Generator(
             FileNotFoundError: no such folder, or it lacks a file.
             ValueError: the folder's config.json is not one of a generator.
         """
-        path = Path(pretrained_model_name_or_path)
-        read_generator_config(path)
-        # Strict, else missing weights stay random; stdout, where the hub's library says that it loads, is the caller's.
-        with redirect_stdout(io.StringIO()):
-            return super().from_pretrained(str(path), strict=True, **kwargs)
+        read_generator_config(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def card(self, millions: float) -> str:
+        """See `Pretrained`."""
+        config = self.config
+        classes = f"{config.classes} classes" if config.classes else "no classes"
+        return (
+            f"# A generator of tokens\n\nIt draws {config.global_tokens} global and up to {config.max_patch_tokens} of "
+            f"{config.patch_positions} patch tokens of {config.codebook_size:,} codes, knows {classes} and has "
+            f"{millions:.1f} million parameters.\n\n```python\nfrom tatok_model import Generator, TaTok, sample\n\n"
+            'generator = Generator.from_pretrained("FOLDER")\n'
+            "sequences = sample(generator, [-1] * 16)  # sixteen pictures of no class\n"
+            f"tokens = sequences.to_tokens({config.patch_positions}, {config.global_tokens})\n"
+            'pictures = TaTok.from_pretrained("ITS TOKENIZER").decode(tokens)  # (16, 3, H, W) in [0, 1]\n```'
+        )
 
 
 def _project(codes: Tensor, *weights: Tensor) -> None:

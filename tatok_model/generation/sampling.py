@@ -9,6 +9,7 @@ N patch positions, K codebook entries.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tatok_model.config import GENERATOR_SIZES, GeneratorConfig, SamplingConfig
@@ -155,27 +156,43 @@ class Stepper:
         return torch.where(told.isinf(), told, untold + scale * (told - untold))
 
 
+DEFAULTS = SamplingConfig()
+
+
 @torch.no_grad()
 def sample(
     generator: Generator,
-    labels: Tensor,
-    numbers: Tensor,
-    seed: int,
-    config: SamplingConfig,
+    labels: Tensor | list[int],
+    numbers: Tensor | None = None,
+    seed: int = 0,
+    config: SamplingConfig = DEFAULTS,
     use_cache: bool = True,
+    places: Tensor | None = None,
 ) -> Sequences:
-    """Draw one sequence for each label, on the labels' device; ValueError for a class that does not exist.
+    """Draw one sequence for each label, on the generator's device.
 
     Args:
         generator: in evaluation mode.
         labels: (B,) int64 classes, -1 for no class.
-        numbers: (B,) int64, which sample this is: it keys the draws.
+        numbers: (B,) int64, which sample this is: it keys the draws; None: 0 to B - 1.
         seed: keys the draws too.
         config: temperature, guidance, ...
         use_cache: False computes every step from the beginning: slow, the reference that the cache is tested against.
+        places: (B, T) int64, where each sequence is to have its patch tokens, ascending, -1 after the last; None: the
+            generator chooses.
+
+    Raises:
+        ValueError: a class that does not exist, or places that cannot be.
     """
+    labels = torch.as_tensor(labels, dtype=torch.int64, device=generator.device)
+    if labels.ndim != 1:
+        raise ValueError(f"labels are {tuple(labels.shape)}; expected one for each sample, -1 for no class")
+    numbers = torch.arange(len(labels), device=labels.device) if numbers is None else numbers
     check_labels(labels, generator.config.classes)
     m, most = generator.config.global_tokens, generator.config.max_patch_tokens
+    if places is not None:
+        _check_places(places, generator.config, len(labels))
+        places = F.pad(places.to(labels), (0, most - places.shape[1]), value=-1)
     draws = uniforms(seed, numbers, m + 2 * most)  # of each global token, then of each position and its code
     rows = Stepper(generator, labels, config, use_cache)
     global_indices = labels.new_zeros(len(labels), m)
@@ -183,17 +200,35 @@ def sample(
         code = draw(rows.global_logits(number), draws[:, number], config.temperature, config.top_k, config.top_p)
         global_indices[:, number] = code
         rows.take_global(code, number)
-    codes, places = labels.new_full((len(labels), most), 0), labels.new_full((len(labels), most), -1)
-    _draw_patches(rows, config, draws[:, m::2], draws[:, m + 1 :: 2], codes, places)
-    counts = (places >= 0).sum(1)
+    codes, written = labels.new_full((len(labels), most), 0), labels.new_full((len(labels), most), -1)
+    _draw_patches(rows, config, draws[:, m::2], draws[:, m + 1 :: 2], codes, written, places)
+    counts = (written >= 0).sum(1)
     longest = int(counts.max()) if len(counts) else 0
-    return Sequences(global_indices, codes[:, :longest], places[:, :longest].clamp(min=0), counts)
+    return Sequences(global_indices, codes[:, :longest], written[:, :longest].clamp(min=0), counts)
+
+
+def _check_places(places: Tensor, config: GeneratorConfig, batch: int) -> None:
+    if config.positions == "derived":
+        raise ValueError("places are given and this generator's are derived; expected one that chooses positions")
+    shape, most, n = tuple(places.shape), config.max_patch_tokens, config.patch_positions
+    if places.ndim != 2 or shape[0] != batch or shape[1] > most:
+        raise ValueError(f"places are {shape}; expected ({batch}, 0 to {most})")
+    ended = places < 0
+    ascend = ended[:, 1:] | (~ended[:, :-1] & (places[:, 1:] > places[:, :-1]))
+    if not bool(ascend.all()) or bool((places >= n).any()):
+        raise ValueError(f"places do not ascend within 0 to {n - 1}; expected raster order, then -1")
 
 
 def _draw_patches(
-    rows: Stepper, config: SamplingConfig, place_draws: Tensor, code_draws: Tensor, codes: Tensor, places: Tensor
+    rows: Stepper,
+    config: SamplingConfig,
+    place_draws: Tensor,
+    code_draws: Tensor,
+    codes: Tensor,
+    places: Tensor,
+    given: Tensor | None,
 ) -> None:
-    """Fill (B, T) codes and places; a place that stays -1 is beyond the end of its sequence."""
+    """Fill (B, T) codes and places, given ones if there are; what stays -1 is beyond the end of its sequence."""
     active = torch.arange(len(codes), device=codes.device)  # (A,) sequences in the batch, ended ones before they leave
     last = torch.full_like(active, -1)
     for step in range(codes.shape[1]):
@@ -201,6 +236,9 @@ def _draw_patches(
             place, ended = torch.full_like(active, step), torch.zeros_like(active, dtype=torch.bool)
         else:
             place = draw(rows.place_logits(last), place_draws[active, step], config.position_temperature)
+            if given is not None:
+                wanted = given[active, step]
+                place = wanted.where(wanted >= 0, rows.end)
             ended = place == rows.end
             if ended.float().mean() >= LEAVE_SHARE:
                 stay = (~ended).nonzero()[:, 0]

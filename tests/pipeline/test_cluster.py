@@ -2,16 +2,25 @@
 
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import grpc
 import pytest
 import torch
 
+from pipeline.core import cluster
 from pipeline.core.cluster import (
     as_they_finish,
+    check_cluster,
     check_cpus,
     connect,
     most_resources,
@@ -20,6 +29,156 @@ from pipeline.core.cluster import (
     uses_bf16,
 )
 from pipeline.core.errors import BadInput
+
+
+@pytest.fixture
+def gcs() -> Iterator:
+    """`gcs(lets_in)` starts what answers calls as a cluster's head does; returns host:port."""
+    servers = []
+
+    class Head(grpc.GenericRpcHandler):
+        def __init__(self, lets_in: bool) -> None:
+            self.lets_in = lets_in
+
+        def service(self, call):
+            def answer(request, context):
+                if not self.lets_in:
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "another token")
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    def start(lets_in: bool) -> str:
+        server = grpc.server(ThreadPoolExecutor(1), handlers=(Head(lets_in),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """host:port of what takes calls and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "head", "garbage here", "head:port", "head:0", "head:65536", " head:6379", "'head:6379'", ":6379",
+     "tcp://head:6379", "http://127.0.0.1:8265", "ray://head:10001", "autos"],
+)  # fmt: skip
+def test_an_address_of_another_form_is_refused_without_asking(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(BadInput) as caught:
+        check_cluster()
+    assert str(caught.value).startswith(f"RAY_ADDRESS is {address!r}")
+    assert str(caught.value).endswith(cluster.EXPECTED)
+
+
+def test_a_dead_address_is_refused_before_anything_is_made_and_ray_is_not_asked(monkeypatch, silent):
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr("ray.init", lambda *about, **more: pytest.fail("Ray would ask for minutes"))
+    for address, reason in (
+        ("127.0.0.1:1", "Connection refused"),
+        ("no.such.host.invalid:6379", "not known"),
+        (silent, "does not answer as Ray does"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        begun = time.monotonic()
+        with pytest.raises(BadInput, match=rf"RAY_ADDRESS is '{address}', where no Ray cluster .*{reason}"):
+            check_cpus("train.num_workers", 2)
+        with pytest.raises(BadInput, match=rf"RAY_ADDRESS is '{address}', where no Ray cluster .*{reason}"):
+            connect()
+        assert time.monotonic() - begun < 20
+
+
+def test_a_cluster_that_wants_another_token_says_so(monkeypatch, gcs):
+    monkeypatch.setenv("RAY_ADDRESS", gcs(lets_in=True))
+    check_cluster()
+    monkeypatch.setenv("RAY_ADDRESS", gcs(lets_in=False))
+    with pytest.raises(BadInput, match=r"does not let this process in \(another token\); expected RAY_AUTH_MODE=token"):
+        check_cluster()
+
+
+def test_token_authentication_without_a_token(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with pytest.raises(BadInput, match="there is no token in .*no_token'; expected the cluster's"):
+        check_cluster()
+
+
+def test_auto_finds_a_cluster_that_is_gone_or_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    with pytest.raises(BadInput, match="RAY_ADDRESS is 'auto', where no Ray cluster .*Could not find any running Ray"):
+        check_cluster()
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as a killed head leaves it behind
+    with pytest.raises(BadInput, match="RAY_ADDRESS is 'auto', .*:1 of the last `ray start` here: .*refused"):
+        check_cluster()
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_folder_that_no_ray_can_start_in_is_refused(monkeypatch, variable):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    check_cluster()
+    fits = "/tmp/" + "x" * 36  # and 66 of /ray/session_YYYY-MM-DD_hh-mm-ss_ffffff_12345/sockets/plasma_store
+    monkeypatch.setenv(variable, fits)
+    check_cluster()
+    for folder, problem in (
+        (fits + "x", "too long by 1 for the sockets"),
+        ("/tmp/" + "é" * 19, "too long by 2 for the sockets"),
+        ("/proc/version/x", "where Ray cannot make a folder"),
+    ):
+        monkeypatch.setenv(variable, folder)
+        with pytest.raises(BadInput, match=rf"{variable} is '{folder}', {problem}.*; expected RAY_TMPDIR to name"):
+            connect()
+
+
+def test_a_ray_that_does_not_start_is_a_sentence_and_the_signals_stay(monkeypatch):
+    def fail(*about, **more):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does
+        raise RuntimeError("The current node\ntimed out during startup")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", fail)
+    earlier = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(BadInput, match=r"Ray cannot start .* \(The current node timed out during startup\); expected"):
+        connect()
+    assert signal.getsignal(signal.SIGTERM) is earlier
+
+
+def test_ctrl_c_works_at_once_while_a_cluster_is_asked(repository, silent, tmp_path):
+    command = [
+        sys.executable,
+        str(repository / "jobs" / "preprocess.py"),
+        "smoke",
+        "data.num_workers=2",
+        "tracking.uri=",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "RAY_ADDRESS": silent}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        time.sleep(6)  # it asks for twenty
+        assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        _, said = job.communicate(timeout=60)
+    assert time.monotonic() - begun < 3
+    assert (job.returncode, said.strip()) == (3, "stopped: interrupted")
+    assert not list(tmp_path.iterdir())  # no run folder was made
 
 
 def test_more_workers_than_cpus_are_refused_with_both_numbers(monkeypatch):
@@ -32,12 +191,13 @@ def test_more_workers_than_cpus_are_refused_with_both_numbers(monkeypatch):
         check_cpus("train.num_workers", 3, cpus_per_worker=1.5)
 
 
-def test_a_cluster_is_not_measured_by_this_machine(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
+def test_a_cluster_is_not_measured_by_this_machine(monkeypatch, gcs):
+    monkeypatch.setenv("RAY_ADDRESS", gcs(lets_in=True))
     check_cpus("train.num_workers", 10_000)
-    monkeypatch.setenv("RAY_ADDRESS", "")  # names none, as `connect` has it
-    with pytest.raises(BadInput):
-        check_cpus("train.num_workers", 10_000)
+    for none in ("", "local"):  # as `connect` has it
+        monkeypatch.setenv("RAY_ADDRESS", none)
+        with pytest.raises(BadInput):
+            check_cpus("train.num_workers", 10_000)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -4,7 +4,13 @@ import errno
 import hashlib
 import json
 import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,16 +20,21 @@ from safetensors import SafetensorError
 
 from pipeline.core.errors import BadInput
 from pipeline.core.files import (
+    Location,
     finite,
     in_temporary_copy,
+    locate,
     memory_sentence,
     resolve_paths,
     sha256_file,
     storage_sentence,
+    within,
     write_atomically,
     write_json,
 )
 from pipeline.core.presets import load_config
+from pipeline.data.checks import check_pictures
+from pipeline.tokens.token_manifest import read_token_manifest
 
 
 def resolved(*overrides: str):
@@ -60,6 +71,18 @@ def test_relative_paths_resolve_against_tatok_root_when_it_is_set(tmp_path, monk
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "s3://bucket/x", "sqlite:////srv/mlflow.db", ""])
 def test_urls_and_absolute_paths_stay_as_they_are(uri):
     assert resolved(f"tracking.uri={uri}").tracking.uri == uri
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["run.output", "tokenizer.checkpoint", "generator.checkpoint", "losses.perceptual_heads", "extractor.train_source",
+     "evaluate.reference", "sweep.control"],
+)  # fmt: skip
+def test_a_url_is_refused_where_only_a_path_can_be_used(key):
+    with pytest.raises(BadInput, match=rf"^{key} is 's3://\*\*\*@bucket/x'; expected a path .* not a URL"):
+        resolved(f"{key}=s3://anna:secret@bucket/x")
+    with pytest.raises(BadInput, match="sweep.checkpoints is 'gs://bucket/x'; expected a path"):
+        resolved("sweep.checkpoints=[gs://bucket/x]")
 
 
 def test_samples_is_a_word_only_where_a_source_is_asked_for(tmp_path, monkeypatch):
@@ -183,3 +206,119 @@ def test_a_generators_batch_is_in_parts_by_length_already():
     assert "try train_generator.accumulation=16, 4 at a time" in said
     more = load_config("cifar10", [*keys, "train_generator.accumulation=16"])
     assert "full with 4 images at a time" in memory_sentence(problem, more, "train_generator")
+
+
+# Stores of other machines.
+
+
+@pytest.fixture
+def refusing_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The end of an s3:// URL whose store answers 403 to everything."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(403)
+            self.end_headers()
+
+        do_GET = do_HEAD  # noqa: N815 - its name in http.server
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["pictures", "a.parquet", "a.tar"])
+def test_a_store_that_refuses_is_named_with_its_key(refusing_store, name):
+    config = load_config("smoke", [f"data.source=s3://bucket/{name}{refusing_store}"])
+    with pytest.raises(BadInput) as caught:
+        check_pictures(config)
+    said = str(caught.value)
+    assert said.startswith(f"data.source 's3://bucket/{name}?")
+    assert "ACCESS_DENIED" in said
+    with pytest.raises(BadInput, match=rf"^data.shards 's3://bucket/{name}\?.*ACCESS_DENIED"):
+        check_pictures(load_config("smoke", [f"data.shards=s3://bucket/{name}{refusing_store}"]))
+    with pytest.raises(BadInput, match=rf"^tokens.path 's3://bucket/{name}\?.*ACCESS_DENIED"):
+        read_token_manifest(f"s3://bucket/{name}{refusing_store}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1/a.tar", "https://host/x", "az://container/x", "memory://x", "ftp://host/x", "S3://bucket/x", "s3:///x",
+     "s4://bucket"],
+)  # fmt: skip
+def test_a_url_of_no_known_store_names_its_key_and_those_that_are(url):
+    with pytest.raises(BadInput, match=rf"^data.source '{url}' is not understood .* such as s3://bucket/folder, gs://"):
+        locate(url, "data.source")
+
+
+@pytest.mark.parametrize("problem", [OSError("Unable to load libjvm"), ImportError("No module named 'hub'")])
+def test_a_store_that_lacks_a_library_here_is_named_with_its_key(monkeypatch, problem):
+    def fail(*about: object) -> None:
+        raise problem
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=fail))
+    with pytest.raises(BadInput) as caught:
+        locate("hdfs://host/x", "data.heldout_source")
+    assert str(caught.value).startswith(f"data.heldout_source 'hdfs://host/x' cannot be read ({problem}); expected")
+
+
+def hanging(*about: object) -> None:
+    time.sleep(20)
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [(hanging, "no answer within 0.2 s"), (lambda *about: 1 / 0, "division by zero")],
+)
+def test_a_store_that_does_not_answer_or_fails_in_its_library_is_one_sentence(monkeypatch, does, reason):
+    monkeypatch.setattr("pipeline.core.files.ANSWER_SECONDS", 0.2)
+    store = SimpleNamespace(get_file_info=does, open_input_file=does)
+    place = Location(store, "bucket/x", "data.source 's3://bucket'")
+    begun = time.monotonic()
+    for ask in (place.info, place.open, (place / "file").read, place.parent.info):
+        with pytest.raises(BadInput, match=rf"^data.source 's3://bucket' cannot be read \({reason}\); expected"):
+            ask()
+    assert time.monotonic() - begun < 5
+
+
+def test_what_is_not_in_a_store_is_not_there():
+    store = SimpleNamespace(open_input_file=lambda path: Path("/no/such/file").read_bytes())
+    with pytest.raises(FileNotFoundError):
+        Location(store, "bucket/x", "data.source 's3://bucket'").open()
+
+
+def test_what_is_asked_within_a_time_answers_raises_or_is_given_up():
+    assert within(5, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 // 0)
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+        within(0.1, lambda: time.sleep(20))
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.slow
+def test_a_store_that_never_answers_ends_a_job_and_the_doctor_within_a_minute(run_job, tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for source in (
+            f"s3://bucket/x?region=us-east-1&scheme=http&endpoint_override={address}",
+            f"gs://anonymous@bucket/x?scheme=http&endpoint_override={address}",
+        ):
+            for job in ("preprocess", "doctor"):
+                begun = time.monotonic()
+                said = run_job(job, "smoke", f"data.source={source}", "tracking.uri=", "--dry-run", timeout=100)
+                assert time.monotonic() - begun < 60
+                assert said.returncode == 2
+                assert "cannot be read (no answer within 25 s)" in said.stderr + said.stdout
+                assert "Traceback" not in said.stderr

@@ -222,3 +222,30 @@ def test_numbers_of_another_shape_are_refused() -> None:
         uniforms(0, torch.zeros(2, 2, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="expected int64"):
         uniforms(0, torch.zeros(2), 1)
+
+
+def test_codes_are_drawn_at_given_places() -> None:
+    generator = generator_of(CONFIG)
+    free = sample(generator, LABELS, NUMBERS, 0, SamplingConfig())
+    places = free.places.where(free.real, -1)
+    again = sample(generator, LABELS, NUMBERS, 0, SamplingConfig(), places=places)
+    assert equal(free, again), "its own places give its own codes"
+    short = places.clone()
+    short[:, 2:] = -1
+    cut = sample(generator, LABELS, NUMBERS, 0, SamplingConfig(), places=short[:, :2])
+    assert cut.counts.tolist() == free.counts.clamp(max=2).tolist()
+    assert torch.equal(cut.codes[cut.real], free.codes[:, :2][cut.real])
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([[3, 3]], "places do not ascend within 0 to 15; expected raster order, then -1"),
+        ([[-1, 3]], "places do not ascend"),
+        ([[3, 16]], "places do not ascend"),
+        ([[3], [4]], r"places are \(2, 1\); expected \(1, 0 to "),
+    ],
+)
+def test_places_that_cannot_be_are_refused(places: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(generator_of(CONFIG), LABELS[:1], NUMBERS[:1], places=torch.tensor(places))

@@ -87,6 +87,18 @@ def test_guidance_doubles_the_cache(measure, config_of):
     assert found["patch_only_kv_cache_bytes"] == 2 * 4 * 2 * 128 * 5 * 17 * 4
 
 
+def test_fresh_weights_write_as_many_tokens_as_a_trained_tokenizer_keeps(measure, config_of):
+    more = "tokenizer.checkpoint=", "generator.checkpoint=", "benchmark.fresh=true", "benchmark.mean_tokens=6"
+    run = measure(config_of(*more, "benchmark.images=20", "benchmark.batch_sizes=[4]", "generate.guidance=2"))
+    assert run.results["tatok_steps"] == pytest.approx(6, abs=0.2)
+    assert run.results["patch_only_steps"] == 16
+    assert not run.inputs
+    with pytest.raises(
+        BadInput, match="benchmark.mean_tokens is 2; expected more than 2, the global tokens, and at most"
+    ):
+        generation_speed.check(config_of("benchmark.fresh=true", "benchmark.mean_tokens=2"))
+
+
 def test_a_stop_ends_it(measure, config_of):
     with pytest.raises(Stopped, match="measures anew"):
         measure(config_of(), stop=True)

@@ -195,6 +195,17 @@ def _png_16_bit() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+@pytest.mark.parametrize("size", [SIZE, 40])
+def test_long_notes_do_not_cost_a_good_png(size: int) -> None:
+    """Pillow gives up at texts and profiles that grow beyond a megabyte, before the pixels or after them."""
+    plain = saved(gradient(size, size))
+    chunk = b"iTXt" + b"notes\x00\x01\x00\x00\x00" + zlib.compress(b"x" * 2 * 2**20)
+    notes = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    for place in (33, len(plain) - 12):  # after the header, before the end
+        for there in (notes, notes[:-1] + b"?"):  # and with a wrong checksum
+            assert prepare(plain[:place] + there + plain[place:], CONFIG) == prepare(plain, CONFIG)
+
+
 def test_16_bit_colour_becomes_8_bit() -> None:
     stored = prepare(_png_16_bit(), CONFIG)
     assert stored != _png_16_bit()

@@ -24,12 +24,12 @@ from PIL import Image
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.files import resolve_paths
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data import preprocess
-from pipeline.data.preprocess import PicturePlan, PreprocessWork, class_names, make_or_load_plan, split_of
+from pipeline.data.preprocess import PicturePlan, PreprocessWork, make_or_load_plan, split_of
 from pipeline.data.shards import Manifest, ShardDataset, read_manifest
-from pipeline.data.sources import Scan
 from pipeline.tracking import Tracker
 
 Bytes = Callable[..., bytes]
@@ -270,7 +270,7 @@ def test_resuming_with_another_source_is_refused(
 def test_a_source_of_bad_pictures_only_is_refused(configured: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/0.jpg").write_bytes(b"text")
-    with pytest.raises(BadInput, match=r"no picture for training: 0 training .* 1 rejected; expected some, see "):
+    with pytest.raises(BadInput, match=r"no picture .* 1 rejected \(0.jpg: not a picture .*\); expected some, see "):
         made(configured(tmp_path / "bad"), "a")
 
 
@@ -320,18 +320,63 @@ def test_the_default_name_tells_different_shards_apart(
     assert all(re.fullmatch("smoke-shards-[0-9a-f]{8}", name) for name in names)
 
 
-def test_classes_of_both_sources_are_one_table() -> None:
-    assert class_names([Scan(names={"dog", "cat"}), Scan(names={"ant"})]) == ["ant", "cat", "dog"]
-    assert class_names([Scan(indexed={2: "dog", 0: ""}), Scan(indexed={0: "cat"}, names={"dog"})]) == [
-        "cat",
-        "1",
-        "dog",
-    ]
-    assert class_names([Scan()]) == []
-    with pytest.raises(BadInput, match="class 1 is 'cat' in data.source and 'dog' in data.heldout_source"):
-        class_names([Scan(indexed={1: "cat"}), Scan(indexed={1: "dog"})])
-    with pytest.raises(BadInput, match="class 'ant' has no index, but others have"):
-        class_names([Scan(indexed={1: "cat"}), Scan(names={"ant"})])
+def test_folders_of_numbers_are_those_numbers_alone_and_beside_indices(
+    configured: Callable[..., Config], tmp_path: Path, picture_bytes: Bytes
+) -> None:
+    for number in range(12):
+        (tmp_path / f"in/{number}").mkdir(parents=True)
+        (tmp_path / f"in/{number}/0.png").write_bytes(picture_bytes(number))
+    pq.write_table(pa.table({"image": [picture_bytes(99)], "label": [11]}), tmp_path / "test.parquet")
+    for name, more in (("alone", []), ("beside", [f"data.heldout_source={tmp_path}/test.parquet"])):
+        run = made(configured(tmp_path / "in", *more), name)
+        labels = {found: label for found, (_, _, label) in rows(run).items()}
+        assert {found: label for found, label in labels.items() if "#" not in found} == {
+            f"{number}/0.png": number for number in range(12)
+        }
+        assert read_manifest(run.folder).classes == tuple(map(str, range(12)))
+
+
+def test_it_tells_how_many_pictures_have_labels_and_what_was_left_out(
+    configured: Callable[..., Config], class_folders: Path, picture_bytes: Bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (class_folders / "loose.png").write_bytes(picture_bytes(50))
+    (class_folders / "cat/3.png").write_bytes(b"no picture")
+    for number in (4, 5):
+        (class_folders / f"cat/{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    run = made(configured(class_folders), "a")
+    told = capsys.readouterr().err
+    assert "\nlabels: 6 of 7 images have one, in 2 classes: 0=cat, 1=dog\n" in told
+    assert "\nwarning: no label for 1 of 7 images; expected one for all or for none\n" in told
+    assert "\nrejected: 2, as cat/4.heic: neither picture nor text; expected" in told
+    assert "\nrejected: 1, as cat/3.png: not a picture in a known format\n" in told
+    assert {key: run.results[key] for key in ("rows_labelled", "classes", "rejected")} == {
+        "rows_labelled": 6, "classes": 2, "rejected": 3
+    }  # fmt: skip
+    assert set(rejected(run)) == {"cat/3.png", "cat/4.heic", "cat/5.heic"}
+    assert read_manifest(run.folder).rejected == 3
+    made(configured(class_folders / "dog"), "b")
+    assert "\nlabels: no image has one\n" in capsys.readouterr().err
+
+
+def test_a_second_run_below_its_source_makes_the_same_shards(
+    configured: Callable[..., Config], class_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(class_folders, f"run.output={class_folders}/runs")
+    assert checksums(made(config, "first")) == checksums(made(config, "second"))
+    assert "left out, as jobs wrote it: runs/first, runs/second\n" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_become_ids_and_classes(
+    configured: Callable[..., Config], class_folders: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    (class_folders / "cat").rename(class_folders / odd)
+    run = made(configured(class_folders), "a")
+    assert read_manifest(run.folder).classes == ("caf\\udce9", "dog")
+    assert {name for name in rows(run) if "dog" not in name} == {f"caf\\udce9/{number}.png" for number in range(3)}
+    class_folders.rename(tmp_path / odd)
+    with pytest.raises(BadInput, match=r"data.source is '.*caf\\udce9', a path that is not UTF-8; expected"):
+        resolve_paths(configured(tmp_path / odd))
 
 
 def test_threads_that_share_the_only_range_give_the_same_bytes_as_one(

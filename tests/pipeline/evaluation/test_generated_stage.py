@@ -130,6 +130,16 @@ def test_a_report_and_pictures_are_left(evaluated: Run, generated: Path) -> None
     assert line["metrics"] == evaluated.results
 
 
+def test_statistics_with_nan_are_refused_before_any_feature_is_computed(
+    begin: Started, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
+    monkeypatch.setattr(FeatureWorker, "__init__", lambda *arguments: pytest.fail("measured"))
+    run = begin("evaluate", "nan", f"evaluate.generated={generated}", f"evaluate.reference={tmp_path}/nan.npz")
+    with pytest.raises(BadInput, match="nan.npz' hold NaN or infinity in mu; expected mean and covariance of features"):
+        evaluate.run(run)
+
+
 def test_what_was_computed_serves_the_next_run(
     finished: Started, evaluated: Run, generated: Path, tokens: Path
 ) -> None:

@@ -96,10 +96,10 @@ def test_a_tokenizer_is_trained_first_only_where_that_is_asked_for(
 
 
 def test_a_hub_id_that_cannot_be_had_is_bad_input(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str, **options: Any) -> str:
+    def unreachable(hub: Any, name: str, **options: Any) -> str:
         raise ConnectionError(f"no way to {name}")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(BadInput, match=r"'owner/name' cannot be had from the hub \(no way to owner/name\)"):
         load_tokenizer(given(config, "tokenizer", checkpoint="owner/name"))
 
@@ -108,6 +108,7 @@ def test_a_hub_model_is_checked_and_loaded(
     config: Config, tokenizer: TaTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "download")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *about, **options: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path / "download"))
     from_hub = given(config, "tokenizer", checkpoint="owner/name")
     assert load_tokenizer(from_hub)[0].config == tokenizer.config

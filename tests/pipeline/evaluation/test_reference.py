@@ -102,3 +102,42 @@ def test_a_file_that_holds_no_statistics_is_refused(tmp_path: Path, meta: dict[s
         path.write_text("" if content == "nothing" else "statistics")
     with pytest.raises(BadInput, match="expected an npz with mu and sigma"):
         read_reference(str(path), meta, WIDTH, given=True)
+
+
+NAN = np.full(WIDTH, np.nan)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"mu": NAN}, "hold NaN or infinity in mu;"),
+        ({"sigma": np.diag([1, np.inf, 1])}, "hold NaN or infinity in sigma;"),
+        ({"inception_score": np.nan}, "hold NaN or infinity in inception_score;"),
+        ({"sigma": np.triu(np.ones((WIDTH, WIDTH)))}, "hold a sigma that is not symmetric;"),
+        ({"sigma": -np.eye(WIDTH)}, "hold a negative variance in sigma;"),
+        ({"n": 0}, "hold n 0;"),
+        ({"n": np.nan}, "cannot be read"),
+        ({"n": np.arange(4)}, "cannot be read"),
+        ({"sigma": np.eye(WIDTH) * 1j}, "cannot be read .*complex128"),
+        ({"mu": np.array([None] * WIDTH)}, "cannot be read"),
+        ({"mu": np.array(["a"] * WIDTH)}, "cannot be read"),
+        ({"meta": "[1]"}, "cannot be read"),
+        ({"meta": "no JSON"}, "cannot be read"),
+        ({"sigma": np.ones(WIDTH)}, r"have mu \(3,\) and sigma \(3,\);"),
+        ({"mu": np.zeros((1, WIDTH))}, r"have mu \(1, 3\) and sigma \(3, 3\);"),
+    ],
+)
+def test_statistics_that_no_features_have_are_refused(
+    tmp_path: Path, meta: dict[str, Any], arrays: dict[str, Any], reason: str
+) -> None:
+    path = tmp_path / "foreign.npz"
+    np.savez(path, **{"mu": np.zeros(WIDTH), "sigma": np.eye(WIDTH), **arrays})
+    with pytest.raises(BadInput, match=f"reference statistics '{path}' {reason}"):
+        read_reference(str(path), meta, WIDTH, given=True)
+
+
+def test_single_precision_is_symmetric_enough(tmp_path: Path, meta: dict[str, Any]) -> None:
+    features = np.random.default_rng(0).normal(size=(50, WIDTH)).astype(np.float32)
+    sigma = np.cov(features.T).astype(np.float32) + np.float32(1e-6) * np.arange(9, dtype=np.float32).reshape(3, 3)
+    np.savez(tmp_path / "a.npz", mu=features.mean(0), sigma=sigma)
+    assert np.array_equal(read_reference(str(tmp_path / "a.npz"), meta, WIDTH, given=True).sigma, sigma)

@@ -118,6 +118,16 @@ def test_asking_for_classes_for_none_and_for_another_seed(finished: Started) -> 
     assert "samples" not in other.outputs
 
 
+def test_pictures_are_files_too_where_that_is_asked_for(finished: Started) -> None:
+    run = finished("files", "generate.files=true")
+    made = ShardDataset(run.folder, "heldout")
+    files = sorted(Path(run.outputs["images"]).iterdir())
+    assert [file.name for file in files] == [f"sample-{number:08d}.png" for number in range(10)]
+    assert [file.read_bytes() for file in files] == made.encoded(range(10))
+    with Image.open(files[7]) as picture:
+        assert np.array_equal(np.asarray(picture), made.images([7])[0])
+
+
 def test_what_made_the_pictures_is_told(finished: Started, generator_folder: Path) -> None:
     run = finished("told", "generate.guidance=1.5", "generate.top_k=8")
     found = read_generated(run.folder)

@@ -59,7 +59,8 @@ def test_a_sweep_leaves_a_row_for_each_trial_and_threshold_and_the_best_configur
     assert run.results["best_objective"] == 22 + 4  # at 12 tokens
     best = load_config(run.outputs["best"])
     assert best.tokenizer.global_tokens == 8
-    assert "python jobs/train.py" in Path(run.outputs["best"]).read_text()
+    assert best.tokenizer.checkpoint == str(tmp_path / "sweep" / "trial-02-global_tokens-8-train" / "checkpoint")
+    assert f"python jobs/train.py {run.outputs['best']} tokenizer.checkpoint= " in Path(run.outputs["best"]).read_text()
     assert best.filter.threshold == pytest.approx(0.74)
     assert best.sweep.kind == "thresholds"
     assert best.run.output == str(tmp_path)
@@ -78,7 +79,8 @@ def test_checkpoints_are_measured_as_they_are_and_the_best_one_is_named(sweep, t
     rows = list(csv.DictReader((tmp_path / "sweep" / "table.csv").read_text().splitlines()))
     assert {(row["trial"], row["global_tokens"]) for row in rows} == {("trial-00-a", "2"), ("trial-01-b", "8")}
     text = Path(run.outputs["best"]).read_text()
-    assert "python jobs/evaluate.py" in text  # train would go on with it
+    assert "python jobs/evaluate.py" in text
+    assert "train.py" not in text
     assert load_config(run.outputs["best"]).tokenizer.checkpoint == str(tmp_path / "b" / "checkpoint")
 
 

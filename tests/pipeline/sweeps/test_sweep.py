@@ -128,7 +128,7 @@ def best_trains_to_the_same_numbers(start, folder: Path, tmp_path: Path) -> None
     """Equal to the last bit where both compute on one thread; sums may be ordered otherwise elsewhere: 0.1 dB."""
     summary = json.loads((folder / "summary.json").read_text())
     (trained,) = folder.glob(f"trial-{summary['results']['best_trial']:02.0f}-*-train")
-    process = start("train", summary["outputs"]["best"], "run.name=again", "tracking.uri=")
+    process = start("train", summary["outputs"]["best"], "tokenizer.checkpoint=", "run.name=again", "tracking.uri=")
     _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     again = json.loads((tmp_path / "runs" / "again" / "summary.json").read_text())["results"]

@@ -4,10 +4,10 @@ import pytest
 
 from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import BadInput
-from pipeline.core.files import resolve_paths
+from pipeline.core.files import masked, resolve_paths
 from pipeline.core.presets import load_config
-from pipeline.tracking import check_tracking, masked
-from pipeline.tracking.address import artifact_folder
+from pipeline.tracking import check_tracking
+from pipeline.tracking.address import artifact_folder, without_credentials
 
 
 def check(**keys):
@@ -72,9 +72,20 @@ def test_an_address_without_credentials_is_shown_as_it_is():
     ("uri", "experiment", "folder"),
     [
         ("sqlite:////data/mlflow.db", "my runs", "/data/mlartifacts/my runs"),
-        ("sqlite:////data/mlflow.db", "../a/b", "/data/mlartifacts/..%2Fa%2Fb"),
+        ("sqlite:////data/mlflow.db", "../a/b", "/data/mlartifacts/..%252Fa%252Fb"),  # MLflow reads %25 as %
+        ("sqlite:////my%20data/mlflow.db", "a", "/my%2520data/mlartifacts/a"),
         ("http://host:5000", "tatok", None),  # the server decides
     ],
 )
 def test_pictures_of_a_sqlite_store_lie_beside_the_database(uri, experiment, folder):
     assert artifact_folder(uri, experiment) == folder
+
+
+def test_an_experiment_with_a_name_that_is_too_long_is_bad_input():
+    check(uri="sqlite:///mlflow.db", experiment="x" * 500)
+    with pytest.raises(BadInput, match="tracking.experiment has 501 characters; expected at most 500"):
+        check(uri="sqlite:///mlflow.db", experiment="x" * 501)
+
+
+def test_a_server_is_asked_without_the_password_in_its_address():
+    assert without_credentials("http://anna:secret@host:5000/ml/") == "http://host:5000/ml"

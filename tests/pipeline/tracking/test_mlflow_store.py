@@ -4,21 +4,25 @@ import contextlib
 import io
 import math
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
 
+from pipeline.core.errors import BadInput
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
-from pipeline.tracking import Tracker
-from pipeline.tracking.mlflow_store import MetricPoint, MlflowStore, Refused
+from pipeline.tracking import Tracker, check_model_name, check_store
+from pipeline.tracking.mlflow_store import MetricPoint, MlflowStore, Refused, refusal
 from pipeline.tracking.tracker import parameters
 
 
@@ -226,6 +230,205 @@ def test_importing_the_tracker_does_not_import_mlflow(repository):
     code = "import sys, pipeline.tracking; print([name for name in ('mlflow', 'torch', 'ray') if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
     assert answer.stdout.strip() == "[]"
+
+
+# What MLflow refuses for good, found before anything is made.
+
+
+@pytest.fixture
+def copied(database, tmp_path):
+    """Address of a copy of the store, to be spoilt."""
+    shutil.copy(database[1] / "mlflow.db", tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def change(uri, command):
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database, database:
+        database.execute(command)
+
+
+def test_a_store_that_takes_runs_refuses_nothing(copied, tmp_path):
+    before = (tmp_path / "mlflow.db").read_bytes()
+    assert (
+        refusal(copied, "tatok") == refusal(copied, "another") == refusal(f"sqlite:///{tmp_path}/new/x.db", "a") == ""
+    )
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_deleted_experiment_is_named_and_the_advice_works(copied):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(copied)
+    number = client.get_experiment_by_name("tatok").experiment_id
+    client.delete_experiment(number)
+    said = refusal(copied, "tatok")
+    assert said.startswith("tracking.experiment is 'tatok', which was deleted in MLflow; expected another name, or")
+    assert refusal(copied, "another") == ""
+    command = [sys.executable, "-m", "mlflow", "experiments", "restore", "--experiment-id", str(number)]
+    assert " ".join(command[2:]) in said
+    subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": copied}, check=True, capture_output=True)
+    assert refusal(copied, "tatok") == ""
+
+
+@pytest.mark.parametrize("revision", ["bd07f7e963c5", "ffffffffffff"])
+def test_a_schema_of_another_version_is_named(copied, revision):
+    change(copied, f"UPDATE alembic_version SET version_num = '{revision}'")
+    said = refusal(copied, "tatok")
+    assert f"whose schema is of another version of MLflow ({revision}, not " in said
+    assert f"`mlflow db upgrade {copied}`" in said
+    config = load_config("smoke", [f"tracking.uri={copied}"])
+    with pytest.raises(BadInput, match=revision):
+        check_store(config)
+
+
+def test_an_old_database_is_taken_after_the_upgrade_that_is_advised(copied):
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+
+    command.downgrade(_get_alembic_config(copied), "-1")
+    assert "mlflow db upgrade" in refusal(copied, "tatok")
+    subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", copied], check=True, capture_output=True)
+    assert refusal(copied, "tatok") == ""
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"pictures, perhaps" * 100)
+    said = refusal(f"sqlite:///{tmp_path}/mlflow.db", "tatok")
+    assert "which cannot be used (file is not a database); expected a database of MLflow's" in said
+    said = refusal(f"sqlite:///{tmp_path}/mlflow.db/x.db", "tatok")
+    assert f"'{tmp_path}/mlflow.db' cannot be written to" in said
+
+
+def test_a_file_that_may_not_be_written_is_named(copied, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda name, **more: connect(name.replace("mode=rw", "mode=ro"), **more))
+    assert "which cannot be used (attempt to write a readonly database)" in refusal(copied, "tatok")
+
+
+def test_a_database_that_another_run_writes_to_refuses_nothing(copied):
+    with contextlib.closing(sqlite3.connect(copied.removeprefix("sqlite:///"))) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        assert refusal(copied, "tatok") == ""
+
+
+def test_a_path_is_taken_as_it_is_written(tmp_path):
+    place = tmp_path / "what now?" / "a%20b" / "x#y" / "100% é&=+"
+    uri = f"sqlite:///{place}/mlflow.db"
+    assert refusal(uri, "50%/a") == ""
+    store = MlflowStore(uri, "50%/a", None, system_metrics=False)
+    store.open("test", time.time(), {}, {})
+    (tmp_path / "file.txt").write_text("x")
+    store.artifact(str(tmp_path / "file.txt"), "folder")
+    store.end("FINISHED")
+    assert refusal(uri, "50%/a") == ""
+    artifact = place / "mlartifacts" / "50%25%2Fa" / store.run_id / "artifacts" / "folder" / "file.txt"
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {
+        tmp_path / "file.txt", place / "mlflow.db", artifact
+    }  # fmt: skip
+    assert artifact.read_text() == "x"
+    with contextlib.closing(sqlite3.connect(place / "mlflow.db")) as database:
+        assert database.execute("SELECT run_uuid, status FROM runs").fetchall() == [(store.run_id, "FINISHED")]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", " ", ".", "..", "..x", "models:/tatok"])
+def test_a_name_that_no_model_is_registered_as_is_bad_input(name, store):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(BadInput, match="sweep.register is .* expected a name without / and :"):
+        check_model_name("sweep.register", name)
+    with pytest.raises(MlflowException):  # so MLflow has it
+        store._client.create_registered_model(name)
+    for taken in ("tatok", "my model #1", "x..", "é%20?"):
+        check_model_name("sweep.register", taken)
+        store._client.create_registered_model(taken)
+        store._client.delete_registered_model(taken)
+
+
+@pytest.fixture
+def answering():
+    """`answering(status, text)` starts a server that is in health and answers so to everything else."""
+    servers = []
+
+    def start(status, text=""):
+        class Answering(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(200 if self.path == "/health" else status)
+                self.end_headers()
+                self.wfile.write(b"OK" if self.path == "/health" else text.encode())
+
+            do_POST = do_GET  # noqa: N815 - its name in http.server
+
+            def log_message(self, *arguments):
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Answering))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "sentence"),
+    [
+        (401, "", "which answers 401; expected a server that was started with --allowed-hosts for this name, and cred"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "no"}', "which answers 403; expected a server that was"),
+        (404, "<html>nginx</html>", "which answers 404; expected the address of an MLflow server"),
+        (501, "", "which answers NOT_IMPLEMENTED; expected the address of an MLflow server"),
+        (200, "<html>a notebook</html>", "which cannot be used; expected the address of an MLflow server"),
+    ],
+)
+def test_a_server_that_refuses_for_good_is_named_at_once(answering, status, text, sentence):
+    uri = answering(status, text)
+    begun = time.monotonic()
+    said = refusal(uri, "tatok")
+    assert time.monotonic() - begun < 5
+    assert said.startswith(f"tracking.uri is '{uri}', ")
+    assert sentence in said
+    with pytest.raises(BadInput, match=uri):
+        check_store(load_config("smoke", [f"tracking.uri={uri}"]))
+
+
+def test_databricks_without_credentials_is_refused_for_good(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CONFIG_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    said = refusal("databricks", "tatok")
+    assert said.startswith("tracking.uri is 'databricks', which cannot be used; expected credentials for Databricks (")
+
+
+def test_a_server_that_is_away_busy_or_silent_refuses_nothing(answering):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        for uri in (answering(503), f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:9"):
+            begun = time.monotonic()
+            assert refusal(uri, "tatok") == ""
+            assert time.monotonic() - begun < 8
+
+
+def test_what_is_refused_for_good_is_said_once_and_not_waited_for(open_run, uri, copied, capsys):
+    change(copied, "UPDATE experiments SET lifecycle_stage = 'deleted' WHERE name = 'tatok'")
+    begun = time.monotonic()
+    for name in ("one", "two"):
+        run = open_run(f"tracking.uri={copied}", name=name)
+        with Tracker.start(run) as tracker:
+            run.log({"train/loss": 1.0}, 1)
+            assert tracker.run_id(600) is None
+    assert time.monotonic() - begun < 10
+    said = capsys.readouterr().err
+    assert said.count("nothing is tracked: tracking.experiment is 'tatok', which was deleted in MLflow") == 1
+    assert "sent" not in said
+    assert run.mlflow_run_id is None
+    run = open_run(name="two", resume=True)  # with a store that takes it
+    with Tracker.start(run):
+        pass
+    assert run.mlflow_run_id is not None
 
 
 @pytest.mark.slow

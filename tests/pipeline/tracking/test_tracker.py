@@ -307,6 +307,71 @@ def test_what_the_server_refuses_does_not_hold_up_the_rest(open_run, server, cap
     assert server.ended == ["FINISHED"]
 
 
+class ForGood(Exception):
+    """As MLflow raises where waiting does not help."""
+
+    error_code = "PERMISSION_DENIED"
+
+
+def test_a_server_that_takes_no_run_is_not_asked_again_before_it_is_resumed(open_run, server, monkeypatch, capsys):
+    def refuse(*about):
+        raise ForGood("http://anna:secret@host: no")
+
+    run = open_run()
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeStore, "open", refuse)
+        begun = time.monotonic()
+        with track(run, server) as tracker:
+            log(run, range(3))
+            tracker.tag("key", "value")
+            assert tracker.run_id(600) is None
+        assert time.monotonic() - begun < 5
+    said = capsys.readouterr().err
+    assert said.count("does not take this run, which answers 403; expected a server") == 1
+    assert "secret" not in said
+    assert server.names == []
+    with track(open_run(resume=True), server):
+        pass
+    assert server.steps() == [0, 1, 2]
+    assert server.tags["key"] == "value"
+
+
+def test_a_run_that_is_deleted_meanwhile_is_said_once_and_nothing_is_promised(open_run, server, monkeypatch, capsys):
+    class Deleted(Exception):
+        error_code = "INVALID_PARAMETER_VALUE"
+
+    def refuse(*about):
+        raise Deleted("The run 7 must be in the 'active' state. Current state is deleted.")
+
+    run = open_run()
+    with track(run, server) as tracker:
+        log(run, [1])
+        tracker.commit()
+        wait_until(lambda: server.steps() == [1])
+        for name in ("metrics", "tag", "end"):
+            monkeypatch.setattr(FakeStore, name, refuse)
+        for step in (2, 3, 4):
+            log(run, [step])
+            tracker.tag("step", str(step))
+            tracker.commit()
+            time.sleep(0.1)
+    said = capsys.readouterr().err.splitlines()
+    reason = "The run 7 must be in the 'active' state. Current state is deleted."
+    assert [line for line in said if "MLflow" in line] == [
+        f"MLflow refuses something of this run, which stays in {run.folder} only: {reason}"
+    ]
+
+
+def test_a_server_that_is_away_keeps_nobody_waiting_for_the_run(open_run, server, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.tracker.CLOSE_SECONDS", 0.3)
+    server.up = False
+    with track(open_run(), server) as tracker:
+        begun = time.monotonic()
+        assert tracker.run_id(600) is None
+        assert time.monotonic() - begun < 3
+        tracker.close("finished", 0.1)
+
+
 def test_tags_say_what_the_run_is(open_run, server):
     run = open_run()
     with Tracker(run, FakeStore(server), {"data_fingerprint": "abc"}) as tracker:

@@ -17,9 +17,10 @@ KEYS = ("run.name=one", "train.num_workers=2", "train.cpus_per_worker=0.5", "tra
 def test_ctrl_c_saves_and_stops_ray_workers(tmp_path: Path, repository: Path) -> None:
     folder = tmp_path / "runs" / "one"
     command = [sys.executable, str(repository / "jobs" / "train.py"), "smoke", *KEYS]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True
+        )
     limit = time.monotonic() + 180
     while not (folder / "metrics.jsonl").exists():
         assert process.poll() is None, "ended before it was interrupted"
@@ -31,3 +32,6 @@ def test_ctrl_c_saves_and_stops_ray_workers(tmp_path: Path, repository: Path) ->
     assert (process.returncode, summary["status"]) == (3, "stopped")
     assert out.endswith(f"RUN_FOLDER={folder}\n")
     assert list((folder / "checkpoints").glob("step-*"))
+    assert "PlacementGroupCleaner" not in (tmp_path / "said").read_text(), (
+        "it says every second that it has no dashboard"
+    )
