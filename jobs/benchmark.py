@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/benchmark.py cifar10 ...
 
 Prints a table with ratios, writes report.md and logs to MLflow. Without generator.checkpoint it takes the generator
-that `jobs/train_generator.py` made for the same preset, and trains one first where there is none.
+that `jobs/train_generator.py` made for the same preset, and --make trains it first where there is none.
 """
 
 from pipeline.core.job import main

@@ -5,8 +5,8 @@
     ray job submit --working-dir . -- python jobs/generate.py cifar10 ...
 
 Writes shards like those of `jobs/preprocess.py`, the generated tokens, generated.json and pictures/samples.png into the
-run folder; `jobs/evaluate.py` measures it with evaluate.generated. Without generator.checkpoint it trains one first. A
-stopped run goes on with --resume.
+run folder; `jobs/evaluate.py` measures it with evaluate.generated. Without generator.checkpoint it takes the one that
+`jobs/train_generator.py` made, and --make trains that first where there is none. A stopped run goes on with --resume.
 """
 
 from pipeline.core.job import main

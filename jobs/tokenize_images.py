@@ -5,8 +5,8 @@
 
 Writes tokens.json and tokens/*.parquet into the run folder; give it to other jobs as tokens.path. filter.score and
 filter.rounds decide the ranking; filter.rule and filter.threshold only which lengths are reported. Without
-tokenizer.checkpoint it takes the tokenizer that `jobs/train.py` made with the same configuration, and trains it first
-where there is none. A stopped run goes on with --resume.
+tokenizer.checkpoint what `jobs/train.py` made with the same configuration is taken, and --make trains that first where
+there is none. A stopped run goes on with --resume.
 """
 
 from pipeline.core.job import main

@@ -52,4 +52,4 @@ def run(run: Run) -> None:
 
 def _inside(config: Config, name: str) -> Config:
     """The configuration of the stages: their run folders lie inside the demo's."""
-    return config.with_values("run", output=str(Path(config.run.output) / name), name="")
+    return config.with_values("run", output=str(Path(config.run.output) / name), name="", make=True)

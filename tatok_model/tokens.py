@@ -102,6 +102,20 @@ class Ranking:
             return residual_counts(self.score_units, self.line.residual_at(threshold, total) * self.resolution)
         return kept_counts(self.score_units, rule, threshold, self.resolution)
 
+    def limits(self, rule: str) -> Tensor:
+        """(B, 2) float64: at which thresholds of a rule each image keeps every patch token, and from which on none."""
+        scores = self.score_units.double() / self.resolution
+        if rule == "marginal":
+            return torch.stack([scores.amin(1), scores[:, 0]], 1)
+        total = scores.sum(1)
+        unsaid = torch.stack([scores[:, -1], total], 1)  # once the last token, and every token, is dropped
+        if rule == "residual":
+            return unsaid
+        if rule == "quality" and self.line is not None:
+            said = self.line.kept_slope * (total[:, None] - unsaid)
+            return (-10 * torch.log10(self.line.intercept + self.line.slope * unsaid + said)).clamp(max=self.line.most)
+        return torch.tensor([1.0, 0.0], dtype=torch.float64).expand(len(total), 2)  # shares of the score
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Ranking":
         """The same ranking with every tensor changed alike."""
         return replace(self, order=change(self.order), score_units=change(self.score_units))

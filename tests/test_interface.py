@@ -44,6 +44,8 @@ def default_name(config):
 def run(run):
     act = run.config.tracking.experiment
     print("working")
+    if act == "refuse_at_once":
+        raise BadInput("train.seed is 1; expected 0, as this run was begun, or a new run.name")
     run.log({"loss": 1.0}, step=1)
     run.results["psnr"] = 20.0
     run.outputs["made"] = str(run.folder / "made")
@@ -80,7 +82,8 @@ def run(run):
 
 SUMMARY_KEYS = {
     "schema_version", "stage", "status", "error", "exit_code", "command", "config_sha256", "seed", "commit", "dirty",
-    "hardware", "versions", "started", "seconds", "inputs", "outputs", "mlflow_run_id", "results",
+    "hardware", "versions", "started", "seconds", "inputs", "made_of", "outputs",
+    "mlflow_run_id", "results",
 }  # fmt: skip
 STABLE_KEYS = {
     "run.output", "run.name", "data.source", "data.heldout_source", "data.shards", "data.image_size",
@@ -211,6 +214,44 @@ def test_an_existing_name_needs_resume(finish, folder):
     assert "exists; expected a new run.name, or --resume" in err
     assert finish("smoke", "run.name=one", "tracking.experiment=go", "--resume")[0] == 0
     assert len((folder / "runs" / "one" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("mistyped", [["train.seed=1"], ["train.seed=1", "data.image_size=64", "tracking.uri="]])
+def test_a_mistyped_resume_leaves_the_run_as_it_was(finish, folder, mistyped):
+    finish("smoke", "run.name=one", "tracking.experiment=go")
+    before = {name: (folder / "runs" / "one" / name).read_bytes() for name in ("summary.json", "config.yaml")}
+    code, out, err = finish("smoke", "run.name=one", "tracking.experiment=refuse_at_once", *mistyped, "--resume")
+    assert (code, out.splitlines()[-1]) == (2, f"RUN_FOLDER={folder / 'runs' / 'one'}")
+    assert err.endswith("error: train.seed is 1; expected 0, as this run was begun, or a new run.name\n")
+    assert {name: (folder / "runs" / "one" / name).read_bytes() for name in before} == before
+    assert summary(folder / "runs" / "one")["status"] == "finished"
+
+
+def test_bad_input_that_is_met_after_work_has_gone_on_is_recorded(finish, folder):
+    finish("smoke", "run.name=one", "tracking.experiment=go")
+    assert finish("smoke", "run.name=one", "tracking.experiment=refuse", "--resume")[0] == 2
+    assert summary(folder / "runs" / "one")["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("onee", " (did you mean 'one'?)"), ("quite-another", ""), ("", ""), ("empty", "")]
+)
+def test_resuming_what_is_not_there_is_refused_with_the_nearest_name(finish, folder, name, meant):
+    finish("smoke", "run.name=one", "tracking.experiment=go")
+    (folder / "runs" / "empty").mkdir()
+    code, out, err = finish("smoke", f"run.name={name}", "--resume")
+    assert (code, out) == (2, "")
+    run = folder / "runs" / (name or "smoke-made")
+    assert err == (
+        f"error: run folder '{run}' does not exist, so that --resume has nothing to go on with{meant}; expected "
+        "the run.name of one that does, or no --resume\n"
+    )
+    assert {path.name for path in (folder / "runs").iterdir()} == {"one", "empty"}
+
+
+def test_the_switch_make_is_a_value_of_the_configuration(finish, folder):
+    for arguments, made in (([], False), (["--make"], True), (["run.make=true"], True)):
+        assert yaml.safe_load(finish("smoke", "--dry-run", *arguments)[1])["run"]["make"] is made
 
 
 @pytest.mark.parametrize(

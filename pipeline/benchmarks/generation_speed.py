@@ -21,7 +21,7 @@ from pipeline.core.checkpoints import read_generator
 from pipeline.core.cluster import pick_device, uses_bf16
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import with_generator
+from pipeline.core.inputs import with_input
 from pipeline.core.run import Run
 from pipeline.generator.fit import asked_labels, check_generator, check_guidance, load_generator
 
@@ -123,7 +123,7 @@ def _trained(run: Run, device: Any) -> TimedGenerator:
     """What the configuration names, or made first where it names none; said in the run's inputs."""
     from pipeline.core.checkpoints import load_tokenizer
 
-    run.config = config = with_generator(run.config)
+    run.config = config = with_input(run.config, "generator.checkpoint")
     generator, sha256 = load_generator(config)
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
     run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": sha256}

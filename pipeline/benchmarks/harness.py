@@ -28,7 +28,7 @@ from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import Row, columns, format_value, markdown, progress, say, terminal_table
 from pipeline.core.errors import Stopped
 from pipeline.core.files import write_atomically
-from pipeline.core.inputs import with_shards
+from pipeline.core.inputs import with_input
 from pipeline.core.run import Run
 from pipeline.core.stages import find_stage
 from pipeline.data.checks import check_pictures
@@ -335,7 +335,7 @@ def take_pictures(run: Run, folder: Path, heldout_fraction: float) -> None:
     Where no pictures are named, photographs are made in `folder`, a new one, of which a fraction is held out.
     """
     if names_pictures(run.config):
-        run.config = with_shards(run.config)
+        run.config = with_input(run.config, "data.shards")
     else:
         make_photographs(folder / "photographs", run.config.benchmark.pictures)
         made = {"source": str(folder / "photographs"), "heldout_source": "", "heldout_fraction": heldout_fraction}

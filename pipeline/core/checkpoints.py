@@ -14,16 +14,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.config import Config
 from pipeline.core.console import say
-from pipeline.core.errors import BadInput
-from pipeline.core.files import ANSWER_SECONDS, sha256_file, within, write_json
+from pipeline.core.errors import BadInput, did_you_mean
+from pipeline.core.files import ANSWER_SECONDS, BOX, boxed, in_the_box, resolve, sha256_file, within, write_json
+from pipeline.core.run import Run
 from tatok_model.config import GeneratorConfig, TokenizerConfig, read_config, read_generator_config
+from tatok_model.filtering_rules import QUALITY_FILE, QualityLine, read_lines
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
     from torch import Tensor
@@ -38,6 +40,7 @@ SHAPING = (  # the keys that decide the weights' shapes
     "image_size", "patch_size", "size", "global_tokens", "patch_tokens", "quantizer", "codebook_size", "codebook_dim",
     "fsq_levels", "shared_codebook", "entropy_layers", "entropy_width", "entropy_globals", "expected_fill",
 )  # fmt: skip
+BROUGHT = (*SHAPING, "trunk_layers")  # what a checkpoint brings
 OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
 
 
@@ -114,6 +117,19 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def check_begun(run: Run, decides: dict[str, Any]) -> None:
+    """Refuse, before anything is tracked, to go on with a training that was begun with other values.
+
+    Raises:
+        BadInput: naming the first key that differs from the newest record that can be read.
+    """
+    for path in reversed(_steps(run.folder / "checkpoints")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            begun = dict(json.loads((path / RECORD).read_text())["decides"])
+            run.check_unchanged(begun, decides, name_folder=False)
+            return
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process was in the middle of writing."""
     for leftover in folder.glob(".step-*"):
@@ -121,23 +137,25 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def find(path: str, key: str = "tokenizer.checkpoint") -> Path:
-    """The folder that the value of a key means: a checkpoint, or the run folder of a training that ended.
+    """The folder that the value of a key means: a checkpoint, the run folder of a training that ended, one in the box.
 
     Raises:
         BadInput: neither.
     """
-    for folder in (Path(path), Path(path) / "checkpoint"):
+    for folder in (Path(path), Path(path) / "checkpoint", *([BOX / path] if in_the_box(path) else [])):
         if (folder / "config.json").is_file():
             return folder
     if not Path(path).is_dir():
-        hub = " or a hub id" if key == "tokenizer.checkpoint" else ""
-        raise BadInput(f"{key} {path!r} does not exist; expected a checkpoint folder{hub}")
+        tokenizer = key == "tokenizer.checkpoint"
+        others = f", a hub id or one in the box: {', '.join(boxed())}" if tokenizer else ""
+        meant = did_you_mean(Path(path).name, boxed()) if tokenizer else ""
+        raise BadInput(f"{key} {path!r} does not exist{meant}; expected a checkpoint folder{others}")
     raise BadInput(f"{key} {path!r} holds no config.json; expected a folder that training wrote")
 
 
 def is_hub_id(path: str) -> bool:
-    """`owner/name`, as opposed to a path: those are absolute once resolved."""
-    return bool(path) and not Path(path).is_absolute()
+    """`owner/name`, as opposed to a path, which is absolute once resolved, and to a name in the box."""
+    return "/" in path and not Path(path).is_absolute()
 
 
 def check_architecture(config: Config) -> None:
@@ -179,16 +197,55 @@ def read_generator(path: str) -> GeneratorConfig:
         raise BadInput(f"generator.checkpoint: {error}") from None
 
 
+def with_architecture(values: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+    """Nested values of a configuration with the architecture of the tokenizer that they name, which brings its own.
+
+    Args:
+        values: as a preset and the command line have them.
+        typed: keys of the command line, which stay: `check_architecture` refuses those that disagree.
+    """
+    sections = {name: values.get(name) or {} for name in ("data", "tokenizer", "train", "sweep")}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        return values
+    data, tokenizer, train, sweep = sections.values()
+    several = sweep.get("checkpoints")
+    path = tokenizer.get("checkpoint") or (several[0] if several and isinstance(several, list | tuple) else "")
+    try:
+        place = resolve("tokenizer.checkpoint", str(path)) if path else ""
+        found = asdict(read_architecture(place)) if place and not is_hub_id(place) else {}
+    except BadInput:  # whoever needs it says so
+        found = {}
+    anew = OF_ENTROPY_MODEL if train.get("parts") == "entropy" else ()
+    brought = {name: found[name] for name in BROUGHT if found and name not in anew}
+    if "data.image_size" in typed:
+        brought.pop("image_size", None)
+    elif brought:
+        data = {**data, "image_size": brought["image_size"]}
+    brought = {name: value for name, value in brought.items() if f"tokenizer.{name}" not in typed}
+    return {**values, "data": data, "tokenizer": {**tokenizer, **brought}}
+
+
 def check_same_architecture(path: str, found: TokenizerConfig, config: Config) -> None:
-    """Raises BadInput naming the first key in which a checkpoint's architecture differs from the configuration's."""
-    wanted = config.tokenizer.architecture()
+    """Raises BadInput naming every key in which a checkpoint's architecture differs from the configuration's."""
+    names = _differing(found, config)
+    if names:
+        has = ", ".join(f"{name} {getattr(found, name)}" for name in names)
+        wanted = ", ".join(f"tokenizer.{name}, {getattr(config.tokenizer, name)}" for name in names)
+        raise BadInput(
+            f"tokenizer.checkpoint {path!r} has {has}; expected {wanted}, "
+            f"or tokenizer.checkpoint={path} without such keys: it brings its architecture"
+        )
+
+
+def architecture_differs(found: TokenizerConfig, config: Config) -> str:
+    """In what a checkpoint's architecture differs from the configuration's, in words; '' where it does not."""
+    names = _differing(found, config)
+    return ", ".join(f"{name} {getattr(found, name)} instead of {getattr(config.tokenizer, name)}" for name in names)
+
+
+def _differing(found: TokenizerConfig, config: Config) -> list[str]:
     anew = OF_ENTROPY_MODEL if config.train.parts == "entropy" else ()
-    for name in (key for key in SHAPING if key not in anew):
-        if getattr(found, name) != getattr(wanted, name):
-            raise BadInput(
-                f"tokenizer.checkpoint {path!r} has {name} {getattr(found, name)}; "
-                f"expected tokenizer.{name}, {getattr(wanted, name)}"
-            )
+    return [n for n in SHAPING if n not in anew and getattr(found, n) != getattr(config.tokenizer, n)]
 
 
 def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
@@ -201,7 +258,7 @@ def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
 
     from tatok_model.tokenizer import TaTok
 
-    folder = _tokenizer_folder(config)
+    folder = tokenizer_folder(config)
     try:
         check_same_architecture(config.tokenizer.checkpoint, read_config(folder), config)
         return TaTok.from_pretrained(folder), sha256_file(folder / "model.safetensors")
@@ -240,10 +297,16 @@ def check_quality(config: Config, tokenizer: "TaTok") -> None:
 
 def tokenizer_sha256(config: Config) -> str:
     """Of the weights of `tokenizer.checkpoint`; raises as `load_tokenizer` where they cannot be had."""
-    return sha256_file(_tokenizer_folder(config) / "model.safetensors")
+    return sha256_file(tokenizer_folder(config) / "model.safetensors")
 
 
-def _tokenizer_folder(config: Config) -> Path:
+def quality_lines(config: Config) -> tuple[QualityLine, ...]:
+    """Of the tokenizer of `tokenizer.checkpoint`, as calibration left them beside its weights."""
+    return read_lines(tokenizer_folder(config) / QUALITY_FILE)
+
+
+def tokenizer_folder(config: Config) -> Path:
+    """The folder on this machine of `tokenizer.checkpoint`; raises as `load_tokenizer` where it cannot be had."""
     path = config.tokenizer.checkpoint
     return from_hub(path) if is_hub_id(path) else find(path)
 

@@ -37,6 +37,7 @@ class RunConfig:
 
     output: str = "runs"  # folder that holds the run folders
     name: str = ""  # the run folder's name; empty: named after the preset and the stage
+    make: bool = False  # as --make: train a model that a job needs and that nobody named
 
     def __post_init__(self) -> None:
         _require(self, "output", self.output, "a folder")

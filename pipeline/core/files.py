@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
@@ -35,9 +36,21 @@ INPUT_KEYS = (
     "extractor.train_source", "extractor.test_source", "generator.checkpoint", "evaluate.generated",
     "evaluate.extractor", "sweep.checkpoints", "sweep.control",
 )  # fmt: skip
+TOKENIZERS = ("tokenizer.checkpoint", "sweep.checkpoints", "evaluate.blind_checkpoint")
+BOX = Path(str(resources.files("tatok_model"))) / "weights"
 T = TypeVar("T")
 OUTPUT_KEYS = ("run.output", "data.shards", "tracking.uri")
 URL_KEYS = ("data.source", "data.heldout_source", "data.shards", "tokens.path", "evaluate.generated", "tracking.uri")
+
+
+def in_the_box(name: str) -> bool:
+    """Whether a tokenizer of this name comes with the package, and no folder here is called so."""
+    return name in boxed() and not (_root() / name).exists()
+
+
+def boxed() -> list[str]:
+    """As `tatok_model.tokenizer.boxed`, which imports torch."""
+    return sorted(path.parent.name for path in BOX.glob("*/config.json"))
 
 
 def resolve_paths(config: Config) -> Config:
@@ -49,13 +62,16 @@ def resolve_paths(config: Config) -> Config:
     """
     for key in INPUT_KEYS + OUTPUT_KEYS:
         section, name = key.split(".")
-        config = config.with_values(section, **{name: _resolve(key, config.value(key))})
+        config = config.with_values(section, **{name: resolve(key, config.value(key))})
     return config
 
 
-def _resolve(key: str, value: Any) -> Any:
+def resolve(key: str, value: Any) -> Any:
+    """The value of one key, as `resolve_paths`."""
     if isinstance(value, tuple):
-        return tuple(_resolve(key, item) for item in value)
+        return tuple(resolve(key, item) for item in value)
+    if key in TOKENIZERS and in_the_box(value):
+        return value
     if value == "" or (value == "samples" and key.endswith("source")) or (key, value) == ("tracking.uri", "databricks"):
         return value
     if key == "evaluate.extractor" and not value.endswith(".safetensors"):

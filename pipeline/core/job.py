@@ -19,8 +19,8 @@ from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import OutOfRoom, leave, resolve_paths, storage_sentence
 from pipeline.core.presets import load_config
-from pipeline.core.run import Run, check_folder
-from pipeline.core.stages import Stage, find_stage
+from pipeline.core.run import Run, check_folder, check_resumable, numbered_name
+from pipeline.core.stages import MEASURES, Stage, find_stage
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 
@@ -31,10 +31,14 @@ def main(name: str, description: str | None) -> NoReturn:
     stdout = own_stdout()
     try:
         config = resolve_paths(load_config(arguments.preset, arguments.overrides))
+        config = config.with_values("run", make=config.run.make or arguments.make)
         stage = find_stage(name)
         stage.check(config)
-        config = config.with_values("run", name=config.run.name or stage.default_name(config))
-        check_folder(Path(config.run.output) / config.run.name, arguments.resume)
+        config = config.with_values("run", name=config.run.name or _default_name(name, config, arguments.resume))
+        folder = Path(config.run.output) / config.run.name
+        check_folder(folder, arguments.resume)
+        if arguments.resume:
+            check_resumable(folder)
         print(config.to_yaml(), file=stdout, flush=True)
         if arguments.dry_run:
             leave(EXIT_DONE)
@@ -47,6 +51,12 @@ def main(name: str, description: str | None) -> NoReturn:
     code = execute(run, stage)
     print(f"RUN_FOLDER={run.folder.absolute()}", file=stdout, flush=True)
     leave(code)
+
+
+def _default_name(name: str, config: Config, resume: bool) -> str:
+    """The run folder's name when `run.name` is empty; what only measures gets a number where that is taken."""
+    default = find_stage(name).default_name(config)
+    return numbered_name(Path(config.run.output), default, resume) if name in MEASURES else default
 
 
 def refuse(error: BadInput) -> NoReturn:
@@ -68,15 +78,17 @@ def execute(run: Run, stage: Stage) -> int:
     return EXIT_DONE
 
 
-def run_nested(name: str, config: Config) -> Run:
+def run_nested(name: str, config: Config, folder: str = "") -> Run:
     """Make a missing input: run another stage in a run folder of its own, going on where an earlier attempt ended.
+
+    The folder's name is the stage's default where none is given.
 
     Raises whatever that stage raises, and Stopped when a stop was asked for while it worked; its own `summary.json`
     records it too.
     """
     stage = find_stage(name)
     stage.check(config)
-    config = config.with_values("run", name=stage.default_name(config))
+    config = config.with_values("run", name=folder or stage.default_name(config))
     run = Run.open(name, config, config.run.name, resume=True)
     _work(run, stage)
     if run.should_stop:
@@ -91,7 +103,10 @@ def _work(run: Run, stage: Stage) -> None:
             stage.run(run)
     except BaseException as problem:
         try:
-            run.write_summary(*_outcome(problem))
+            if isinstance(problem, BadInput) and run.kept_status:  # a mistyped --resume changes nothing
+                run.put_back()
+            else:
+                run.write_summary(*_outcome(problem))
         except OSError as error:  # on storage that is full: what ended the run is what is reported
             print(f"summary.json still says 'running': {error}", file=sys.stderr)
         raise
@@ -129,6 +144,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the preset")
     parser.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
     parser.add_argument("--resume", action="store_true", help="go on with the run of the same name")
+    parser.add_argument("--make", action="store_true", help="train a model that is needed and that nobody named")
     arguments = parser.parse_intermixed_args()
     if "=" in arguments.preset:  # the preset was left out
         arguments.overrides.insert(0, arguments.preset)

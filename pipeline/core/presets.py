@@ -4,7 +4,6 @@ Unknown keys are refused with the nearest valid one; every message names the key
 """
 
 import dataclasses
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -12,8 +11,10 @@ from typing import Any, Literal, get_origin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.core.checkpoints import with_architecture
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.errors import BadInput
+from pipeline.core.errors import did_you_mean as _nearest
 
 SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 
@@ -32,7 +33,17 @@ def load_config(preset: str = "demo", overrides: list[str] | None = None) -> Con
     values.setdefault("preset", Path(preset).stem)
     for text in overrides or []:
         _apply_override(values, text)
-    return config_from_dict(values)
+    return config_from_dict(with_architecture(values, _stated(preset, overrides or [])))
+
+
+def _stated(preset: str, overrides: list[str]) -> set[str]:
+    """Keys that the checkpoint in use may not change: typed ones, and those of a YAML file that names it itself."""
+    keys = {text.partition("=")[0] for text in overrides}
+    if preset.endswith((".yaml", ".yml")) and "tokenizer.checkpoint" not in keys:
+        own = yaml.safe_load(Path(preset).read_text(encoding="utf-8", errors="replace")) or {}
+        beside = {f"{name}.{key}" for name, part in own.items() if isinstance(part, dict) for key in part}
+        keys |= beside if "tokenizer.checkpoint" in beside else set()
+    return keys
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -147,8 +158,3 @@ def _unknown(section: str, key: str = "") -> str:
     whole = f"{section}.{key}" if key else section
     valid = keys[section] if key else list(keys)
     return f"unknown key {whole!r}{_nearest(whole, everything)}; expected one of {', '.join(valid)}"
-
-
-def _nearest(key: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

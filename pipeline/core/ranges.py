@@ -29,7 +29,6 @@ from pipeline.core.cluster import (
 from pipeline.core.console import progress
 from pipeline.core.errors import Stopped
 from pipeline.core.files import sha256_file, write_atomically, write_json
-from pipeline.core.manifest import check_unchanged
 from pipeline.core.run import Run
 
 Seconds = dict[str, float]  # by kind of work; `total` holds all of them
@@ -250,20 +249,20 @@ def prepare_folders(folder: Path, *names: str, tidy: bool = True) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def keep_plan(folder: Path, facts: dict[str, Any], ranges: Sequence[Any]) -> str:
+def keep_plan(run: Run, facts: dict[str, Any], ranges: Sequence[Any]) -> str:
     """Write `plan.json`, or compare with the one that is there; returns a key that parts of the work carry.
 
     Args:
-        folder: of the run.
+        run: whose folder keeps it.
         facts: everything that decides bytes, by configuration key.
         ranges: that follow from them; dataclasses.
 
     Raises:
         BadInput: the run was begun with other facts.
     """
-    path = folder / "plan.json"
+    path = run.folder / "plan.json"
     if path.exists():
-        check_unchanged(json.loads(path.read_bytes())["facts"], facts, folder)
+        run.check_unchanged(json.loads(path.read_bytes())["facts"], facts)
     else:
         write_json(path, {"facts": facts, "ranges": [asdict(task) for task in ranges]})
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pipeline.core.config import Config
-from pipeline.core.errors import BadInput
+from pipeline.core.errors import BadInput, did_you_mean
 from pipeline.core.files import finite, write_atomically, write_json
+from pipeline.core.manifest import INPUTS, check_unchanged
 
 SCHEMA_VERSION = 1
-SUMMARY, METRICS = "summary.json", "metrics.jsonl"
+CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.jsonl"
 PACKAGES = ("tatok", "torch", "ray", "mlflow", "pyarrow", "numpy", "pillow", "vector-quantize-pytorch", "scikit-image")
 
 
@@ -40,7 +41,8 @@ class Run:
         self.outputs: dict[str, str] = {}
         self.results: dict[str, float] = {}
         self.mlflow_run_id: str | None = None
-        self.resumed = False
+        self.made_of: dict[str, Any] = {}  # what decides its bytes, where other stages look for such a run
+        self.earlier: dict[str, Any] = {}  # the summary of the attempt before this one
         self._stop = threading.Event()
         self.command = command or sys.argv
         self._started = time.time()
@@ -48,6 +50,8 @@ class Run:
         self._commit = commit()  # now: the clone may move on while the run lasts
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._files: dict[str, bytes] = {}  # as the attempt before this one left them
+        self._logged = 0  # bytes of metrics then
 
     @classmethod
     def open(cls, stage: str, config: Config, name: str, resume: bool, command: list[str] | None = None) -> "Run":
@@ -66,7 +70,7 @@ class Run:
         except BadInput:
             run.close()
             raise
-        write_atomically(folder / "config.yaml", config.to_yaml().encode())
+        write_atomically(folder / CONFIG, config.to_yaml().encode())
         run.write_summary("running")
         return run
 
@@ -91,8 +95,48 @@ class Run:
             raise BadInput(
                 f"run folder {str(self.folder)!r} holds a run of {earlier['stage']!r}; expected one of {self.stage!r}"
             )
-        self.resumed = True
-        self.mlflow_run_id = earlier["mlflow_run_id"]
+        self.earlier, self.mlflow_run_id = earlier, earlier["mlflow_run_id"]
+        there = [name for name in (CONFIG, SUMMARY) if (self.folder / name).exists()]
+        self._files = {name: (self.folder / name).read_bytes() for name in there}
+        self._logged = self._metric_bytes()
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there was an attempt before this one."""
+        return bool(self.earlier)
+
+    @property
+    def kept_status(self) -> str | None:
+        """How an earlier attempt stands that this one has not gone on with: it has logged nothing yet."""
+        return self.earlier["status"] if self.resumed and self._metric_bytes() == self._logged else None
+
+    def put_back(self) -> None:
+        """After bad input that `kept_status` outlives: leave the run as if nobody had asked to go on with it."""
+        for name, data in self._files.items():
+            write_atomically(self.folder / name, data)
+
+    def check_unchanged(self, begun: dict[str, Any], wanted: dict[str, Any], name_folder: bool = True) -> None:
+        """Raises BadInput as `manifest.check_unchanged`, with the names of inputs instead of their fingerprints."""
+        inputs = self.earlier.get("inputs", {})
+        paths = {key: str(inputs.get(name, {}).get("path", "")) for key, name in INPUTS.items()}
+        names = {key: (path, str(self.config.value(key))) for key, path in paths.items()}
+        check_unchanged(begun, wanted, self.folder if name_folder else None, names)
+
+    def check_inputs(self) -> None:
+        """Refuse to measure something else under the name of a run that is finished.
+
+        Raises:
+            BadInput: naming the first of the `inputs` that is another one.
+        """
+        if self.earlier.get("status") == "finished":
+            earlier = self.earlier["inputs"]
+            both = {key: name for key, name in INPUTS.items() if name in earlier and name in self.inputs}
+            begun, now = ({key: of[name]["sha256"] for key, name in both.items()} for of in (earlier, self.inputs))
+            self.check_unchanged(begun, now)
+
+    def _metric_bytes(self) -> int:
+        path = self.folder / METRICS
+        return path.stat().st_size if path.exists() else 0
 
     @property
     def should_stop(self) -> bool:
@@ -140,7 +184,8 @@ class Run:
             "versions": versions(),
             "started": datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self._started, 3),
-            "inputs": self.inputs,
+            "inputs": self.inputs or self.earlier.get("inputs", {}),
+            "made_of": self.made_of or self.earlier.get("made_of", {}),
             "outputs": self.outputs,
             "mlflow_run_id": self.mlflow_run_id,
             "results": self.results,
@@ -208,8 +253,54 @@ def check_folder(folder: Path, resume: bool) -> None:
     Raises:
         BadInput: there is something at `folder` and `resume` is not set.
     """
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not resume and not _is_free(folder):
         raise BadInput(f"run folder {str(folder)!r} exists; expected a new run.name, or --resume to go on with it")
+
+
+def check_resumable(folder: Path) -> None:
+    """Refuse to go on with a run that there is not.
+
+    Raises:
+        BadInput: naming the run whose name is nearest.
+    """
+    if _is_free(folder):
+        runs = [path.parent.name for path in folder.parent.glob(f"*/{SUMMARY}")]
+        raise BadInput(
+            f"run folder {str(folder)!r} does not exist, so that --resume has nothing to go on with"
+            f"{did_you_mean(folder.name, runs)}; expected the run.name of one that does, or no --resume"
+        )
+
+
+def numbered_name(output: Path, name: str, resume: bool) -> str:
+    """`name`, `name-2`, `name-3`, ...: the first that is free, or, to go on with it, the last that is not."""
+    number = 1
+    while not _is_free(output / _numbered(name, number)):
+        number += 1
+    return _numbered(name, number - 1 if resume and number > 1 else number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}-{number}" if number > 1 else name
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def wait_while_held(folder: Path, seconds: float) -> bool:
+    """Wait until no process works in a run folder, at most so long; whether one still does."""
+    limit = time.monotonic() + seconds
+    while True:
+        try:
+            with open(folder / ".lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            if time.monotonic() >= limit:
+                return True
+            time.sleep(0.2)
 
 
 def commit() -> dict[str, Any]:

@@ -25,6 +25,7 @@ STAGES = {
     "benchmark": "pipeline.benchmarks.benchmark",
     "demo": "pipeline.demo",
 }
+MEASURES = ("evaluate", "calibrate", "benchmark")  # stages that measure anew, each time in a folder of its own
 BENCHMARKS = {  # the kinds of the stage `benchmark`: modules with `check` and `run`
     "preprocess": "pipeline.benchmarks.preprocess_speed",
     "ingest": "pipeline.benchmarks.ingest_speed",
@@ -48,6 +49,16 @@ class Stage(Protocol):
 
     def run(self, run: "Run") -> None:
         """Do the work; fills `run.results`, `run.outputs` and `run.inputs`."""
+
+
+class Maker(Stage, Protocol):
+    """A stage that makes what others read; `inputs.py` says which."""
+
+    def made_of(self, config: "Config") -> dict[str, Any]:
+        """Everything that decides what it makes, by key, of a configuration that names its inputs; plain values.
+
+        Where nothing but this is equal, what is made is equal too: inputs are told by fingerprints, not by paths.
+        """
 
 
 def find_stage(name: str) -> Stage:

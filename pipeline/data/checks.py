@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
+from pipeline.core.inputs import shards_of_gone_source
 from pipeline.data import preprocess
 from pipeline.data.shards import check_shards
 from tatok_model.filtering_rules import SCORES
@@ -19,10 +20,16 @@ def check_pictures(config: Config) -> None:
     """
     if config.data.image_size < SMALLEST:
         raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels for SSIM")
-    if config.data.shards:
-        check_shards(config)
-    else:
-        preprocess.check(config)
+    if not config.data.shards:
+        try:
+            preprocess.check(config)
+            return
+        except BadInput:
+            shards = shards_of_gone_source(config)
+            if shards is None:
+                raise
+            config = config.with_values("data", shards=str(shards))
+    check_shards(config)
 
 
 def check_score(config: Config) -> None:

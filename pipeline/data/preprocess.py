@@ -25,7 +25,7 @@ from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import OURS, printable, write_atomically
-from pipeline.core.manifest import check_unchanged
+from pipeline.core.manifest import check_unchanged, fingerprint
 from pipeline.core.ranges import Part, Stopwatch, run_ranges
 from pipeline.core.run import Run
 from pipeline.data.labels import class_names, label_of
@@ -64,9 +64,20 @@ def check(config: Config) -> None:
 
 
 def default_name(config: Config) -> str:
-    """The run folder's name: the same for equal shards, so that training finds what preprocess made."""
+    """The run folder's name: the same for equal shards, another one when files have changed."""
+    return f"{config.preset}-shards-{fingerprint(made_of(config))}"
+
+
+def asked_for(config: Config) -> dict[str, Any]:
+    """What decides which shards are made, but for what is in the sources."""
     data = config.data
-    return f"{config.preset}-shards-{_sha256([byte_config(data), data.source, data.heldout_source])[:8]}"
+    places = {"data.source": data.source, "data.heldout_source": data.heldout_source}
+    return {**places, **{f"data.{key}": value for key, value in byte_config(data).items()}}
+
+
+def made_of(config: Config) -> dict[str, Any]:
+    """What decides which shards are made; lists the sources, and raises as `open_source`."""
+    return {**asked_for(config), "files": _fingerprint(open_sources(config.data))}
 
 
 def run(run: Run) -> None:
@@ -81,6 +92,7 @@ def run(run: Run) -> None:
     for source in sources:
         run.inputs[source.key.removeprefix("data.")] = {"path": source.place, "sha256": source.fingerprint()}
     plan = make_or_load_plan(run.folder, sources, data)
+    run.made_of = {**asked_for(run.config), "files": plan.source_fingerprint}
     work = PreprocessWork.of(run.folder, plan, sources, data)
     with Tracker.start(run, {"source_fingerprint": plan.source_fingerprint}) as tracker:
         parts, seconds = run_ranges(run, "preprocess", work, None, plan.ranges, "data", "shards")

@@ -7,20 +7,22 @@ the test split to `evaluate` in shards of its own.
 Shapes: B images, N patch positions.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
-from pipeline.core.checkpoints import find, is_hub_id, load_tokenizer
+from pipeline.core.checkpoints import find, load_tokenizer, tokenizer_folder
 from pipeline.core.cluster import pick_device
 from pipeline.core.config import Config
 from pipeline.core.console import progress, say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import write_atomically
-from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
+from pipeline.core.inputs import check_tokenizer, with_input
 from pipeline.core.run import Run
 from pipeline.data.checks import check_pictures, check_score
 from pipeline.data.shards import read_manifest
@@ -83,12 +85,13 @@ def run(run: Run) -> None:
         BadInput: there is no validation image, or more dB are wanted than all tokens give.
         Stopped: the run was asked to stop.
     """
-    config = with_shards(run.config)
+    config = with_input(run.config, "data.shards")
     manifest = read_manifest(config.data.shards)
     run.inputs["shards"] = {"path": config.data.shards, "sha256": manifest.fingerprint}
-    run.config = config = with_tokenizer(config, manifest.fingerprint)
+    run.config = config = with_input(config, "tokenizer.checkpoint")
     tokenizer, sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
+    run.check_inputs()
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}):
         pictures = _Ranked(run, tokenizer)
         run.results = {}
@@ -171,9 +174,12 @@ def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
     tokenizer.quality_lines = with_line(tokenizer.quality_lines, line)
     pictures.tokens = replace(pictures.tokens, ranking=replace(pictures.ranking, line=line))
     text = lines_json(tokenizer.quality_lines).encode()
-    places = [run.folder / LINES_FILE]
-    if not is_hub_id(run.config.tokenizer.checkpoint):
-        places.append(find(run.config.tokenizer.checkpoint) / LINES_FILE)
+    places, path = [run.folder / LINES_FILE], run.config.tokenizer.checkpoint
+    if Path(path).is_absolute():
+        places.append(find(path) / LINES_FILE)
+    else:  # in the box or of the hub, where nothing is written: a copy that other jobs take by the run's name
+        shutil.copytree(tokenizer_folder(run.config), run.folder / "checkpoint", dirs_exist_ok=True)
+        places.append(run.folder / "checkpoint" / LINES_FILE)
     for place in places:
         try:
             write_atomically(place, text)

@@ -9,7 +9,7 @@ from pipeline.core.checkpoints import check_quality, load_tokenizer
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
-from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
+from pipeline.core.inputs import check_tokenizer, with_input
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts, check_pictures, check_score
 from pipeline.data.shards import read_manifest
@@ -59,7 +59,7 @@ def default_name(config: Config) -> str:
 
 def run(run: Run) -> None:
     """Measure, and leave a report and pictures in the run folder."""
-    run.config = with_shards(run.config)
+    run.config = with_input(run.config, "data.shards")
     if run.config.evaluate.generated:
         from pipeline.evaluation.generated import evaluate_generated
 
@@ -67,10 +67,11 @@ def run(run: Run) -> None:
         return
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
-    run.config = with_tokenizer(run.config, manifest.fingerprint)
+    run.config = with_input(run.config, "tokenizer.checkpoint")
     tokenizer, sha256 = load_tokenizer(run.config)
     check_quality(run.config, tokenizer)
     run.inputs["tokenizer"] = {"path": run.config.tokenizer.checkpoint, "sha256": sha256}
+    run.check_inputs()
     check_baselines(run.config, manifest.splits["train"].rows)
 
     from pipeline.evaluation.evaluator import Bench
@@ -89,6 +90,7 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[
     from pipeline.evaluation.measurements import OPERATING
     from pipeline.evaluation.results import (
         cut_results,
+        cut_warnings,
         distance_warnings,
         keep_curve,
         measured_with_distances,
@@ -111,7 +113,7 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[
     at_curve = tuple(f"baseline_{codec}_{point.name}_" for codec in ("jpeg", "webp") for point, _ in curve)
     reported = {name: value for name, value in results.items() if not name.startswith(at_curve)}
     lines = list(rows(reported, distances[0].extractor, bench.device))
-    told = distance_warnings(distances[0].name, found.images, distances[0], "tokenizers")
+    told = [*distance_warnings(distances[0].name, found.images, distances[0], "tokenizers"), *cut_warnings(run, found)]
     cuts = table(curve, run.config.filter.rule, distances)
     report(run, f"{run.config.preset}: {bench.plan.count} held-out images", lines, told, facts, tracker, cuts)
     if bench.plan.grid:

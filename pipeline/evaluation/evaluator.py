@@ -189,6 +189,9 @@ class Evaluator:
         if self.lpips is not None:
             totals.lpips = float(self.lpips(images.float() / 255, pictures.float() / 255).double().sum())
         found.totals.merge(totals)
+        if ranked.ranking is not None:
+            limits = _array(ranked.ranking.limits(self.cuts.filter.rule))
+            found.limits = np.concatenate([found.limits, limits]) if len(found.limits) else limits
         for kind, usage in found.codes.items():
             usage.update(tokens.kept_globals() if kind == "global" else tokens.patch_indices[tokens.kept_mask])
         if found.originals:

@@ -65,6 +65,7 @@ def evaluate_generated(run: Run) -> None:
     shards = read_manifest(config.data.shards)
     run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
     run.inputs["generated"] = {"path": config.evaluate.generated, "sha256": generated.manifest.fingerprint}
+    run.check_inputs()
     comparison = GeneratedComparison(run, generated)
     facts = comparison.facts()
     with Tracker.start(run, facts) as tracker:

@@ -263,6 +263,7 @@ class Measurements(Sums):
     originals: NetworkSums | None = None  # only while there are no reference statistics
     contents: Contents | None = None  # only where there is a curve
     totals: EvaluationTotals = field(default_factory=EvaluationTotals)
+    limits: np.ndarray = field(default_factory=no_values)  # (B, 2) of `Ranking.limits`, where tokens are ranked
 
     @property
     def operating(self) -> CutSums:

@@ -24,8 +24,9 @@ from pipeline.core.files import write_atomically
 from pipeline.core.plots import Curve, rate_distortion_plot, token_histogram
 from pipeline.core.run import Run
 from pipeline.evaluation.evaluator import Bench
-from pipeline.evaluation.measurements import Cut, CutSums, Measurements, NetworkSums
+from pipeline.evaluation.measurements import OPERATING, Cut, CutSums, Measurements, NetworkSums
 from pipeline.evaluation.reference import Distance, Extractor, describe, known_reference, new_reference
+from pipeline.tokens.decoder import cut_warning
 from pipeline.tracking import Tracker
 from tatok_model.metrics.rate_distortion import spearman, spearman_interval
 
@@ -168,6 +169,18 @@ def distance_warnings(name: str, images: int, distance: Distance, compared: str)
     if not distance.extractor.comparable:
         found.append(f"{name} compares {compared} of this project and is no FID: do not set it beside published ones")
     return found
+
+
+def cut_warnings(run: Run, found: Measurements) -> list[str]:
+    """What to say of a threshold that keeps nothing or everything; of a curve only where all its points do."""
+    config, told = run.config, []
+    thresholds = {OPERATING: config.filter.threshold}
+    thresholds |= {f"curve{number:02d}": value for number, value in enumerate(config.evaluate.thresholds)}
+    for name, threshold in thresholds.items():
+        kept = found.cuts[name].lengths.tokens - config.tokenizer.global_tokens
+        told.append(cut_warning(config, threshold, kept, found.limits.reshape(-1, 2)))
+    operating, *curve = told
+    return [text for text in (operating, *(curve[:1] if all(curve) and not operating else [])) if text]
 
 
 def table(curve: CurveResults, rule: str, distances: list[Distance]) -> list[list[str]]:

@@ -9,8 +9,7 @@ from pipeline.core.checkpoints import check_architecture, find, is_hub_id, read_
 from pipeline.core.config import Config, FilterConfig, GenerateConfig
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.core.inputs import with_trained_generator
-from pipeline.core.stages import find_stage
+from pipeline.core.inputs import check_input
 from pipeline.tokens.token_manifest import TokenManifest
 from tatok_model.config import GeneratorConfig
 
@@ -153,9 +152,8 @@ def check_generator(config: Config) -> Config:
     Raises:
         BadInput: a checkpoint that is none or of another tokenizer, no tokenizer, or one of another architecture.
     """
-    found = with_trained_generator(config)
+    found = check_input(config, "generator.checkpoint")
     if not found.generator.checkpoint:
-        find_stage("train_generator").check(config)
         return found
     _check_tokenizer(found)
     check_architecture(found)

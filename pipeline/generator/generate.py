@@ -16,7 +16,7 @@ from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, GenerateConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import with_generator
+from pipeline.core.inputs import with_input
 from pipeline.core.ranges import Part, keep_plan, rates, run_ranges
 from pipeline.core.run import Run
 from pipeline.data.shards import Manifest, ShardDataset, read_manifest, write_manifest
@@ -60,7 +60,7 @@ def run(run: Run) -> None:
         BadInput: as `check`, or the run was begun with another configuration.
         Stopped: the run was asked to stop; finished files are kept.
     """
-    config = run.config = with_generator(run.config)
+    config = run.config = with_input(run.config, "generator.checkpoint")
     generator, generator_sha256 = load_generator(config)
     run.inputs["generator"] = {"path": config.generator.checkpoint, "sha256": generator_sha256}
     tokenizer, tokenizer_sha256 = load_tokenizer(config)
@@ -70,7 +70,7 @@ def run(run: Run) -> None:
     classes = _class_names(config, generator.config)
     ranges = ranges_of_samples(config.generate)
     facts = _facts(config, generator_sha256, tokenizer_sha256, classes)
-    key = keep_plan(run.folder, facts, ranges)
+    key = keep_plan(run, facts, ranges)
 
     from pipeline.generator.sampler import SamplingWork
     from pipeline.tokens.decoder import length_statistics

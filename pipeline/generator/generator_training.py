@@ -19,21 +19,21 @@ from pipeline.core.run import Run
 from pipeline.generator.fit import asked_labels, check_length, check_start, generator_config
 from pipeline.generator.generate import class_rows
 from pipeline.generator.token_data import LayeredOrder, TokenBatch, TokenBatches, TokenDataset, TokenPart
-from pipeline.tokens.decoder import decoded_pictures
+from pipeline.generator.train_generator import decides
+from pipeline.tokens.decoder import cut_warning, decoded_pictures
 from pipeline.tokens.token_manifest import check_tokenizer
 from pipeline.training import distributed
 from pipeline.training.distributed import Mean, Terms
 from pipeline.training.loop import train
 from pipeline.training.order import SampleOrder
 from pipeline.training.recorder import Recorder
-from pipeline.training.state import TrainState, derive_seed, go_on, values_of
+from pipeline.training.state import TrainState, derive_seed, go_on
 from pipeline.training.validation import spread
 from tatok_model.generation.generator import Generator
 from tatok_model.generation.sampling import sample
 from tatok_model.generation.sequences import Sequences
 from tatok_model.tokenizer import TaTok
 
-SECTION = "train_generator"
 BATCH = 64  # sequences per forward pass of a validation
 KINDS = ("globals", "positions", "codes")  # of bits
 
@@ -175,10 +175,13 @@ def work(
     """Train this worker's part to the end of the run; see `pipeline.training.tokenizer_training.work`."""
     config, section, train_config = run.config, run.config.generator, run.config.train_generator
     training, heldout = (TokenDataset.load(config.tokens.path, name, config.filter) for name in ("train", "heldout"))
-    decides = deciding(config, training)
+    deciding = decides(config, training.manifest)
     wanted = config.generator.from_codebook or train_config.grid_images
     tokenizer = _tokenizer(config, training) if wanted and config.tokenizer.checkpoint else None
-    state = starting_state(run, training, heldout, decides, device, tokenizer)
+    told = cut_warning(config, config.filter.threshold, training.counts, training.limits)
+    if told and distributed.rank() == 0:
+        say(f"warning: {told}")
+    state = starting_state(run, training, heldout, deciding, device, tokenizer)
     draws = train_config.grid_images and distributed.rank() == 0
     sizes = train_config.validation_images, config.generate, train_config.grid_images
     validator = GeneratorValidator(heldout, *sizes, tokenizer if draws else None, device)
@@ -199,7 +202,7 @@ def work(
     def ids(step: int) -> list[str]:
         return [training.ids[row] for row in seen.global_batch(step)[0]]
 
-    recorder = Recorder(run, train_config, decides, state, ids)
+    recorder = Recorder(run, train_config, deciding, state, ids)
     outcome = train(objective, batches.load, train_config, validator, recorder, report)
     lengths = training.lengths()
     facts = {"tokens_mean": float(lengths.mean()), "tokens_std": float(lengths.std()), "rows_train": len(training)}
@@ -215,7 +218,7 @@ def starting_state(
     run: Run,
     training: TokenDataset,
     heldout: TokenDataset,
-    decides: dict[str, Any],
+    deciding: dict[str, Any],
     device: torch.device,
     tokenizer: TaTok | None,
 ) -> TrainState[Generator]:
@@ -240,16 +243,9 @@ def starting_state(
     elif config.generator.from_codebook and distributed.rank() == 0:
         say("tokenizer.checkpoint is empty: codes start at random instead of from its codebook")
     state = TrainState(generator.to(device), config.train_generator, Generator.from_pretrained)
-    if not go_on(state, run.folder / "checkpoints", decides) and path:
+    if not go_on(state, run.folder / "checkpoints", deciding) and path:
         state.start_from(Generator.from_pretrained(find(path, "generator.checkpoint")))
     return state
-
-
-def deciding(config: Config, training: TokenDataset) -> dict[str, Any]:
-    """What decides the weights of a step, by key: a run that goes on must have the same."""
-    values = values_of(config, "generator", SECTION)
-    cut = {"filter.rule": config.filter.rule, "filter.threshold": config.filter.threshold}
-    return {**values, **cut, "tokens.path": training.manifest.fingerprint}
 
 
 def _tokenizer(config: Config, training: TokenDataset) -> TaTok:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.core.config import FilterConfig
 from pipeline.core.errors import BadInput
 from pipeline.generator.fit import check_global_cut, global_tokens_of
-from pipeline.tokens.decoder import cut
+from pipeline.tokens.decoder import NO_LIMITS, cut
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import TokenManifest, read_token_manifest
 from pipeline.training.order import SampleOrder, keyed_uniform
@@ -39,6 +39,7 @@ class TokenDataset:
         codes: codebook entries of all rows' patch tokens, one row after the other.
         places: their positions in raster order, ascending in each row.
         offsets: (R + 1,) int64, where each row begins in the two, then the end.
+        limits: (R, 2) of `Ranking.limits`.
     """
 
     manifest: TokenManifest
@@ -48,6 +49,7 @@ class TokenDataset:
     codes: np.ndarray
     places: np.ndarray
     offsets: np.ndarray
+    limits: np.ndarray
 
     @classmethod
     def load(cls, folder: str, split: str, filter: FilterConfig) -> "TokenDataset":  # noqa: A002 - the section's name
@@ -69,6 +71,7 @@ class TokenDataset:
         ids: list[str] = []
         empty = np.zeros(0, np.int64)
         labels, globals_, codes, places, counts = [empty], [np.zeros((0, keep), small)], [empty], [empty], [empty]
+        limits = [NO_LIMITS]
         for file in manifest.splits[split].files:
             tokens, names, classes = from_table(read_token_file(folder, file, manifest.stream))
             kept = cut(tokens, filter).kept_mask  # (B, N) bool
@@ -78,6 +81,8 @@ class TokenDataset:
             codes.append(tokens.patch_indices[kept].numpy().astype(small))
             places.append(kept.nonzero()[:, 1].numpy().astype(np.int32))
             counts.append(kept.sum(1).numpy())
+            if tokens.ranking is not None:
+                limits.append(tokens.ranking.limits(filter.rule).numpy())
         found = np.concatenate(labels).astype(np.int64)
         if found.size and not -1 <= found.min() <= found.max() < len(manifest.classes):
             raise BadInput(
@@ -86,7 +91,7 @@ class TokenDataset:
             )
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
         flat = np.concatenate(codes).astype(small), np.concatenate(places).astype(np.int32)
-        return cls(manifest, ids, found, np.concatenate(globals_), *flat, offsets)
+        return cls(manifest, ids, found, np.concatenate(globals_), *flat, offsets, np.concatenate(limits))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,12 +1,16 @@
 """The stage behind `jobs/train_generator.py`: a ranked token stream in, a generator checkpoint out."""
 
-from pipeline.core.checkpoints import check_architecture, find, read_generator
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.checkpoints import check_architecture, check_begun, find, read_generator
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.core.inputs import with_tokens, with_trained
+from pipeline.core.inputs import find_input, with_input
+from pipeline.core.manifest import values_of
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts
 from pipeline.data.shards import read_manifest
@@ -36,7 +40,7 @@ def check(config: Config) -> None:
         if config.data.shards:
             _check_pictures(config, len(read_manifest(config.data.shards).classes))
         return
-    found = with_trained(config)
+    found = find_input(config, "tokens.path")
     check_architecture(found)
     _check_tokens(found, read_token_manifest(found.tokens.path))
     check_global_counts(found)
@@ -47,15 +51,40 @@ def default_name(config: Config) -> str:
     return f"{config.preset}-train-generator"
 
 
+def decides(config: Config, manifest: TokenManifest) -> dict[str, Any]:
+    """What decides the weights of a step, by key: a run that goes on must have the same."""
+    return {**_given(config), "tokens.path": manifest.fingerprint}
+
+
+def _given(config: Config) -> dict[str, Any]:
+    cut = {"filter.rule": config.filter.rule, "filter.threshold": config.filter.threshold}
+    return {**values_of(config, "generator", "train_generator"), **cut}
+
+
+def made_of(config: Config) -> dict[str, Any]:
+    """What decides the weights that a training on `tokens.path` ends with."""
+    values = decides(config, read_token_manifest(config.tokens.path))
+    start = {"weights": sha256_file(_start(config))} if config.generator.checkpoint else {}
+    return {**values, "train_generator.max_steps": config.train_generator.max_steps, **start}
+
+
+def _start(config: Config) -> Path:
+    return find(config.generator.checkpoint, "generator.checkpoint") / "model.safetensors"
+
+
 def run(run: Run) -> None:
     """Train, and leave the averaged generator in `checkpoint/`."""
-    config = run.config = with_tokens(run.config)
+    check_begun(run, _given(run.config))  # before anything is made for nothing
+    config = run.config = with_input(run.config, "tokens.path")
     manifest = read_token_manifest(config.tokens.path)
     _check_tokens(config, manifest)
     run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}
+    if config.tokenizer.checkpoint:
+        run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": manifest.stream.tokenizer_sha256}
     if path := config.generator.checkpoint:
-        weights = find(path, "generator.checkpoint") / "model.safetensors"
-        run.inputs["generator"] = {"path": path, "sha256": sha256_file(weights)}
+        run.inputs["generator"] = {"path": path, "sha256": sha256_file(_start(config))}
+    check_begun(run, decides(config, manifest))
+    run.made_of = made_of(config)
     tags = {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": manifest.stream.tokenizer_sha256}
     with Tracker.start(run, tags) as tracker:
         train_and_export(run, tracker, "train_generator", "pipeline.generator.generator_training", "validation/samples")

@@ -9,7 +9,7 @@ from pipeline.core.cluster import connect, most_resources, names_cluster
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import with_shards
+from pipeline.core.inputs import check_tokenizer, find_input, with_input
 from pipeline.core.run import Run, read_summary
 from pipeline.data.shards import Manifest, read_manifest
 from pipeline.evaluation import evaluate as evaluation
@@ -36,6 +36,8 @@ def check(config: Config) -> None:
         raise BadInput(
             "sweep.search is 'optuna', which is not installed; expected random, or pip install 'tatok[optuna]'"
         )
+    if not plan.trains and not config.sweep.checkpoints:
+        check_tokenizer(config)
     samples = plan.samples()
     for trial in samples:
         try:
@@ -88,7 +90,8 @@ def run(run: Run) -> None:
     ledger = Ledger.open(plan)
     # All trials share the shards; where there are none, they are made inside the sweep's folder.
     inside = run.config.with_values("run", output=str(run.folder))
-    run.config = replace(run.config, data=with_shards(inside).data)
+    place = run.config if find_input(run.config, "data.shards").data.shards else inside
+    run.config = replace(run.config, data=with_input(place, "data.shards", run.folder).data)
     plan = replace(plan, config=run.config)
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}

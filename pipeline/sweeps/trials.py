@@ -18,8 +18,8 @@ from pipeline.core.checkpoints import is_hub_id, read_architecture
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import write_json
-from pipeline.core.inputs import with_trained
-from pipeline.core.manifest import check_unchanged
+from pipeline.core.inputs import find_input
+from pipeline.core.manifest import check_unchanged, values_of
 from pipeline.core.presets import config_from_dict
 from pipeline.sweeps.space import corner_points, points, read_cuts, read_space
 
@@ -87,7 +87,7 @@ class SweepPlan:
             return []
         sweep = self.config.sweep
         if not self.trains:
-            paths = sweep.checkpoints or (with_trained(self.config).tokenizer.checkpoint,)
+            paths = sweep.checkpoints or (find_input(self.config, "tokenizer.checkpoint").tokenizer.checkpoint,)
             return [Trial(i, {CHECKPOINT: path}) for i, path in enumerate(paths)]
         return [Trial(i, values) for i, values in enumerate(points(read_space(sweep.space), sweep.samples, sweep.seed))]
 
@@ -159,7 +159,9 @@ class SweepPlan:
     def _inside(self, config: Config, preset: str) -> Config:
         """A stage of a trial: inside the sweep's folder, and not tracked, because the child run shows it."""
         config = dataclasses.replace(config, preset=preset, sweep=type(config.sweep)())
-        return config.with_values("run", output=str(self.folder), name="").with_values("tracking", uri="")
+        return config.with_values(
+            "run", output=str(self.folder), name="", make=self.trains or config.run.make
+        ).with_values("tracking", uri="")
 
 
 # Which trials there are and how they stand: `trials.json` in the sweep's folder, written before others rely on it.
@@ -240,8 +242,6 @@ class Ledger:
 
 
 def _begun(plan: SweepPlan) -> dict[str, Any]:
-    from pipeline.training.state import values_of
-
     values = plan.config.to_dict()
     named = {key: values[section][name] for key in DECIDES for section, name in [key.split(".")]}
     cuts = {rule: list(thresholds) for rule, thresholds in plan.cuts.items()}

@@ -5,7 +5,6 @@ its stages leave in their run folders is read by the driver. Tune's own state is
 is (see trials.py).
 """
 
-import fcntl
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from pipeline.core.config import Config
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.job import run_nested
 from pipeline.core.presets import config_from_dict
-from pipeline.core.run import METRICS, LoggedLine, parse_metrics, read_summary
+from pipeline.core.run import METRICS, LoggedLine, parse_metrics, read_summary, wait_while_held
 from pipeline.sweeps.space import Domain, read_space
 from pipeline.sweeps.trials import FAILED, FINISHED, INTERRUPTED, SweepPlan, Trial
 
@@ -174,26 +173,12 @@ def _once(stage: str, config: Config) -> None:
     with suppress(OSError, ValueError):
         if read_summary(folder)["status"] == "finished":
             return
-    _wait_for(folder)
+    wait_while_held(folder, LOCK_SECONDS)  # a killed sweep's workers live on for some seconds
     run_nested(stage, config)
 
 
 def _folder(stage: str, config: Config) -> Path:
     return Path(config.run.output) / f"{config.preset}-{stage}"
-
-
-def _wait_for(folder: Path) -> None:
-    """A killed sweep's workers live on for some seconds and hold what they work in."""
-    limit = time.monotonic() + LOCK_SECONDS
-    while time.monotonic() < limit:
-        try:
-            with open(folder / ".lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:
-            time.sleep(0.2)
 
 
 def outcome_of(problem: BaseException) -> dict[str, str]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.config import FilterConfig
+from pipeline.core.config import Config, FilterConfig
+from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.ranges import Part, Stopwatch
 from pipeline.core.run import Run
@@ -19,6 +20,7 @@ from pipeline.data.shards import ShardWriter
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import RowRange, TokenManifest
 from pipeline.tracking import Tracker
+from tatok_model.filtering_rules import fixes_length
 from tatok_model.metrics.images import to_uint8
 from tatok_model.tokens import Tokens
 from tatok_model.vit import one_thread
@@ -150,10 +152,45 @@ def length_results(statistics: dict[str, float]) -> dict[str, float]:
     return {f"tokens_{'per_image' if name == 'mean' else name}": value for name, value in statistics.items()}
 
 
+NO_LIMITS = np.zeros((0, 2))  # of no picture
+FEW = 0.01  # share of the patch tokens, over pictures, that a cut which does something keeps and drops at least
+
+
+def cut_warning(config: Config, threshold: float, kept: np.ndarray, limits: np.ndarray) -> str:
+    """What to say of a threshold that keeps nothing or everything: it was chosen for another model; else ''.
+
+    Args:
+        config: the rule, the tokenizer and, for the command that calibrates, the pictures.
+        threshold: of the rule.
+        kept: (B,) patch tokens of each picture.
+        limits: (B, 2) of `Ranking.limits`, of the same pictures; none where they were not ranked.
+    """
+    section, tokenizer = config.filter, config.tokenizer
+    share = float(kept.mean()) / tokenizer.patch_positions if len(kept) else 0.5
+    if not len(limits) or fixes_length(section.rule, threshold) or FEW < share < 1 - FEW:
+        return ""
+    ends = sorted(zip(np.median(limits, axis=0).tolist(), ("keeps all", "keeps none"), strict=True))
+    (low, at_low), (high, at_high) = ends
+    between = f"{low:.3g}, where the median picture {at_low}, and {high:.3g}, where it {at_high}"
+    pictures = "data.shards" if config.data.shards else "data.source"
+    named = [f"{key}={config.value(key)}" for key in (pictures, "tokenizer.checkpoint")]
+    given = " ".join(text for text in named if not text.endswith("="))
+    wanted = tokenizer.global_tokens + tokenizer.patch_positions // 4
+    return (
+        f"filter.threshold {threshold:g} (rule {section.rule}, score {section.score}) keeps {share:.1%} of the patch "
+        f"tokens of {len(kept)} pictures; expected one between {between}: "
+        f"python jobs/calibrate.py {config.preset} {given} "
+        f"filter.score={section.score} "
+        f"filter.rounds={section.rounds} filter.rule={section.rule} filter.mean_tokens={wanted}"
+    )
+
+
 def measure_lengths(
-    folder: str | Path, manifest: TokenManifest, ranges: list[RowRange], config: FilterConfig
+    folder: str | Path, manifest: TokenManifest, ranges: list[RowRange], config: Config
 ) -> tuple[np.ndarray, dict[str, float]]:
     """How long the rows of some ranges of a stored stream are at the configured cut; asks no model.
+
+    A cut that keeps nothing or everything is warned of.
 
     Returns:
         (B,) int64 tokens of each image, M + T, and what they say by their names in summary.json.
@@ -162,11 +199,16 @@ def measure_lengths(
         BadInput: a file that is missing, changed or foreign; see `read_token_file` and `from_table`.
     """
     bits_per_token = math.log2(manifest.stream.codebook_size)
-    counts_of_ranges, bits_of_ranges = [], []
+    counts_of_ranges, bits_of_ranges, kept, limits = [], [], [], [NO_LIMITS]
     for task in ranges:
-        tokens, _, _ = _read_cut(folder, manifest, task, config)
+        tokens, _, _ = _read_cut(folder, manifest, task, config.filter)
         counts_of_ranges.append(tokens.counts().numpy())
         bits_of_ranges.append(tokens.bits(bits_per_token).numpy())
+        kept.append(tokens.patch_counts.numpy())
+        if tokens.ranking is not None:
+            limits.append(tokens.ranking.limits(config.filter.rule).numpy())
+    if told := cut_warning(config, config.filter.threshold, np.concatenate(kept), np.concatenate(limits)):
+        say(f"warning: {told}")
     counts, bits = np.concatenate(counts_of_ranges), np.concatenate(bits_of_ranges)
     return counts, {**length_results(length_statistics(counts)), "bits_fixed": float(bits.mean())}
 

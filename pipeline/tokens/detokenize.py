@@ -11,7 +11,7 @@ from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import with_tokens, with_trained
+from pipeline.core.inputs import find_input, with_input
 from pipeline.core.ranges import Part, keep_plan, rates, run_ranges
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts
@@ -45,7 +45,7 @@ def check(config: Config) -> None:
         tokenizing.check(config)
         return
     stream = read_token_manifest(config.tokens.path).stream
-    config = with_trained(config)
+    config = find_input(config, "tokens.path")
     if not config.tokenizer.checkpoint:
         raise BadInput(f"tokenizer.checkpoint is empty; expected the tokenizer that made {config.tokens.path!r}")
     check_architecture(config)
@@ -64,7 +64,7 @@ def run(run: Run) -> None:
         BadInput: a stream that cannot be decoded as configured, or the run was begun with another one.
         Stopped: the run was asked to stop; finished files are kept.
     """
-    config = run.config = with_tokens(run.config)
+    config = run.config = with_input(run.config, "tokens.path")
     manifest = read_token_manifest(config.tokens.path)
     check_stream(config, manifest.stream)
     run.inputs["tokens"] = {"path": config.tokens.path, "sha256": manifest.fingerprint}
@@ -73,12 +73,12 @@ def run(run: Run) -> None:
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
     ranges = ranges_of_files(manifest, config.tokens)
     facts = _facts(config, manifest)
-    key = keep_plan(run.folder, facts, ranges)
+    key = keep_plan(run, facts, ranges)
 
     from pipeline.tokens.decoder import DecodingWork, measure_lengths
 
     # Reads every file before any is decoded, so that a bad one is reported here and not by a worker.
-    counts, lengths = measure_lengths(config.tokens.path, manifest, ranges, config.filter)
+    counts, lengths = measure_lengths(config.tokens.path, manifest, ranges, config)
     sizes = config.tokens.batch_size, config.tokens.encoding, config.data.quality
     work = DecodingWork(run.folder, key, config.tokens.path, manifest, config.filter, *sizes)
     with Tracker.start(run, {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}) as tracker:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.checkpoints import check_quality, load_tokenizer
+from pipeline.core.checkpoints import check_quality, load_tokenizer, quality_lines, tokenizer_sha256
 from pipeline.core.cluster import check_cpus
 from pipeline.core.config import Config, TokensConfig
 from pipeline.core.console import say
 from pipeline.core.files import write_json
-from pipeline.core.inputs import check_tokenizer, with_shards, with_tokenizer
+from pipeline.core.inputs import check_tokenizer, with_input
 from pipeline.core.ranges import Part, keep_plan, rates, run_ranges
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts, check_pictures, check_score
@@ -55,6 +55,12 @@ def default_name(config: Config) -> str:
     return f"{config.preset}-tokens"
 
 
+def made_of(config: Config) -> dict[str, Any]:
+    """What decides the bytes of a stream of `data.shards` by `tokenizer.checkpoint`; reads no weights but their sum."""
+    stream = stream_of(config, tokenizer_sha256(config), quality_lines(config))
+    return _facts(config, stream, read_manifest(config.data.shards))
+
+
 def run(run: Run) -> None:
     """Make the token files in the run folder, or what is missing of them.
 
@@ -62,16 +68,17 @@ def run(run: Run) -> None:
         BadInput: the run was begun with another configuration, or there is no picture.
         Stopped: the run was asked to stop; finished ranges are kept.
     """
-    config = with_shards(run.config)
+    config = with_input(run.config, "data.shards")
     shards = read_manifest(config.data.shards)
     run.inputs["shards"] = {"path": config.data.shards, "sha256": shards.fingerprint}
-    config = run.config = with_tokenizer(config, shards.fingerprint)
+    config = run.config = with_input(config, "tokenizer.checkpoint")
     tokenizer, sha256 = load_tokenizer(config)
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
     check_quality(config, tokenizer)
     stream = stream_of(config, sha256, tokenizer.quality_lines)
     ranges = ranges_of_pictures({name: split.rows for name, split in shards.splits.items()}, config.tokens)
-    key = keep_plan(run.folder, _facts(config, stream, shards), ranges)
+    run.made_of = _facts(config, stream, shards)
+    key = keep_plan(run, run.made_of, ranges)
 
     from pipeline.tokens.encoder import EncodingWork
 
@@ -121,7 +128,7 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
     from pipeline.tokens.decoder import draw_lengths, measure_lengths
 
     everything = ranges_of_files(manifest, TokensConfig())
-    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config.filter)
+    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config)
     rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
     run.results = {"images": sum(rows.values()), **rows, **lengths, **speed}
     run.rewind_metrics(-1)  # a resumed run measures anew

@@ -183,7 +183,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        self.close("stopped" if stopped else "failed" if error else "finished")
+        kept = self._run.kept_status if isinstance(error, BadInput) else None  # a mistyped --resume changes nothing
+        self.close(kept if kept in ENDINGS else "stopped" if stopped else "failed" if error else "finished")
 
     def _put(self, *item: str | int) -> None:
         if self._sender is not None:

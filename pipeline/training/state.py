@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.core import checkpoints
 from pipeline.core.checkpoints import Checkpoint
-from pipeline.core.config import Config, TrainConfig
+from pipeline.core.config import TrainConfig
 from pipeline.core.console import say
 from pipeline.core.manifest import check_unchanged
 from pipeline.training import distributed
@@ -21,11 +21,6 @@ from tatok_model import vit
 from tatok_model.generation import layers
 
 BLOCKS = (vit.Block, layers.CausalBlock)  # whose matrices Muon moves
-FREE = {  # keys of a training's section that may change between attempts: they do not decide what a step does
-    "num_workers", "device", "compile", "max_steps", "max_minutes", "log_every", "validate_every", "validation_images",
-    "grid_images", "checkpoint_every", "keep_checkpoints", "max_failures", "cpus_per_worker", "fused",
-    "min_workers", "not_finite", "parallel",
-}  # fmt: skip
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -278,15 +273,3 @@ def go_on(state: TrainState[Any], folder: Path, decides: dict[str, Any]) -> bool
     state.load(checkpoint)
     say(f"going on from step {state.step}")
     return True
-
-
-def values_of(config: Config, *sections: str) -> dict[str, Any]:
-    """The values of some sections by `section.key`, without those that may change between attempts."""
-    values = config.to_dict()
-    training = ("train", "train_generator")
-    return {
-        f"{section}.{key}": value
-        for section in sections
-        for key, value in values[section].items()
-        if section not in training or key not in FREE
-    }

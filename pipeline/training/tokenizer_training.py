@@ -13,7 +13,7 @@ from pipeline.core.checkpoints import load_lpips, load_tokenizer
 from pipeline.core.cluster import uses_bf16
 from pipeline.core.config import Config, TrainConfig
 from pipeline.core.run import Run
-from pipeline.data.shards import ShardDataset, read_manifest
+from pipeline.data.shards import ShardDataset
 from pipeline.training import distributed
 from pipeline.training.distributed import Mean, Terms, added
 from pipeline.training.loop import train
@@ -26,8 +26,8 @@ from pipeline.training.state import (
     load_optimizer,
     make_optimizer,
     optimizer_tensors,
-    values_of,
 )
+from pipeline.training.train import decides
 from pipeline.training.validation import TokenizerValidator
 from tatok_model.config import LossConfig, TokenizerConfig
 from tatok_model.kept_sets import LANES
@@ -199,15 +199,9 @@ def starting_state(config: Config, folder: Path, device: torch.device) -> Tokeni
         BadInput: the run was begun with other values, or `tokenizer.checkpoint` cannot be used.
     """
     state = TokenizerState(config, device)
-    if not go_on(state, folder, deciding(config)) and config.tokenizer.checkpoint:
+    if not go_on(state, folder, decides(config)) and config.tokenizer.checkpoint:
         state.start_from(load_tokenizer(config)[0])
     return state
-
-
-def deciding(config: Config) -> dict[str, Any]:
-    """What decides the weights of a step, by key: a run that goes on must have the same."""
-    values = values_of(config, "tokenizer", "losses", "kept_sets", "train")
-    return {**values, "data.shards": read_manifest(config.data.shards).fingerprint}
 
 
 class TokenizerObjective:
@@ -350,7 +344,7 @@ def work(
     def ids(step: int) -> list[str]:
         return named.ids(named_order.global_batch(step)[0].tolist())
 
-    recorder = Recorder(run, train_config, deciding(config), state, ids)
+    recorder = Recorder(run, train_config, decides(config), state, ids)
     return train(objective, batches.load, train_config, validator, recorder, report)
 
 

@@ -15,13 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.checkpoints import check_architecture, find, is_hub_id, latest, replaced
+from pipeline.core.checkpoints import check_architecture, check_begun, find, is_hub_id, latest, replaced
 from pipeline.core.cluster import check_cpus, check_room, connect, most_resources, names_cluster, pick_device
 from pipeline.core.config import Config, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import OutOfRoom, memory_sentence, sha256_file, storage_sentence, write_json
-from pipeline.core.inputs import with_shards
+from pipeline.core.inputs import with_input
+from pipeline.core.manifest import values_of
 from pipeline.core.presets import config_from_dict
 from pipeline.core.run import Run
 from pipeline.data.checks import check_files, check_pictures
@@ -52,9 +53,24 @@ def default_name(config: Config) -> str:
     return f"{config.preset}-train"
 
 
+SECTIONS = ("tokenizer", "losses", "kept_sets", "train")  # that decide weights
+
+
+def decides(config: Config) -> dict[str, Any]:
+    """What decides the weights of a step, by key: a run that goes on must have the same."""
+    return {**values_of(config, *SECTIONS), "data.shards": read_manifest(config.data.shards).fingerprint}
+
+
+def made_of(config: Config) -> dict[str, Any]:
+    """What decides the weights that a training on `data.shards` ends with."""
+    start = {"weights": _sha256(config)} if config.tokenizer.checkpoint else {}
+    return {**decides(config), "train.max_steps": config.train.max_steps, **start}
+
+
 def run(run: Run) -> None:
     """Train, and leave the averaged model in `checkpoint/`."""
-    run.config = with_shards(run.config)
+    check_begun(run, values_of(run.config, *SECTIONS))  # before pictures are preprocessed for nothing
+    run.config = with_input(run.config, "data.shards")
     manifest = read_manifest(run.config.data.shards)
     run.inputs["shards"] = {"path": run.config.data.shards, "sha256": manifest.fingerprint}
     if run.config.tokenizer.checkpoint:
@@ -64,6 +80,8 @@ def run(run: Run) -> None:
         raise BadInput(f"shards {run.config.data.shards!r} hold {rows} pictures; expected some in both splits")
     if hides_nothing(run.config):
         say("kept_sets.all is 0: kept_sets.hide_globals has no effect, the entropy model always sees the global tokens")
+    check_begun(run, decides(run.config))
+    run.made_of = made_of(run.config)
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint}) as tracker:
         train_and_export(run, tracker, "train", "pipeline.training.tokenizer_training", "validation/reconstructions")
         say(f"tokenizer in {run.outputs['checkpoint']}")

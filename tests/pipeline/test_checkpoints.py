@@ -1,10 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import tatok_model
 from pipeline.core import checkpoints
 from pipeline.core.errors import BadInput
+from pipeline.core.files import resolve_paths
+from pipeline.core.presets import load_config
 from tatok_model import TaTok, TokenizerConfig
 
 CONFIG = TokenizerConfig(image_size=32, patch_size=8, global_tokens=2, codebook_size=16, codebook_dim=4)
@@ -104,3 +108,85 @@ def test_hub_ids_are_told_from_paths():
     assert checkpoints.is_hub_id("owner/name")
     assert not checkpoints.is_hub_id("/a/path")
     assert not checkpoints.is_hub_id("")
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    """Of 32 pixels in patches of 8, and 3 global tokens: no preset is like it."""
+    config = TokenizerConfig(32, 8, "nano", 3, codebook_size=20, codebook_dim=4, trunk_layers=1, commitment_weight=0.7)
+    TaTok(config).save_pretrained(tmp_path / "made" / "checkpoint")
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "tiny64", "smoke", "global_only", "sweep_smoke"])
+def test_a_checkpoint_brings_its_architecture_to_every_preset(preset, tokenizer_folder):
+    config = load_config(
+        preset, [f"tokenizer.checkpoint={tokenizer_folder}", "filter.rule=count", "filter.threshold=9"]
+    )
+    checkpoints.check_architecture(config)
+    shape = config.tokenizer
+    assert (config.data.image_size, shape.image_size, shape.patch_size, shape.trunk_layers) == (32, 32, 8, 1)
+    assert (shape.size, shape.global_tokens, shape.patch_tokens, shape.codebook_size) == ("nano", 3, True, 20)
+    assert shape.commitment_weight == load_config(preset).tokenizer.commitment_weight  # of training, not of shape
+
+
+def test_a_name_in_the_box_is_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve_paths(load_config("cifar10", ["tokenizer.checkpoint=tatok64"]))
+    assert (config.tokenizer.checkpoint, config.data.image_size, config.tokenizer.max_tokens) == ("tatok64", 64, 272)
+    assert checkpoints.find("tatok64") == Path(tatok_model.__file__).parent / "weights" / "tatok64"
+    assert not checkpoints.is_hub_id("tatok64")
+    checkpoints.check_architecture(config)
+    (tmp_path / "tatok64").mkdir()  # a folder of that name here comes first, as in TaTok.from_pretrained
+    assert resolve_paths(config).tokenizer.checkpoint == str(tmp_path / "tatok64")
+    with pytest.raises(
+        BadInput, match=r"'.*/tatok46' does not exist \(did you mean 'tatok64'\?\); expected .* box: tatok64"
+    ):
+        checkpoints.check_architecture(resolve_paths(load_config("smoke", ["tokenizer.checkpoint=tatok46"])))
+
+
+def test_typed_keys_that_disagree_are_refused_all_at_once(tokenizer_folder):
+    typed = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.size=nano", "tokenizer.global_tokens=2"]
+    config = load_config("smoke", [f"tokenizer.checkpoint={tokenizer_folder}", *typed])
+    with pytest.raises(BadInput) as refused:
+        checkpoints.check_architecture(config)
+    assert str(refused.value) == (
+        f"tokenizer.checkpoint {str(tokenizer_folder)!r} has image_size 32, patch_size 8, global_tokens 3; expected "
+        "tokenizer.image_size, 16, tokenizer.patch_size, 4, tokenizer.global_tokens, 2, or "
+        f"tokenizer.checkpoint={tokenizer_folder} without such keys: it brings its architecture"
+    )
+
+
+def test_a_yaml_file_states_what_stands_beside_its_checkpoint_and_a_preset_does_not(tokenizer_folder, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"extends: tiny64\ntokenizer: {{checkpoint: {tokenizer_folder}, global_tokens: 2, patch_size: 4}}\n"
+    )
+    with pytest.raises(
+        BadInput, match="has patch_size 8, global_tokens 3; expected tokenizer.patch_size, 4, tokenizer.gl"
+    ):
+        checkpoints.check_architecture(load_config(str(file)))
+    other = load_config(str(file), ["tokenizer.checkpoint=tatok64"])  # not the one that it names
+    assert (other.tokenizer.global_tokens, other.tokenizer.patch_size, other.data.image_size) == (16, 4, 64)
+    file.write_text(f"extends: tiny64\ntokenizer: {{checkpoint: {tokenizer_folder}}}\n")
+    assert load_config(str(file)).tokenizer.global_tokens == 3
+
+
+def test_an_entropy_model_that_is_trained_anew_has_the_shape_that_is_configured(tokenizer_folder):
+    preset = ["tokenizer.entropy_width=64", "train.parts=entropy"]
+    config = load_config("smoke", [f"tokenizer.checkpoint={tokenizer_folder}", *preset])
+    checkpoints.check_architecture(config)
+    assert (config.tokenizer.entropy_width, config.tokenizer.entropy_layers) == (
+        64,
+        load_config("smoke").tokenizer.entropy_layers,
+    )
+
+
+@pytest.mark.parametrize("override", ["sweep.checkpoints=5", "sweep.checkpoints=x", "tokenizer.checkpoint=[1]"])
+def test_what_is_no_checkpoint_at_all_stays_one_sentence(override):
+    with pytest.raises(BadInput, match=f"{override.partition('=')[0]} "):
+        checkpoints.check_architecture(resolve_paths(load_config("smoke", [override])))
+
+
+def test_a_sweep_of_checkpoints_is_of_their_size(tokenizer_folder):
+    assert load_config("tiny64", [f"sweep.checkpoints=[{tokenizer_folder}]"]).data.image_size == 32

@@ -129,10 +129,19 @@ def test_rates_are_of_what_was_made_now() -> None:
 
 
 def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
-    key = keep_plan(tmp_path, {"filter.rounds": 1}, [Task(0)])
-    assert keep_plan(tmp_path, {"filter.rounds": 1}, [Task(0)]) == key
+    """Inputs are told apart by fingerprints and called by their names."""
+    run = Run("tokenize_images", load_config("smoke", ["data.shards=/new"]), tmp_path)
+    run.earlier = {"inputs": {"shards": {"path": "/old", "sha256": "a"}}}
+    facts = {"filter.rounds": 1, "data.shards": "a"}
+    key = keep_plan(run, facts, [Task(0)])
+    assert keep_plan(run, facts, [Task(0)]) == key
     with pytest.raises(BadInput, match=r"filter.rounds is 8, but the run in '.*' was begun with 1; expected the same"):
-        keep_plan(tmp_path, {"filter.rounds": 8}, [Task(0)])
+        keep_plan(run, {**facts, "filter.rounds": 8}, [Task(0)])
+    with pytest.raises(BadInput, match=r"data.shards is '/new', but the run in '.*' was begun with '/old'; expected"):
+        keep_plan(run, {**facts, "data.shards": "b"}, [Task(0)])
+    run.earlier["inputs"]["shards"]["path"] = "/new"
+    with pytest.raises(BadInput, match=r"data.shards '/new' is not, or no longer, what the run in .* a new run.name"):
+        keep_plan(run, {**facts, "data.shards": "b"}, [Task(0)])
 
 
 @pytest.mark.parametrize(

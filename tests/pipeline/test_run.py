@@ -1,9 +1,11 @@
 """The run folder: made once, held by one process, and telling how the run stands."""
 
+import fcntl
 import json
 import math
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,18 @@ from pipeline.core import run as run_module
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.presets import load_config
-from pipeline.core.run import Run, check_folder, commit, hardware, parse_metrics, read_metrics, read_summary, versions
+from pipeline.core.run import (
+    Run,
+    check_folder,
+    commit,
+    hardware,
+    numbered_name,
+    parse_metrics,
+    read_metrics,
+    read_summary,
+    versions,
+    wait_while_held,
+)
 
 
 @pytest.fixture
@@ -63,6 +76,42 @@ def test_an_empty_folder_and_an_absent_one_are_free_and_a_file_is_not(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="exists"):
         check_folder(tmp_path / "file", resume=False)
+
+
+def test_what_measures_anew_gets_the_next_free_number_and_resumes_the_last(tmp_path):
+    assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == "smoke-evaluate"
+    assert numbered_name(tmp_path, "smoke-evaluate", resume=True) == "smoke-evaluate"
+    for number, name in enumerate(("smoke-evaluate", "smoke-evaluate-2", "smoke-evaluate-3"), 1):
+        (tmp_path / name).mkdir()
+        assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == name  # empty: free
+        (tmp_path / name / "config.yaml").touch()
+        assert numbered_name(tmp_path, "smoke-evaluate", resume=False) == f"smoke-evaluate-{number + 1}"
+        assert numbered_name(tmp_path, "smoke-evaluate", resume=True) == name
+
+
+@pytest.mark.parametrize(
+    ("status", "name", "sha256", "sentence"),
+    [
+        (
+            "finished",
+            "/t2",
+            "b",
+            "tokenizer.checkpoint is '/t2', but the run in '.*one' was begun with '/t1'; expected",
+        ),
+        ("finished", "/t1", "b", "tokenizer.checkpoint '/t1' is not, or no longer, what the run in .* was begun with"),
+        ("finished", "/t1", "a", None),
+        ("failed", "/t2", "b", None),
+    ],
+)
+def test_a_finished_run_is_not_measured_anew_with_other_inputs(run, config, status, name, sha256, sentence):
+    run.inputs = {"tokenizer": {"path": "/t1", "sha256": "a"}}
+    run.write_summary(status)
+    run.close()
+    again = Run.open("train", config.with_values("tokenizer", checkpoint=name), "one", resume=True)
+    again.inputs = {"tokenizer": {"path": name, "sha256": sha256}, "shards": {"path": "/s", "sha256": "c"}}
+    with pytest.raises(BadInput, match=sentence) if sentence else nullcontext():
+        again.check_inputs()
+    again.close()
 
 
 def test_resuming_goes_on_with_the_same_mlflow_run(run, config):
@@ -166,3 +215,13 @@ def test_hardware_and_versions_are_those_of_this_machine():
     assert hardware()["cpus"] >= 1
     assert hardware()["memory_gib"] > 0
     assert {"python", "torch", "ray", "mlflow"} <= set(versions())
+
+
+def test_a_folder_that_another_process_holds_is_waited_for(tmp_path):
+    assert not wait_while_held(tmp_path / "new", 60)
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        started = time.monotonic()
+        assert wait_while_held(tmp_path, 0.3)
+        assert 0.3 <= time.monotonic() - started < 30
+    assert not wait_while_held(tmp_path, 60)

@@ -224,3 +224,22 @@ def test_batches_of_different_kinds_are_not_joined(kinds):
     for batches in others if kinds else [[]]:
         with pytest.raises(ValueError, match=f"are of {kinds} kinds; expected at least one, all of one cut"):
             joined(batches)
+
+
+@pytest.mark.parametrize("rule", ["marginal", "residual", "quality"])
+def test_limits_are_where_a_picture_keeps_everything_and_nothing(rule):
+    """Just beyond them the count does not change, just inside it does."""
+    units = torch.tensor([[900, 500, 300, 100], [80, 80, 40, 20]]) * UNITS["distortion"]
+    line = QualityLine("distortion", 1, 0.01, 0.0001, 0.00001)
+    ranking = Ranking(torch.arange(4).expand(2, -1), units, "distortion", 1, line)
+    limits = ranking.limits(rule)
+    if rule != "quality":
+        by_rule = {"marginal": [[100, 900], [20, 80]], "residual": [[100, 1800], [20, 220]]}
+        assert limits.tolist() == by_rule[rule]
+    else:
+        assert limits[0].tolist() == pytest.approx([-10 * math.log10(0.01 + 0.01 + 0.017), -10 * math.log10(0.19)])
+    for row, (everything, nothing) in enumerate(limits.tolist()):
+        inwards = math.copysign(1e-6, nothing - everything)
+        counts = [everything - inwards, everything + inwards, nothing - inwards, nothing + inwards]
+        every, fewer, some, none = (int(ranking.counts(rule, threshold)[row]) for threshold in counts)
+        assert every == 4 > fewer > 0 < some < 4 > none == 0

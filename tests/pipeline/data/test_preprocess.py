@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,12 +305,19 @@ def test_checking_loads_neither_torch_nor_ray(repository: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_default_name_tells_different_shards_apart(configured: Callable[..., Config]) -> None:
-    differing = ["data.source=/else", "data.image_size=8", "data.heldout_source=/test", "data.num_workers=1"]
-    names = [preprocess.default_name(configured("/somewhere", change)) for change in differing]
-    assert len(set(names)) == 4
-    assert all(name.startswith("smoke-shards-") for name in names)
-    assert preprocess.default_name(configured("/somewhere", "data.num_workers=2")) == names[-1]
+def test_the_default_name_tells_different_shards_apart(
+    configured: Callable[..., Config], class_folders: Path, tmp_path: Path, picture_bytes: Callable[..., bytes]
+) -> None:
+    """Also of equal files elsewhere, and of the same folder once a file was added."""
+    elsewhere = shutil.copytree(class_folders, tmp_path / "elsewhere")
+    differing = [f"data.source={elsewhere}", f"data.heldout_source={elsewhere}", "data.image_size=8"]
+    differing += ["data.num_workers=1"]
+    names = [preprocess.default_name(configured(class_folders, change)) for change in differing]
+    assert preprocess.default_name(configured(class_folders, "data.num_workers=2")) == names[-1]
+    (class_folders / "cat" / "new.png").write_bytes(picture_bytes(99))
+    names.append(preprocess.default_name(configured(class_folders)))
+    assert len(set(names)) == 5
+    assert all(re.fullmatch("smoke-shards-[0-9a-f]{8}", name) for name in names)
 
 
 def test_folders_of_numbers_are_those_numbers_alone_and_beside_indices(

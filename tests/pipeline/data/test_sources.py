@@ -656,3 +656,11 @@ def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
     source = sources.open_source("data.source", str(tmp_path / "a.tar"), DATA)
     with pytest.raises(BadInput, match="expected a whole, uncompressed tar file"):
         sources.scan(source, DATA)
+
+
+def test_a_folder_that_holds_only_what_jobs_left_holds_no_picture(tmp_path: Path, picture_bytes: Bytes) -> None:
+    for name, data in {"summary.json": b"{}", "config.yaml": b"", "x.png": picture_bytes(1)}.items():
+        (tmp_path / "runs" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / "a" / name).write_bytes(data)
+    with pytest.raises(BadInput, match="holds no picture"):
+        sources.check_source("data.source", str(tmp_path), DATA)

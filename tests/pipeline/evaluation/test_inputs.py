@@ -1,10 +1,10 @@
 """Which tokenizer is evaluated, and what is refused before anything is read or after it was loaded."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from pipeline.core.checkpoints import load_lpips, load_tokenizer
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
-from pipeline.core.inputs import with_tokenizer
+from pipeline.core.inputs import with_input
 from pipeline.core.presets import load_config
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation import evaluate
@@ -40,13 +40,13 @@ def save_trained(config: Config, tokenizer: TaTok, fingerprint: str) -> Path:
 
 def test_a_tokenizer_that_was_named_is_taken(config: Config) -> None:
     named = given(config, "tokenizer", checkpoint="/elsewhere")
-    assert with_tokenizer(named, "") is named
+    assert with_input(named, "tokenizer.checkpoint") is named
 
 
 def test_the_tokenizer_that_training_left_is_taken(config: Config, tokenizer: TaTok, heldout: ShardDataset) -> None:
     folder = save_trained(config, tokenizer, heldout.manifest.fingerprint)
     evaluate.check(config)
-    found = with_tokenizer(config, heldout.manifest.fingerprint)
+    found = with_input(config, "tokenizer.checkpoint")
     assert found.tokenizer.checkpoint == str(folder)
     loaded, sha256 = load_tokenizer(found)
     assert len(sha256) == 64
@@ -54,25 +54,45 @@ def test_the_tokenizer_that_training_left_is_taken(config: Config, tokenizer: Ta
         assert torch.equal(value, tokenizer.state_dict()[name]), name
 
 
-def test_a_tokenizer_trained_on_other_shards_is_not_taken_silently(config: Config, tokenizer: TaTok) -> None:
-    save_trained(config, tokenizer, "another")
-    with pytest.raises(BadInput, match="was trained on other shards than .* expected tokenizer.checkpoint"):
-        with_tokenizer(config, "these")
+@pytest.mark.parametrize(
+    ("fingerprint", "override", "reason"),
+    [
+        ("another", "train.seed=0", "smoke-train' was trained on other pictures, 'unknown' instead of '.*/shards'"),
+        (None, "tokenizer.global_tokens=4", "smoke-train' has global_tokens 2 instead of 4"),
+    ],
+)
+def test_a_tokenizer_of_other_pictures_or_another_architecture_is_not_taken(
+    configure: Callable[..., Config],
+    tmp_path: Path,
+    tokenizer: TaTok,
+    heldout: ShardDataset,
+    fingerprint: str | None,
+    override: str,
+    reason: str,
+) -> None:
+    config = configure(f"run.output={tmp_path}", override)
+    save_trained(config, tokenizer, fingerprint or heldout.manifest.fingerprint)
+    sentence = f"holds no tokenizer of this configuration: .*{reason}; expected tokenizer.checkpoint .* or --make"
+    for refuses in (evaluate.check, lambda config: with_input(config, "tokenizer.checkpoint")):
+        with pytest.raises(BadInput, match=sentence):
+            refuses(config)
 
 
-def test_without_a_tokenizer_one_is_trained_first(
+def test_a_tokenizer_is_trained_first_only_where_that_is_asked_for(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = []
-
-    def run_nested(name: str, nested: Config) -> SimpleNamespace:
-        asked.append((name, nested))
-        return SimpleNamespace(folder=Path("/made"))
-
-    monkeypatch.setattr("pipeline.core.inputs.run_nested", run_nested)
-    assert with_tokenizer(config, "").tokenizer.checkpoint == "/made/checkpoint"
-    assert asked == [("train", config)]
-    assert "training first" in capsys.readouterr().err
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr("pipeline.core.inputs.run_nested", lambda stage, _, name: asked.append((stage, name)))
+    for refuses in (evaluate.check, lambda config: with_input(config, "tokenizer.checkpoint")):
+        with pytest.raises(BadInput, match="or --make to train it first, 20 steps of 16 pictures"):
+            refuses(config)
+    assert asked == []
+    evaluate.check(given(config, "run", make=True))
+    made = with_input(given(config, "run", make=True), "tokenizer.checkpoint").tokenizer.checkpoint
+    ((stage, name),) = asked
+    assert (stage, made) == ("train", f"{config.run.output}/{name}/checkpoint")
+    assert re.fullmatch("smoke-train-[0-9a-f]{8}", name)
+    assert f"training first, 20 steps of 16 pictures -> {config.run.output}/{name}" in capsys.readouterr().err
 
 
 def test_a_hub_id_that_cannot_be_had_is_bad_input(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +184,8 @@ def test_checking_loads_neither_torch_nor_ray(run_python: Any, shards: Path) -> 
 import sys
 from pipeline.core.presets import load_config
 from pipeline.evaluation import evaluate
-evaluate.check(load_config("smoke", ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}"]))
+places = ["run.output=/nowhere", "data.image_size=16", "data.shards={shards}", "run.make=true"]
+evaluate.check(load_config("smoke", places))
 assert evaluate.default_name(load_config("smoke")) == "smoke-evaluate"
 assert not {{"torch", "ray", "mlflow", "sklearn"}} & set(sys.modules), sorted(sys.modules)
 """
@@ -173,10 +194,13 @@ assert not {{"torch", "ray", "mlflow", "sklearn"}} & set(sys.modules), sorted(sy
 
 
 def test_a_dry_run_of_the_job_checks_everything_and_writes_nothing(run_job: Any, tmp_path: Path) -> None:
-    finished = run_job("evaluate", "smoke", "--dry-run")
+    finished = run_job("evaluate", "smoke", "--dry-run", "--make")
     assert finished.returncode == 0, finished.stderr
     assert "preset: smoke" in finished.stdout
     assert list(tmp_path.iterdir()) == []
+    unasked = run_job("evaluate", "smoke", "--dry-run")
+    assert (unasked.returncode, unasked.stdout) == (2, "")
+    assert "or --make to train it first, 20 steps of 16 pictures" in unasked.stderr
     refused = run_job("evaluate", "smoke", "--dry-run", "tokenizer.checkpoint=nowhere/to/be/found")
     assert refused.returncode == 2
     assert "tokenizer.checkpoint" in refused.stderr

@@ -54,6 +54,31 @@ def test_one_worker_in_this_process_and_two_actors_find_the_same_to_the_last_bit
     assert "| rfd_compact_cifar10 |" in Path(run.outputs["report"]).read_text()
 
 
+@pytest.mark.parametrize(
+    ("cut", "share"),
+    [
+        (["filter.threshold=1e9"], "0.0%"),
+        (["filter.threshold=1e-9"], "100.0%"),
+        (["filter.threshold=0", "evaluate.thresholds=[1e9,2e9]"], "0.0%"),
+        (["filter.threshold=0"], None),  # everything on purpose
+        (
+            ["filter.rule=relative", "filter.threshold=1", "evaluate.thresholds=[0.999999999,0.5]"],
+            None,
+        ),  # a curve's end
+    ],
+)
+def test_a_threshold_that_keeps_nothing_or_everything_is_warned_of(
+    evaluation: Any, capsys: pytest.CaptureFixture[str], cut: list[str], share: str | None
+) -> None:
+    run = evaluation("filter.rule=marginal", *cut)
+    evaluate.run(run)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: filter.threshold")]
+    assert len(told) == (share is not None)
+    assert not told or f"keeps {share} of the patch tokens of 30 pictures; expected one between" in told[0]
+    report = Path(run.outputs["report"]).read_text()
+    assert ("filter.threshold 1e" in report) == bool(told)
+
+
 def test_a_curve_is_measured_from_one_ranking(evaluation: Any) -> None:
     cut = ["filter.rule=count", "filter.threshold=8", "evaluate.thresholds=[4,8,16]", "evaluate.baselines=[jpeg]"]
     run = evaluation(*cut)

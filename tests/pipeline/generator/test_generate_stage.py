@@ -179,7 +179,10 @@ def assert_same_bytes(one: Path, other: Path) -> None:
     [
         (["generate.labels=[1,12]"], "generate.labels has 12; expected 0 to 2, the generator's classes"),
         (["generate.unconditional=true", "generate.guidance=2"], "generate.guidance is 2 without classes; expected 1"),
-        (["tokenizer.codebook_size=32", "tokenizer.fsq_levels=[4,8]"], "has codebook_size 16; expected tokenizer."),
+        (
+            ["tokenizer.codebook_size=32", "tokenizer.fsq_levels=[4,8]"],
+            "has codebook_size 16, fsq_levels .4, 4.; expected tokenizer.codebook_size, 32, tokenizer.fsq_levels",
+        ),
         (["tokenizer.checkpoint="], "tokenizer.checkpoint is empty; expected the tokenizer whose tokens"),
         (["generator.checkpoint=/nowhere"], "generator.checkpoint: checkpoint '/nowhere' has no config.json"),
     ],
@@ -225,12 +228,16 @@ def test_classes_without_names_are_numbered(finished: Started) -> None:
 def test_without_a_generator_one_is_trained_first(
     carry_out: Any, configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    config = configure(*SIZES, "train_generator.max_steps=2", "train_generator.validate_every=0")
-    run = carry_out("generate", generate, config, "made")
-    trained = tmp_path / "runs/smoke-train-generator"
+    steps = "train_generator.max_steps=2", "train_generator.validate_every=0"
+    run = carry_out("generate", generate, configure(*SIZES, *steps, "run.make=true"), "made")
+    (trained,) = (tmp_path / "runs").glob("smoke-train-generator-????????")
     assert run.inputs["generator"]["path"] == str(trained / "checkpoint")
     assert json.loads((trained / "summary.json").read_text())["status"] == "finished"
     assert len(ShardDataset(run.folder, "heldout")) == 10
+    again = carry_out("generate", generate, configure(*SIZES, *steps), "without --make")
+    assert again.inputs["generator"] == run.inputs["generator"]
+    with pytest.raises(BadInput, match="holds no generator of this configuration .there: smoke-train-generator-"):
+        generate.check(configure(*SIZES, "train_generator.max_steps=3"))
 
 
 def test_occupancy_counts_the_rows_that_wait_for_the_longest() -> None:

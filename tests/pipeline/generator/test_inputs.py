@@ -1,6 +1,7 @@
 """Which generator samples: the named one, the one beside the run, or one that is trained first."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,7 @@ import torch
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
-from pipeline.core.inputs import with_generator
-from pipeline.core.run import Run
+from pipeline.core.inputs import with_input
 from pipeline.generator.fit import check_generator, load_generator
 from tatok_model.config import GeneratorConfig
 from tatok_model.generation.generator import Generator
@@ -37,7 +37,7 @@ def save_generator(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: P
 
 def test_the_named_generator_is_loaded_ready_to_sample(configure: Configure, save_generator: Callable) -> None:
     folder = save_generator()
-    config = with_generator(configure(f"generator.checkpoint={folder}"))
+    config = with_input(configure(f"generator.checkpoint={folder}"), "generator.checkpoint")
     generator, sha256 = load_generator(config)
     assert not generator.training
     assert sha256 == sha256_file(folder / "model.safetensors")
@@ -56,7 +56,7 @@ def test_what_training_left_beside_the_run_is_taken(
 ) -> None:
     config = configure()
     folder = save_generator(Path(config.run.output) / "smoke-train-generator" / "checkpoint")
-    found = with_generator(config)
+    found = with_input(config, "generator.checkpoint")
     assert found.generator.checkpoint == str(folder)
     assert "generator.checkpoint is empty: taking" in capsys.readouterr().err
     check_generator(config)
@@ -65,8 +65,11 @@ def test_what_training_left_beside_the_run_is_taken(
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("generator.size=tiny", "has size 'nano'; expected 'tiny', as configured"),
-        ("filter.threshold=0.5", "has cut 'distortion, 1 rounds, relative 0.6'; expected .* relative 0.5'"),
+        (
+            "generator.size=tiny",
+            "has size 'nano' instead of 'tiny'; expected generator.checkpoint to name one, or --make",
+        ),
+        ("filter.threshold=0.5", "has cut 'distortion, 1 rounds, relative 0.6' instead of '.* relative 0.5'; expected"),
     ],
 )
 def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
@@ -76,11 +79,11 @@ def test_what_training_left_beside_the_run_is_not_taken_for_something_else(
     folder = Path(config.run.output) / "smoke-train-generator" / "checkpoint"
     save_generator(folder, cut="distortion, 1 rounds, relative 0.6")
     with pytest.raises(BadInput, match=sentence):
-        with_generator(config)
+        with_input(config, "generator.checkpoint")
     with pytest.raises(BadInput, match=sentence):
         check_generator(config)
     named = configure(override, f"generator.checkpoint={folder}")
-    assert with_generator(named).generator.checkpoint == str(folder)
+    assert with_input(named, "generator.checkpoint").generator.checkpoint == str(folder)
 
 
 def test_damaged_weights_are_refused(configure: Configure, save_generator: Callable) -> None:
@@ -107,29 +110,28 @@ def test_what_training_left_brings_its_tokens_as_if_it_had_just_been_made(
     save_generator(folder / "checkpoint")
     for path, expected in ((stream_folder, str(stream_folder)), ("/gone", "")):
         (folder / "summary.json").write_text(json.dumps({"inputs": {"tokens": {"path": str(path), "sha256": ""}}}))
-        assert with_generator(config).tokens.path == expected
+        assert with_input(config, "generator.checkpoint").tokens.path == expected
         assert check_generator(config).tokens.path == expected
-    assert with_generator(configure("tokens.path=/other")).tokens.path == "/other"
+    named = configure(f"tokens.path={stream_folder}")
+    assert with_input(named, "generator.checkpoint").tokens.path == str(stream_folder)
 
 
 def test_where_there_is_none_it_is_trained_first(
-    configure: Configure, save_generator: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    asked = []
+    asked: list[tuple[str, str]] = []
 
-    def made(stage: str, config: Config) -> Run:
-        asked.append(stage)
-        folder = Path(config.run.output) / "made"
-        save_generator(folder / "checkpoint")
-        return Run(stage, config, folder)
-
-    monkeypatch.setattr("pipeline.core.inputs.run_nested", made)
-    config = configure()
+    monkeypatch.setattr("pipeline.core.inputs.run_nested", lambda stage, _, name: asked.append((stage, name)))
+    with pytest.raises(BadInput, match="or --make to train it first, 6 steps of 16 pictures"):
+        check_generator(configure())
+    config = configure("run.make=true")
     check_generator(config)
-    found = with_generator(config)
-    assert asked == ["train_generator"]
-    assert found.generator.checkpoint == str(Path(config.run.output) / "made/checkpoint")
-    assert "generator.checkpoint is empty: training first" in capsys.readouterr().err
+    found = with_input(config, "generator.checkpoint")
+    ((stage, name),) = asked
+    assert stage == "train_generator"
+    assert re.fullmatch("smoke-train-generator-[0-9a-f]{8}", name)
+    assert found.generator.checkpoint == str(Path(config.run.output) / name / "checkpoint")
+    assert "generator.checkpoint is empty: training first, 6 steps of 16 pictures" in capsys.readouterr().err
 
 
 def test_what_is_no_generator_of_this_tokenizer_is_refused(

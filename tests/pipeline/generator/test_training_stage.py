@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -215,6 +217,25 @@ def test_a_generator_of_other_classes_is_no_start(
         check(configure(f"generator.checkpoint={first.folder}", f"tokens.path={other}"))
 
 
+def test_a_cut_that_keeps_almost_nothing_is_warned_of(
+    configure: Configure, train_generator: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_generator(configure("filter.rule=marginal", "filter.threshold=1e9", "train_generator.max_steps=1"), "none")
+    assert "(rule marginal, score distortion) keeps 0.0% of the patch tokens of 48 pictures" in capsys.readouterr().err
+    train_generator(configure("train_generator.max_steps=1"), "some")
+    assert "warning: filter.threshold" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["train_generator.seed=5", "filter.threshold=0.5", "generator.dropout=0.3"])
+def test_a_mistyped_resume_is_refused_before_tokens_are_made(
+    configure: Configure, train_generator: Train, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    train_generator(configure("train_generator.max_steps=1"), "one")
+    monkeypatch.setattr(stage, "with_input", lambda *arguments: pytest.fail("tokens are looked for"))
+    with pytest.raises(BadInput, match=f"{override.partition('=')[0]} is .*; expected .*, as this run was begun"):
+        train_generator(configure("train_generator.max_steps=1", override), "one", resume=True)
+
+
 def test_a_split_without_rows_is_refused(configure: Configure, write_stream: WriteStream) -> None:
     folder = write_stream(heldout=only_globals(0), train=only_globals(4))
     config = configure(f"tokens.path={folder}", "tokenizer.patch_tokens=false", "tokenizer.checkpoint=")
@@ -223,23 +244,28 @@ def test_a_split_without_rows_is_refused(configure: Configure, write_stream: Wri
 
 
 def test_tokens_are_made_first_where_none_are_named(
-    configure: Configure, tokenizer_folder: Path, stream_folder: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure,
+    stream_folder: Path,
+    write_shards: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
 
-    def made(stage: str, config: Config) -> Run:
+    def made(stage: str, config: Config, name: str) -> None:
         asked.append(stage)
-        run = Run(stage, config, Path(stream_folder))
-        run.folder = stream_folder
-        return run
+        shutil.copytree(stream_folder, Path(config.run.output) / name)
 
     monkeypatch.setattr("pipeline.core.inputs.run_nested", made)
-    config = configure("tokens.path=", "train_generator.max_steps=1")
+    rows = {"train": [{"image": b"not looked at"}], "heldout": [{"image": b"not looked at"}]}
+    shards = write_shards(tmp_path / "shards", rows, 16, ("ant",))
+    config = configure("tokens.path=", f"data.shards={shards}", "train_generator.max_steps=1")
     run = Run.open("train_generator", config, "made", resume=False)
     stage.run(run)
     run.close()
     assert asked == ["tokenize_images"]
-    assert run.config.tokens.path == str(stream_folder)
+    assert re.fullmatch(f"{tmp_path}/runs/smoke-tokens-[0-9a-f]{{8}}", run.config.tokens.path)
+    assert run.inputs["tokenizer"]["path"] == config.tokenizer.checkpoint
     assert dataclasses.replace(run.config.tokens, path="") == config.tokens
 
 

@@ -97,10 +97,12 @@ def test_checks_import_neither_torch_nor_ray(run_python, repository):
     assert run_python(code, PYTHONPATH=str(repository)).stdout == "set()\n"
 
 
-def test_what_was_not_trained_yet_would_be_trained_first(configure):
-    sweep.check(configure(*THRESHOLDS))
+def test_what_was_not_trained_yet_would_be_trained_first_where_that_is_asked_for(configure, tmp_path):
+    with pytest.raises(BadInput, match=f"{str(tmp_path)!r} holds no tokenizer of this configuration; .* or --make"):
+        sweep.check(configure(*THRESHOLDS))
+    sweep.check(configure(*THRESHOLDS, "run.make=true"))
     with pytest.raises(BadInput, match="sweep.scheduler is 'asha'; expected none with the kind thresholds"):
-        sweep.check(configure(*THRESHOLDS, "sweep.scheduler=asha"))
+        sweep.check(configure(*THRESHOLDS, "sweep.scheduler=asha", "run.make=true"))
 
 
 def test_trials_that_train_in_their_own_process_take_a_cpu_each(configure):

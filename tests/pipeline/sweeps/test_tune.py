@@ -1,6 +1,5 @@
 """Trials as Ray Tune asks for them, and what one does wherever it runs, with pretended stages."""
 
-import fcntl
 import json
 import math
 import os
@@ -285,20 +284,6 @@ def test_what_is_written_past_python_is_kept_with_the_trial_too(tmp_path, capfd)
     os.write(2, b"afterwards\n")
     assert (tmp_path / "trial" / "output.txt").read_text() == "as Ray does\n"
     assert capfd.readouterr().err == "afterwards\n"
-
-
-def test_a_folder_that_a_killed_worker_still_holds_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "LOCK_SECONDS", 0.3)
-    tune._wait_for(tmp_path / "new")
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        started = time.monotonic()
-        tune._wait_for(tmp_path)  # and given up: opening the run then says who holds it
-        assert time.monotonic() - started >= 0.3
-    monkeypatch.setattr(tune, "LOCK_SECONDS", 60)
-    started = time.monotonic()
-    tune._wait_for(tmp_path)
-    assert time.monotonic() - started < 30
 
 
 def test_only_whole_lines_are_read_and_each_of_them_once(tmp_path):

@@ -112,9 +112,13 @@ def test_tokens_that_are_only_global_are_decoded_and_cut_too(
 
 def test_without_a_stream_it_is_made_first(finished: Started) -> None:
     run = finished("detokenize", "pictures")
-    assert run.inputs["tokens"]["path"] == str(run.folder.parent / "smoke-tokens")
-    assert json.loads((run.folder.parent / "smoke-tokens/summary.json").read_text())["status"] == "finished"
+    made = Path(run.inputs["tokens"]["path"])
+    assert (made.parent, made.name[:-8]) == (run.folder.parent, "smoke-tokens-")
+    assert json.loads((made / "summary.json").read_text())["status"] == "finished"
     assert run.results["images"] == 31
+    before = (made / "summary.json").read_bytes()
+    again = finished("detokenize", "again")
+    assert (again.inputs["tokens"]["path"], (made / "summary.json").read_bytes()) == (str(made), before)
 
 
 @pytest.mark.slow

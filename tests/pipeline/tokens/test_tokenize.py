@@ -1,6 +1,9 @@
 """Pictures to tokens as a whole: every picture, the same bytes however it is run, resumed or stopped."""
 
 import json
+import math
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +17,10 @@ from hypothesis import strategies as st
 
 from pipeline.core.config import TokensConfig
 from pipeline.core.errors import BadInput, Stopped
+from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
+from pipeline.evaluation import calibrate
 from pipeline.tokens.encoder import look
 from pipeline.tokens.stream import from_table, read_token_file
 from pipeline.tokens.token_manifest import View, ranges_of_pictures, read_token_manifest, views_of
@@ -91,6 +96,40 @@ def test_lengths_are_those_of_the_configured_cut(finished: Started) -> None:
     assert run.results["tokens_std"] == counts.std()
     assert run.results["tokens_p95"] == np.percentile(counts, 95)
     assert run.results["bits_fixed"] == pytest.approx(torch.cat([tokens.bits(4) for tokens in cuts]).mean().item())
+
+
+WARNING = re.compile(
+    r"warning: filter.threshold \S+ \(rule (\w+), score distortion\) keeps (\d+\.\d)% of the patch tokens of 31 "
+    r"pictures; expected one between (\S+), where the median picture keeps (all|none), and (\S+), where it keeps "
+    r"(all|none): "
+    r"python jobs/calibrate.py smoke (.*)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "nothing", "everything"),
+    [("marginal", 1e9, 1e-9), ("residual", 1e12, 1e-9), ("relative", 1e-12, 1 - 1e-12)],
+)
+def test_a_threshold_of_another_model_is_warned_of_with_the_range_that_matters_and_a_command_that_works(
+    finished: Started, capsys: pytest.CaptureFixture[str], rule: str, nothing: float, everything: float
+) -> None:
+    for threshold, share in ((nothing, 0), (everything, 100)):
+        run = finished("tokenize_images", f"{threshold:g}", f"filter.rule={rule}", f"filter.threshold={threshold}")
+        told = WARNING.search(capsys.readouterr().err)
+        if rule == "relative" and threshold == nothing:  # any share above 0 keeps a token
+            assert told is None
+            continue
+        assert told is not None
+        assert (told[1], float(told[2])) == (rule, pytest.approx(share, abs=1))
+        low, high = float(told[3]), float(told[5])
+        assert 0 <= low < high
+        assert {told[4], told[6]} == {"all", "none"}
+        assert (told[4] == "none") == (rule == "relative")
+    calibrate.check(load_config("smoke", [*shlex.split(told[7]), f"run.output={run.folder}", "tracking.uri="]))
+    middle = math.sqrt(low * high) if rule != "relative" else 0.5
+    run = finished("tokenize_images", "middle", f"filter.rule={rule}", f"filter.threshold={middle}")
+    assert 2 + 0.16 < run.results["tokens_per_image"] < 2 + 15.84
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_files_carry_what_they_are_and_the_manifest_where_they_begin(finished: Started) -> None:

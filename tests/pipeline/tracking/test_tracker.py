@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.core.errors import Stopped
+from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
 from pipeline.tracking import Tracker, sender
@@ -140,6 +140,20 @@ def test_what_was_not_committed_is_held_back_when_a_run_stops(open_run, server):
 def test_the_run_is_marked_by_how_it_ended(open_run, server, error, ending):
     with pytest.raises(error), track(open_run(), server):
         raise error
+    assert server.ended == [ending]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "logs", "ending"),
+    [("finished", False, "FINISHED"), ("stopped", False, "KILLED"), ("finished", True, "FAILED")],
+)
+def test_a_refused_resume_leaves_the_ending_as_it_was(open_run, server, earlier, logs, ending):
+    open_run().write_summary(earlier)
+    run = open_run(resume=True)
+    with pytest.raises(BadInput), track(run, server):
+        if logs:  # then it has gone on
+            log(run, [1])
+        raise BadInput("train.seed is 1; expected 0")
     assert server.ended == [ending]
 
 

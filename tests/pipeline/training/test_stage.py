@@ -11,6 +11,7 @@ from pipeline.core import checkpoints
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.presets import load_config
 from pipeline.core.run import Run
+from pipeline.data.shards import fingerprint, read_manifest, write_manifest
 from pipeline.training import loop, train
 from pipeline.training.distributed import prepared
 from pipeline.training.tokenizer_training import TokenizerState
@@ -276,6 +277,21 @@ def test_going_on_with_other_values_is_refused(configure, run_training):
         run_training(configure(train={"seed": 1}), "changed", resume=True)
     with pytest.raises(BadInput, match=r"tokenizer\.global_tokens is 3; expected 2"):
         run_training(configure(tokenizer={"global_tokens": 3}), "changed", resume=True)
+
+
+def test_a_mistyped_resume_is_refused_before_pictures_are_preprocessed(trained, configure, run_training, monkeypatch):
+    monkeypatch.setattr(train, "with_input", lambda *arguments: pytest.fail("shards are looked for"))
+    with pytest.raises(BadInput, match=r"train\.seed is 1; expected 0, as this run was begun"):
+        run_training(configure(train={"seed": 1}), "whole", resume=True)
+    monkeypatch.undo()
+    folder = shutil.copytree(trained.config.data.shards, trained.folder / "copy")
+    other = configure(data={"shards": str(folder)})
+    run_training(other, "whole", resume=True)  # the same pictures elsewhere
+    manifest = read_manifest(folder)
+    splits = {"train": manifest.splits["heldout"], "heldout": manifest.splits["train"]}
+    write_manifest(folder, dataclasses.replace(manifest, splits=splits, fingerprint=fingerprint(splits)))
+    with pytest.raises(BadInput, match="data.shards .*copy' is not, or no longer, what this run was begun with"):
+        run_training(other, "whole", resume=True)
 
 
 def test_resuming_a_finished_run_measures_it_again_and_changes_nothing(trained, configure, run_training):
