@@ -239,7 +239,7 @@ class GenerateConfig(SamplingConfig):
 class BenchmarkConfig:
     """Speed, measured side by side in one run."""
 
-    kind: str = "generation"  # preprocess | ingest | train_step | encode | generation | evaluate | scaling
+    kind: str = "generation"  # preprocess | ingest | train_step | encode | generation | evaluate | scaling | all
     repeats: AtLeast1 = 5  # of everything that is timed; medians are reported
     batch_size: AtLeast1 = 64  # the equal batch
     batch_sizes: Sizes = (16, 64, 256)  # among which each one's best is sought

@@ -197,7 +197,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest_one():
         ("evaluate.lpips_heads=x", "lpips_backbone and lpips_heads to be given together"),
         ("evaluate.blind_checkpoint=x", "information: true"),
         ("generator.size=vast", "one of nano, tiny, small, base, large"),
-        ("benchmark.kind=everything", "one of preprocess, ingest, train_step, encode, generation, evaluate, scaling"),
+        (
+            "benchmark.kind=everything",
+            "one of preprocess, ingest, train_step, encode, generation, evaluate, scaling, all",
+        ),
         ("benchmark.images=8", "at least the largest batch, 256"),
         ("sweep.kind=all", "thresholds or architecture"),
     ],
