@@ -4,8 +4,8 @@
     python jobs/preprocess.py smoke data.source=~/pictures data.image_size=64
     ray job submit --working-dir . -- python jobs/preprocess.py smoke run.output=/data/runs
 
-Prints the resolved configuration first and RUN_FOLDER=... last. The run folder holds manifest.json, shards/ and
-rejected.parquet; give it to other jobs as data.shards. A killed run goes on with --resume.
+The run folder holds manifest.json, shards/ and rejected.parquet; give it to other jobs as data.shards. A killed run
+goes on with --resume.
 """
 
 from pipeline.core.job import main

@@ -4,7 +4,7 @@
         extractor.train_source=TRAIN.parquet extractor.test_source=TEST.parquet
     python jobs/train_extractor.py extractor64 data.shards=SHARDS extractor.architecture=resnet
 
-Prints the resolved configuration first and RUN_FOLDER=... last; the weights are RUN_FOLDER/extractor.safetensors.
+The weights are extractor.safetensors in the run folder.
 """
 
 from pipeline.core.job import main

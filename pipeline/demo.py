@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from pipeline.core.config import Config
-from pipeline.core.console import say
-from pipeline.core.job import run_nested
+from pipeline.core.console import say, short_path
+from pipeline.core.job import command_line, conclude, run_nested
 from pipeline.core.run import Run
 from pipeline.core.stages import find_stage
 
@@ -35,19 +35,21 @@ def run(run: Run) -> None:
     for stage in STAGES:
         say(f"\n== {stage} ==")
         done = run_nested(stage, config)
+        conclude(done)
         run.results |= {f"{stage}_{name}": value for name, value in done.results.items()}
         run.outputs |= {f"{stage}_{name}": path for name, path in done.outputs.items()}
         if stage == "train":  # the preset names what training starts from, the others take what came of it
             config = config.with_values("tokenizer", checkpoint=done.outputs["checkpoint"])
     run.results["seconds"] = time.monotonic() - started
-    say(
-        f"\nThe demo took {run.results['seconds']:.0f} s.\n"
-        f"Held-out pictures with a slider:  {run.outputs.get('evaluate_page', 'none drawn')}\n"
-        f"Originals over reconstructions:  {run.outputs.get('evaluate_reconstructions', 'none drawn')}\n"
-        f"Generated pictures:  {run.outputs.get('generate_samples', 'none drawn')}\n"
-        "Curves, parameters and pictures:  make ui\n"
-        "Your own pictures:  .venv/bin/python jobs/train.py demo data.source=FOLDER run.name=mine"
-    )
+    shown = {
+        "held-out pictures with a slider": "evaluate_page",
+        "originals over reconstructions": "evaluate_reconstructions",
+        "generated pictures": "generate_samples",
+    }
+    say(f"\nThe demo took {run.results['seconds']:.0f} s.")
+    for what, name in shown.items():
+        say(f"  {what:<31}  {short_path(run.outputs.get(name, 'none drawn'))}")
+    say(f"your own pictures:\n  {command_line('train', 'demo', 'data.source=FOLDER', 'run.name=mine')}")
 
 
 def _inside(config: Config, name: str) -> Config:

@@ -19,9 +19,19 @@ from typing import Any, NoReturn
 from pipeline.core.checkpoints import check_architecture, find, from_hub, is_hub_id
 from pipeline.core.cluster import check_cluster, check_room, connect, most_resources, names_cluster, pick_device
 from pipeline.core.config import Config
+from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import INPUT_KEYS, in_temporary_copy, leave, masked, resolve_paths
-from pipeline.core.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, own_stdout, parse_arguments, refuse
+from pipeline.core.job import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    command_line,
+    own_stdout,
+    parse_arguments,
+    refuse,
+)
 from pipeline.core.presets import load_config
 from pipeline.data.checks import check_files, check_pictures
 from pipeline.tracking import check_store, check_tracking
@@ -63,6 +73,8 @@ def diagnose(description: str | None) -> NoReturn:
         leave(EXIT_STOPPED)
     if problems:
         print(f"error: {problems} thing{'s' if problems > 1 else ''} would fail", file=sys.stderr)
+    else:
+        say(f"next, train:\n  {command_line('train', arguments.preset, *arguments.overrides)}")
     leave((EXIT_BAD_INPUT if arguments.dry_run else EXIT_FAILED) if problems else EXIT_DONE)
 
 

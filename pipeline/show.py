@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.core.checkpoints import find, from_hub
+from pipeline.core.console import say
 from pipeline.core.errors import BadInput
+from pipeline.core.job import command_line
 
 if TYPE_CHECKING:  # heavy imports wait until the arguments are understood
     from torch import Tensor
@@ -26,28 +28,30 @@ def main(description: str | None) -> NoReturn:
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="files; without any, three of scikit-image")
     parser.add_argument("--tokenizer", default="tatok64", help="a name in the box, a checkpoint folder or a hub id")
     parser.add_argument("--output", default="show", metavar="FOLDER", help="where show.html and show.png are written")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="pixels of the longer side, at most")
+    parser.add_argument("--longest", type=float, default=float(LONGEST), help="pixels of the longer side, at most")
     parser.add_argument("--dry-run", action="store_true", help="check the arguments, write nothing")
     arguments = parser.parse_args()
     try:
-        check(arguments.pictures, Path(arguments.output), arguments.longest)
+        longest = arguments.longest  # a float, so that 1e3 is understood
+        check(arguments.pictures, Path(arguments.output), longest)
         if arguments.dry_run:
             sys.exit(0)
-        show(arguments.pictures, arguments.tokenizer, Path(arguments.output), arguments.longest)
+        show(arguments.pictures, arguments.tokenizer, Path(arguments.output), int(longest))
+        say(f"next, every stage on photographs, in minutes:\n  {command_line('demo')}")
     except (BadInput, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
 
-def check(pictures: Sequence[str], folder: Path, longest: int) -> None:
+def check(pictures: Sequence[str], folder: Path, longest: float) -> None:
     """Refuse what cannot work before anything heavy is loaded.
 
     Raises:
         BadInput: a picture that is not there, a file where the folder should be, or pictures smaller than 16 pixels.
     """
-    if longest < 16:
-        raise BadInput(f"--longest is {longest}; expected at least 16 pixels")
+    if not (longest >= 16 and longest.is_integer()):
+        raise BadInput(f"--longest is {longest:g}; expected a whole number, at least 16 pixels")
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--output {str(folder)!r} is a file; expected a folder")
     for path in pictures:

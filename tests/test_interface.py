@@ -6,6 +6,8 @@ the stage.
 
 import json
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +18,18 @@ import pytest
 import yaml
 
 from pipeline.core.config import Config
-from pipeline.core.presets import config_from_dict, load_config
+from pipeline.core.presets import load_config
 
 JOB = '''
 """Do a made thing."""
 
 from pipeline.core.job import main
-from pipeline.core.stages import STAGES
+from pipeline.core.stages import MADE, NEXT, READS, STAGES
 
 STAGES |= {"made": "made_stage", "inner": "inner_stage"}
+READS["made"] = "data train"
+NEXT["made"] = ("made", "do it again", "data.shards")
+MADE["made"] = ("tokenizer.checkpoint", "made")
 if __name__ == "__main__":
     main("made", __doc__)
 '''
@@ -106,6 +111,7 @@ def folder(tmp_path: Path) -> Path:
 def start(folder: Path, repository: Path, monkeypatch: pytest.MonkeyPatch):
     """Starts the made job and returns the process."""
     monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.setenv("COLUMNS", "120")
 
     def start(*arguments: str, cwd: Path = folder) -> subprocess.Popen[str]:
         command = [sys.executable, str(folder / "job.py"), *arguments]
@@ -141,16 +147,45 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_stdout_is_the_configuration_and_then_the_run_folder(finish, folder):
-    code, out, err = finish("smoke", "run.name=one", "tracking.experiment=go")
-    *configuration, last = out.splitlines()
-    assert code == 0
-    assert last == f"RUN_FOLDER={folder / 'runs' / 'one'}"
-    printed = config_from_dict(yaml.safe_load("\n".join(configuration)))
-    assert printed == load_config(str(folder / "runs" / "one" / "config.yaml"))
-    assert printed.run.name == "one"
-    assert "working" in err
-    assert "working" not in out
+def test_stdout_is_the_run_folder_and_what_differs_from_the_defaults_is_told(finish, folder):
+    code, out, err = finish("smoke", "run.name=one", "tracking.experiment=go", "train.max_steps=1e3")
+    assert (code, out) == (0, f"RUN_FOLDER={folder / 'runs' / 'one'}\n")
+    assert load_config(str(folder / "runs" / "one" / "config.yaml")).train.max_steps == 1000
+    head, rest = err.split("working\n")
+    assert [" ".join(line.split()) for line in head.splitlines()] == [
+        "made: preset smoke, run folder runs/one",
+        "data source=samples rows_per_shard=256",
+        "train global_batch_size=16 warmup_steps=5 log_every=5 validate_every=10 validation_images=32",
+        "checkpoint_every=10",
+        "all else has its default: --dry-run shows it, --help SECTION explains",
+    ]
+    assert rest.splitlines()[:2] == ["made made:", "  made  runs/one/made"]
+
+
+def test_a_run_ends_with_the_command_that_comes_next_and_it_works_when_pasted(finish, folder):
+    shards = folder / "my shards"
+    typed = ("smoke", "run.name=one", f"data.shards={shards}", "tokenizer.checkpoint=x", "tracking.experiment=go")
+    for name in ("smoke-made", "smoke-made-2"):  # the second does not collide with the first
+        code, _, err = finish(*typed)
+        assert code == 0
+        *_, why, command = err.splitlines()
+        assert why == "next, do it again:"
+        words = shlex.split(command)
+        assert Path(words[0]).resolve() == Path(sys.executable).resolve()
+        assert words[1:4] == [str(folder / "made.py"), "smoke", "tracking.experiment=go"]
+        assert words[4:6] == ["data.shards=my shards", "tokenizer.checkpoint=runs/one/made"]
+        (folder / "made.py").write_text(JOB)
+        pasted = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=60)
+        assert pasted.stdout == f"RUN_FOLDER={folder / 'runs' / name}\n", pasted.stderr
+        shutil.rmtree(folder / "runs" / "one")
+
+
+def test_a_stopped_run_ends_with_the_command_that_goes_on_with_it(start, folder):
+    process = start("smoke", "tracking.experiment=wait")
+    wait_for(folder / "waiting")
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert err.splitlines()[-1].endswith("made.py smoke tracking.experiment=wait run.name=smoke-made --resume")
 
 
 def test_a_finished_run_leaves_exactly_the_promised_files_and_keys(finish, folder):
@@ -264,7 +299,7 @@ def test_a_run_that_fails_says_so_in_its_summary(finish, folder, act, code, erro
     assert returned == code
     assert (found["status"], found["exit_code"], found["error"]) == ("failed", code, error)
     assert f"RUN_FOLDER={folder / 'runs' / 'one'}\n" in out
-    assert err.endswith(f"error: {error}\n")
+    assert err.endswith(f"error: {error}\n")  # and no next command
     assert ("Traceback" in err) == (code == 1)
 
 

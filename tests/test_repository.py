@@ -81,8 +81,14 @@ def test_a_preset_loads_and_opens_with_its_command_and_what_to_expect(preset):
 @pytest.mark.parametrize("job", JOBS, ids=name)
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], {0}), (["no_such_preset"], {2}), (["smoke", "no.key=1"], {2}), (["smoke", "--dry-run"], {0, 2})],
-    ids=["help", "bad preset", "bad key", "dry run"],
+    [
+        (["--help"], {0}),
+        (["--help", "train"], {0}),
+        (["no_such_preset"], {2}),
+        (["smoke", "no.key=1"], {2}),
+        (["smoke", "--dry-run"], {0, 2}),
+    ],
+    ids=["help", "help of a section", "bad preset", "bad key", "dry run"],
 )
 def test_a_job_answers_before_it_loads_anything_heavy(job, arguments, code, tmp_path):
     started = time.monotonic()

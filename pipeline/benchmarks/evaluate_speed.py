@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.benchmarks import harness
 from pipeline.benchmarks.harness import Findings, Goal, Ratio, Spread
 from pipeline.core.checkpoints import check_architecture
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
@@ -42,7 +42,7 @@ def check(config: Config) -> None:
     Raises:
         BadInput: shards or a checkpoint that do not fit, more workers than CPUs.
     """
-    check_cpus("evaluate.num_workers", config.evaluate.num_workers)
+    check_machine("evaluate", config.evaluate)
     check_architecture(config)
     harness.check_named(config)
 

@@ -4,15 +4,19 @@ A job runs on the cluster that `RAY_ADDRESS` names, else on one it starts on thi
 gone for minutes and then ends the process, so it is only let loose on one that has answered.
 """
 
+import logging
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.console import duration, say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import interruptible, within
 
@@ -23,6 +27,12 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
 ANSWER_SECONDS = 10.0  # that a cluster may take to take a call, and as many again to say that it is Ray
 SOCKET_BYTES = 107  # of a path: what Linux takes
 EXPECTED = "expected host:6379 of a running cluster, auto for one on this machine, or no RAY_ADDRESS to start one here"
+NOISE = (  # what workers of Ray print, some every second, that tells a user of a job nothing
+    "Failed to query Ray Train Controller actor state",  # as long as there is no dashboard
+    "Reporting training result",
+    "Setting up process group",
+    "has constructor arguments in the object store",
+)
 
 
 def names_cluster() -> bool:
@@ -43,19 +53,29 @@ def connect(dashboard: bool = False) -> Any:
     """
     # Ray announces a changed default of this variable at every start; saying what we rely on keeps it quiet.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(NOISE))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray
 
     if ray.is_initialized():
         return ray
     check_cluster()
+    named, began = names_cluster(), time.monotonic()
+    say(f"connecting to Ray at {os.environ['RAY_ADDRESS']}" if named else "starting Ray: up to half a minute")
+    if not named:  # of its own, which asks nobody for a token
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # Not Ray's own choice of an address: it would wait without end for the last cluster of this machine that was not
     # stopped in good order.
-    address, its_dashboard = (None, None) if names_cluster() else ("local", dashboard)
+    address, its_dashboard = (None, None) if named else ("local", dashboard)
+    options = {"log_to_driver": True, "logging_level": logging.WARNING}
     try:
         with interruptible():
-            ray.init(address, log_to_driver=True, include_dashboard=its_dashboard)
+            ray.init(address, include_dashboard=its_dashboard, **options)
     except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
         raise BadInput(_refusal(_in_a_line(error))) from None
+    if (took := time.monotonic() - began) > 5:
+        say(f"Ray is there after {duration(took)}")
     return ray
 
 
@@ -234,6 +254,31 @@ def check_cpus(key: str, workers: int, cpus_per_worker: float = 1.0) -> None:
             f"{key} is {workers}, which needs {workers * cpus_per_worker:g} CPUs; expected at most "
             f"{int(available / cpus_per_worker)} on this machine with {available} CPUs"
         )
+
+
+def check_machine(section: str, settings: Any) -> None:
+    """Refuse workers and a device that this machine does not have; a cluster is asked once connected.
+
+    Args:
+        section: of the configuration.
+        settings: its values; `num_workers` 0 is this process, whatever cluster there is.
+
+    Raises:
+        BadInput: as `check_cpus` and `check_device`.
+    """
+    if not (settings.num_workers and names_cluster()):
+        check_device(section, getattr(settings, "device", ""))
+    check_cpus(f"{section}.num_workers", settings.num_workers, getattr(settings, "cpus_per_worker", 1.0))
+
+
+def check_device(section: str, wanted: str) -> None:
+    """Refuse a GPU that this process is to compute on and that is not there, before anything else is made.
+
+    Raises:
+        BadInput: as `pick_device`.
+    """
+    if wanted == "cuda":
+        pick_device(section, wanted)
 
 
 def pick_device(section: str, wanted: str) -> "torch.device":

@@ -83,34 +83,34 @@ class TrainConfig:
     parts: Literal["all", "entropy"] = "all"  # entropy: that model alone, on a frozen tokenizer.checkpoint
     num_workers: AtLeast0 = 0  # 0: in this process; n: n Ray Train workers
     parallel: Literal["ddp", "fsdp2"] = "ddp"  # each worker holds the whole state, or its part of a tokenizer's
-    device: Device = "auto"
+    device: Device = "auto"  # auto: a CUDA GPU where there is one
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 on GPU, float32 on CPU
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model: minutes at the start, faster steps
     seed: int = 0  # every random draw derives from it
     max_steps: AtLeast1 = 1000  # optimiser steps
     max_minutes: NotNegative = 0.0  # stop (resumable) after this many minutes; 0: no limit
     global_batch_size: AtLeast1 = 64  # images per optimiser step over all workers
     accumulation: AtLeast1 = 1  # micro-batches per optimiser step; the codebook averages move with each of them
-    optimizer: Literal["adamw", "muon"] = "adamw"  # Muon moves the hidden matrices, AdamW the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon moves the hidden matrices, AdamW the rest
     learning_rate: Positive = 1e-3  # peak
     min_learning_rate: NotNegative = 1e-5  # at the end of the cosine
     warmup_steps: AtLeast0 = 100  # linear warm-up
-    beta1: Below1 = 0.9
-    beta2: Below1 = 0.99
-    weight_decay: NotNegative = 1e-4
+    beta1: Below1 = 0.9  # of AdamW: decay of the mean gradient
+    beta2: Below1 = 0.99  # of AdamW: decay of the mean squared gradient
+    weight_decay: NotNegative = 1e-4  # of matrices
     clip_norm: NotNegative = 1.0  # gradient norm; 0: no clipping
     ema_decay: Below1 = 0.999  # of the exported weights; 0: no averaging
-    horizontal_flip: bool = True  # augmentation
+    horizontal_flip: bool = True  # training pictures are mirrored at random
     log_every: AtLeast1 = 20  # steps between logged metrics
     validate_every: AtLeast0 = 500  # steps between validations; 0: only at the end
     validation_images: AtLeast1 = 1024  # held-out images per validation
     grid_images: AtLeast0 = 8  # originals beside reconstructions in the logged picture
     checkpoint_every: AtLeast0 = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: AtLeast1 = 2  # how many are kept
-    max_failures: AtLeast0 = 3  # restarts of failed workers (num_workers > 0)
+    max_failures: AtLeast0 = 3  # restarts of failed workers, with num_workers
     min_workers: AtLeast0 = 0  # go on with so many where the cluster has no room for num_workers; 0: wait for all
     not_finite: Literal["stop", "skip"] = "stop"  # what a NaN in the gradient does: end the run, or skip the step
-    cpus_per_worker: Positive = 1.0  # CPUs that each worker reserves (num_workers > 0)
+    cpus_per_worker: Positive = 1.0  # CPUs that each of num_workers reserves
     fused: bool = True  # fused AdamW; Muon has no such choice
 
     def __post_init__(self) -> None:
@@ -154,8 +154,8 @@ class EvaluateConfig:
 
     max_images: AtLeast0 = 0  # held-out images to use; 0: all
     batch_size: AtLeast1 = 64  # images per forward pass
-    num_workers: AtLeast1 = 1  # evaluation actors
-    device: Device = "auto"
+    num_workers: AtLeast1 = 1  # Ray actors that measure; 1: in this process
+    device: Device = "auto"  # auto: a CUDA GPU where there is one
     extractor: str = "auto"  # compact_cifar10, inception2015, or a file by jobs/train_extractor.py; auto: inception2015
     # when its weights are given
     inception_weights: str = ""  # path of the FID Inception weights (pt_inception-2015-12-05-6726825d.pth)
@@ -191,8 +191,8 @@ class TokensConfig:
     path: str = ""  # folder with tokens.json, written by tokenize_images; what detokenize reads
     split: Literal["train", "heldout", "both"] = "both"  # which pictures become tokens
     batch_size: AtLeast1 = 64  # images per forward pass
-    num_workers: AtLeast1 = 1  # actors
-    device: Device = "auto"
+    num_workers: AtLeast1 = 1  # Ray actors; 1: in this process
+    device: Device = "auto"  # auto: a CUDA GPU where there is one
     encoding: Encoding = "png"  # of pictures that detokenize writes
     max_images: AtLeast0 = 0  # of each split; 0: all
     flip: bool = False  # every training picture's mirror image too, as rows of their own
@@ -225,9 +225,9 @@ class GenerateConfig(SamplingConfig):
     seed: int = 0  # a picture is a function of (seed, its number, the weights)
     batch_size: AtLeast1 = 64  # pictures that are written together
     images_per_shard: AtLeast1 = 4096  # pictures of a file: what an interrupted run loses at most
-    num_workers: AtLeast1 = 1  # actors
-    device: Device = "auto"
-    encoding: Encoding = "png"
+    num_workers: AtLeast1 = 1  # Ray actors; 1: in this process
+    device: Device = "auto"  # auto: a CUDA GPU where there is one
+    encoding: Encoding = "png"  # of the pictures that are written
     files: bool = False  # each picture as a file in images/ too, as other people's evaluators want them
     grid_images: AtLeast0 = 64  # pictures in the grid
 
@@ -240,7 +240,7 @@ class GenerateConfig(SamplingConfig):
 class BenchmarkConfig:
     """Speed, measured side by side in one run."""
 
-    kind: str = "generation"  # one of BENCHMARKS
+    kind: str = "generation"  # preprocess | ingest | train_step | encode | generation | evaluate | scaling | all
     repeats: AtLeast1 = 5  # of everything that is timed; medians are reported
     batch_size: AtLeast1 = 64  # the equal batch
     batch_sizes: Sizes = (16, 64, 256)  # among which each one's best is sought
@@ -295,21 +295,21 @@ class SweepConfig:
 class ExtractorConfig:
     """Training of a feature network for Frechet distances within this project."""
 
-    architecture: Literal["compact", "resnet"] = "compact"
+    architecture: Literal["compact", "resnet"] = "compact"  # which network
     train_source: str = ""  # labelled Parquet, or a folder of shards (split train); empty: data.shards or data.source
     test_source: str = ""  # the same (split heldout); empty: data.shards or data.heldout_source
-    epochs: AtLeast1 = 12
-    batch_size: AtLeast1 = 128
-    learning_rate: Positive = 0.01
-    weight_decay: float = 5e-4
+    epochs: AtLeast1 = 12  # times that every training picture is seen
+    batch_size: AtLeast1 = 128  # images per step
+    learning_rate: Positive = 0.01  # peak
+    weight_decay: float = 5e-4  # of all weights
 
 
 @dataclass(frozen=True, config=SECTION)
 class TrackingConfig:
-    """MLflow."""
+    """MLflow: where runs are logged."""
 
     uri: str = "sqlite:///mlflow.db"  # tracking server or SQLite file; empty: no tracking
-    experiment: str = "tatok"
+    experiment: str = "tatok"  # where the runs appear
     system_metrics: bool = True  # CPU, memory, GPU in the run
     flush_seconds: float = 5.0  # at most this long between batches
 
@@ -329,7 +329,9 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     generator: GeneratorSection = field(default_factory=GeneratorSection)
-    train_generator: TrainConfig = field(default_factory=TrainConfig)  # as train, of the generator
+    train_generator: TrainConfig = field(
+        default_factory=TrainConfig
+    )  # training of the generator, with the keys of train
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -1,18 +1,38 @@
 """What people read while a job runs and after: progress, lines, named numbers with notes as tables."""
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
 class Progress:
-    """Counts towards a total and shows rate and time left on stderr."""
+    """Counts towards a total and shows rate and time left on stderr; without a terminal, as lines.
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0, every_seconds: float = 10.0) -> None:
+    Args:
+        label: what is done.
+        total: how many there are.
+        unit: of what.
+        done: by an earlier attempt.
+        every_seconds: without a terminal, at least so long between two lines.
+        silent_seconds: without a terminal, at most so long, also where nothing advances.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        every_seconds: float = 10.0,
+        silent_seconds: float = 30.0,
+    ) -> None:
         from tqdm import tqdm
 
         self._terminal = sys.stderr.isatty()
@@ -20,7 +40,7 @@ class Progress:
             total=total,
             initial=done,
             desc=label,
-            unit=unit,
+            unit=unit if self._terminal else f" {unit}",
             unit_scale=False,
             file=sys.stderr,
             dynamic_ncols=self._terminal,
@@ -31,6 +51,9 @@ class Progress:
         self._every = every_seconds
         self._shown = time.monotonic()
         self._printed: float = -1  # the count of the last line
+        self._ended, self._silent = threading.Event(), silent_seconds
+        if not self._terminal:  # tqdm does so by itself on one
+            threading.Thread(target=self._break_silence, daemon=True, name="progress").start()
 
     def advance(self, count: int, **notes: str) -> None:
         """Add `count`; `notes` are shown beside the rate."""
@@ -42,11 +65,17 @@ class Progress:
 
     def close(self) -> None:
         """Show the final state."""
+        self._ended.set()
         if not self._terminal:
             if self._printed != self._bar.n:
                 self._show()
             self._bar.disable = True
         self._bar.close()
+
+    def _break_silence(self) -> None:
+        while not self._ended.wait(max(self._shown + self._silent - time.monotonic(), 0.01)):
+            if time.monotonic() - self._shown >= self._silent:
+                self._show()
 
     def _show(self) -> None:
         """Print one line."""
@@ -67,6 +96,32 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Progr
 def say(text: str) -> None:
     """One line for the reader of the terminal or the log."""
     print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.2g} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} days"
+
+
+_told: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """As `say`, but nothing where this process has said the same before."""
+    if text not in _told:
+        _told.add(text)
+        say(text)
+
+
+def short_path(path: str | Path) -> str:
+    """A path as a command in this working directory may have it: relative where it lies inside."""
+    here = Path.cwd()
+    if os.environ.get("TATOK_ROOT") or not Path(path).is_relative_to(here) or "working_dir_files" in str(here):
+        return str(path)
+    return str(Path(path).relative_to(here))
 
 
 @dataclass(frozen=True)

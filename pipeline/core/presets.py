@@ -3,7 +3,12 @@
 Unknown keys are refused with the nearest valid one; every message names the key, its value and the expected form.
 """
 
+import copy
 import dataclasses
+import functools
+import itertools
+import operator
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -13,9 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.core.checkpoints import with_architecture
 from pipeline.core.config import Config, DataConfig
-from pipeline.core.errors import BadInput
-from pipeline.core.errors import did_you_mean as _nearest
+from pipeline.core.errors import BadInput, did_you_mean
 
+POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,2}")  # YAML 1.1 wants a dot and a sign: 1.0e+3
 SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 
 
@@ -29,7 +34,7 @@ def load_config(preset: str = "demo", overrides: list[str] | None = None) -> Con
     Raises:
         BadInput: unknown preset or key (with the nearest valid one), a value of the wrong type, a failed check.
     """
-    values = _read_preset(preset)
+    values = read_preset(preset)
     values.setdefault("preset", Path(preset).stem)
     for text in overrides or []:
         _apply_override(values, text)
@@ -52,10 +57,26 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     if isinstance(data, dict) and isinstance(tokenizer, dict):
         image_size = data.get("image_size", DataConfig.image_size)
         values = {**values, "tokenizer": {"image_size": image_size, **tokenizer}}
+    adapter = TypeAdapter(Config)
     try:
-        return TypeAdapter(Config).validate_python(values)
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        errors = error.errors()
+    try:
+        return adapter.validate_python(_with_whole_numbers(values, errors))
     except ValidationError as error:
         raise BadInput(_explain(error.errors())) from None
+
+
+def _with_whole_numbers(values: dict[str, Any], errors: list[Any]) -> dict[str, Any]:
+    """The values with `1e3`, which YAML takes for text, as a number wherever a whole one was expected."""
+    values = copy.deepcopy(values)
+    for error in errors:
+        if error["type"] == "int_parsing" and POWER.fullmatch(str(error["input"])):
+            *path, last = error["loc"]
+            number = float(error["input"])
+            functools.reduce(operator.getitem, path, values)[last] = number if number.is_integer() else error["input"]
+    return values
 
 
 def preset_names() -> list[str]:
@@ -64,16 +85,27 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _read_preset(preset: str) -> dict[str, Any]:
+def preset_head(preset: str) -> str:
+    """The comment that a shipped preset opens with: what it is, the command, what to expect."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), _shipped(preset).splitlines())
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+
+
+def _shipped(preset: str) -> str:
+    return (resources.files("pipeline") / "configs" / f"{preset}.yaml").read_text(encoding="utf-8")
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """What a preset sets, by section, with what it extends; raises as `load_config`."""
     if preset.endswith((".yaml", ".yml")):
         path = Path(preset)
         if not path.is_file():
             raise BadInput(f"preset {preset!r} does not exist; expected the path of a YAML file or a name: {_list()}")
         text = path.read_text(encoding="utf-8", errors="replace")
     elif preset in preset_names():
-        text = (resources.files("pipeline") / "configs" / f"{preset}.yaml").read_text(encoding="utf-8")
+        text = _shipped(preset)
     else:
-        raise BadInput(f"unknown preset {preset!r}{_nearest(preset, preset_names())}; expected one of {_list()}")
+        raise BadInput(f"unknown preset {preset!r}{did_you_mean(preset, preset_names())}; expected one of {_list()}")
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -86,7 +118,7 @@ def _read_preset(preset: str) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or base not in preset_names():
         raise BadInput(f"extends is {base!r} in preset {preset!r}; expected one of {_list()}")
-    return _merge(_read_preset(base), values)
+    return _merge(read_preset(base), values)
 
 
 def _list() -> str:
@@ -157,4 +189,4 @@ def _unknown(section: str, key: str = "") -> str:
     everything = [f"{name}.{each}" for name, names in keys.items() for each in names] if key else list(keys)
     whole = f"{section}.{key}" if key else section
     valid = keys[section] if key else list(keys)
-    return f"unknown key {whole!r}{_nearest(whole, everything)}; expected one of {', '.join(valid)}"
+    return f"unknown key {whole!r}{did_you_mean(whole, everything)}; expected one of {', '.join(valid)}"

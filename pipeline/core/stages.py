@@ -26,6 +26,41 @@ STAGES = {
     "demo": "pipeline.demo",
 }
 MEASURES = ("evaluate", "calibrate", "benchmark")  # stages that measure anew, each time in a folder of its own
+TRAINED = "data tokenizer losses kept_sets train"
+READS = {  # the sections that decide what a stage does; what differs from the defaults there is said at its start
+    "preprocess": "data",
+    "train": TRAINED,
+    "train_extractor": "data train extractor",
+    "tokenize_images": "data tokenizer filter tokens",
+    "detokenize": "data tokenizer filter tokens",
+    "train_generator": "data tokenizer filter tokens generator train_generator",
+    "generate": "tokenizer filter generator generate",
+    "evaluate": "data tokenizer filter evaluate",
+    "calibrate": "data tokenizer filter evaluate",
+    "sweep": f"{TRAINED} filter evaluate sweep",
+    "benchmark": f"{TRAINED} filter evaluate tokens generator generate benchmark",
+    "demo": "data",  # its stages say the rest
+}
+MADE = {  # the key that takes what a stage made, and its name in `outputs` or `results`
+    "preprocess": ("data.shards", "shards"),
+    "train": ("tokenizer.checkpoint", "checkpoint"),
+    "train_extractor": ("evaluate.extractor", "extractor"),
+    "tokenize_images": ("tokens.path", "tokens"),
+    "train_generator": ("generator.checkpoint", "checkpoint"),
+    "generate": ("evaluate.generated", "shards"),
+    "calibrate": ("filter.threshold", "threshold"),
+}
+NEXT = {  # what usually comes after a stage: its name, why, and the keys that go on besides that in `MADE`
+    "preprocess": ("train", "train a tokenizer on them", ""),
+    "train": ("evaluate", "measure it on held-out pictures", "data.shards"),
+    "tokenize_images": ("train_generator", "train a generator on them", "data.shards tokenizer.checkpoint"),
+    "train_extractor": ("train", "train a tokenizer, which evaluate can then measure with it", "data.shards"),
+    "detokenize": ("evaluate", "measure what such a cut costs", "data.shards tokenizer.checkpoint"),
+    "train_generator": ("generate", "generate pictures", "data.shards tokenizer.checkpoint tokens.path"),
+    "generate": ("evaluate", "measure them", "data.shards tokenizer.checkpoint tokens.path"),
+    "evaluate": ("tokenize_images", "write all pictures as tokens", "data.shards tokenizer.checkpoint"),
+    "calibrate": ("evaluate", "measure at this threshold", "data.shards tokenizer.checkpoint"),
+}
 BENCHMARKS = {  # the kinds of the stage `benchmark`: modules with `check` and `run`
     "preprocess": "pipeline.benchmarks.preprocess_speed",
     "ingest": "pipeline.benchmarks.ingest_speed",
@@ -42,7 +77,10 @@ class Stage(Protocol):
     """What a stage's module has."""
 
     def check(self, config: "Config") -> None:
-        """Raise BadInput where it cannot work before anything is made; reads no data, imports neither torch nor ray."""
+        """Raise BadInput where it cannot work before anything is made; reads no data, imports no ray.
+
+        torch is imported only to look for a GPU that is asked for.
+        """
 
     def default_name(self, config: "Config") -> str:
         """The run folder's name when `run.name` is empty."""

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config, DataConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
@@ -59,7 +59,7 @@ def check(config: Config) -> None:
         raise BadInput(
             f"data.heldout_source is data.source, {data.source!r}; expected other pictures, or '' to split by hash"
         )
-    check_cpus("data.num_workers", data.num_workers)
+    check_machine("data", data)
     check_tracking(config)
 
 
@@ -319,7 +319,7 @@ def _report(run: Run, manifest: Manifest, speed: float) -> None:
     run.rewind_metrics(-1)  # a resumed run measures anew
     run.log(run.results, step=0)
     rate = f", {speed:.0f} images/s" if speed else ""  # 0: everything was there already
-    say(f"preprocess: {_row_counts(manifest)}{rate} -> {run.folder}")
+    say(f"preprocess: {_row_counts(manifest)}{rate}")
     for line in [*_told_labels(counts, manifest), *_told_rejections(run.folder)]:
         say(line)
     if not manifest.splits["heldout"].rows:

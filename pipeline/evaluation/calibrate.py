@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 
 from pipeline.core.checkpoints import find, load_tokenizer, tokenizer_folder
-from pipeline.core.cluster import pick_device
+from pipeline.core.cluster import check_device, pick_device
 from pipeline.core.config import Config
-from pipeline.core.console import progress, say
+from pipeline.core.console import progress, say, short_path
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.files import write_atomically
 from pipeline.core.inputs import check_tokenizer, with_input
@@ -49,6 +49,7 @@ def check(config: Config) -> None:
             as training's `check` where there is no tokenizer yet.
     """
     tokenizer, section = config.tokenizer, config.filter
+    check_device("evaluate", config.evaluate.device)
     check_tracking(config)
     if not tokenizer.patch_tokens:
         raise BadInput("tokenizer.patch_tokens is false; expected patch tokens to calibrate a cut of")
@@ -187,8 +188,8 @@ def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
             say(f"warning: {place} cannot be written ({error.strerror}); copy {places[0]} there for the rule quality")
     run.outputs["quality"] = str(places[0])
     say(
-        f"quality: squared error = {intercept:.3g} + {slope:.3g} x scores dropped + {kept_slope:.3g} x scores kept, "
-        f"{100 * run.results['line_near_share']:.0f}% of cuts within {NEAR} dB; at most {most:.1f} dB -> {places[-1]}"
+        f"quality: {100 * run.results['line_near_share']:.0f}% of cuts come within {NEAR} dB of what is asked for, at "
+        f"most {most:.1f} dB can be; {short_path(places[-1])}"
     )
 
 

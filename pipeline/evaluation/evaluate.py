@@ -6,9 +6,8 @@ With `evaluate.generated`, pictures that a generator made are measured instead: 
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.checkpoints import check_quality, load_tokenizer
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config
-from pipeline.core.console import say
 from pipeline.core.inputs import check_tokenizer, with_input
 from pipeline.core.run import Run
 from pipeline.data.checks import check_global_counts, check_pictures, check_score
@@ -36,7 +35,7 @@ def check(config: Config) -> None:
             another architecture, files that do not exist, pictures too small for SSIM, cuts, baselines or measures of
             information that cannot be, more workers than CPUs, a tracking address of unknown form.
     """
-    check_cpus("evaluate.num_workers", config.evaluate.num_workers)
+    check_machine("evaluate", config.evaluate)
     check_tracking(config)
     check_networks(config)
     if config.evaluate.generated:
@@ -176,4 +175,3 @@ def _draw(run: Run, bench: "Bench", found: "Measurements", tokenizer: "TaTok", t
     write_page(page, at_every_budget(tokenizer, named, run.config.filter.score, run.config.filter.rounds))
     tracker.artifact(page)
     run.outputs |= {"reconstructions": str(path), "page": str(page)}
-    say(f"originals over reconstructions: {path}\nwith a slider over the number of tokens: {page}")

@@ -238,6 +238,12 @@ def _notes(results: dict[str, float], extractor: Extractor, device: str) -> dict
     }
 
 
+def _is_detail(name: str) -> bool:
+    """Whether a number is for the report and not for the terminal."""
+    ends = "_low", "_high", "_pooled", "_p05", "_p50", "_p95", "_per_pixel", "_originals", "_steps", "batch_size"
+    return name == "images" or name.endswith(ends) or "perplexity" in name
+
+
 # What is left in the run folder beside the numbers.
 
 
@@ -250,12 +256,12 @@ def report(
     tracker: Tracker,
     cuts: list[list[str]] | None = None,
 ) -> None:
-    """Show the table with its warnings, and below it that of the `cuts`; keep both with the facts as `report.md`."""
+    """Show the table with its warnings, and below it that of the `cuts`; `report.md` has all, with the facts."""
     path = run.folder / "report.md"
     write_atomically(path, markdown(title, lines, told, facts, cuts).encode())
     run.outputs["report"] = str(path)
     tracker.artifact(path)
-    say(terminal_table(title, lines, told))
+    say(terminal_table(title, [line for line in lines if not _is_detail(line.name)], told))
     if cuts:
         say("\n" + columns(cuts))
 
@@ -281,7 +287,6 @@ def keep_curve(
         run.outputs[name] = str(file)
         tracker.picture(file, name, 0)
         tracker.artifact(file, "pictures")
-        say(f"{name.replace('_', ' ')}: {file}")
 
 
 def _images_table(bench: Bench, found: Measurements) -> bytes:

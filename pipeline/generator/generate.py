@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.checkpoints import load_tokenizer, read_generator
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config, GenerateConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
             another tokenizer, a class that does not exist, guidance towards none, names for another number of classes,
             more workers than CPUs, a tracking address of unknown form.
     """
-    check_cpus("generate.num_workers", config.generate.num_workers)
+    check_machine("generate", config.generate)
     check_tracking(config)
     config = check_generator(config)
     if config.generator.checkpoint:
@@ -196,7 +196,7 @@ def _report(run: Run, generated: Generated, counts: np.ndarray, tracker: Tracker
         run.outputs["images"] = str(_write_files(run.folder, section))
     tracker.artifact(Path(run.outputs["generated"]))
     rate = f", {generated.speed['images_per_second']:.1f} images/s a worker" if generated.speed else ""
-    say(f"generate: {generated.images} images of {generated.tokens['mean']:.1f} tokens{rate} -> {run.folder}")
+    say(f"generate: {generated.images} images of {generated.tokens['mean']:.1f} tokens{rate}")
 
 
 def _write_files(folder: Path, section: GenerateConfig) -> Path:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checkpoints import check_architecture, check_begun, find, read_generator
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config
-from pipeline.core.console import say
 from pipeline.core.errors import BadInput
 from pipeline.core.files import sha256_file
 from pipeline.core.inputs import find_input, with_input
@@ -31,7 +30,7 @@ def check(config: Config) -> None:
             that cannot be, where the classes are known; more workers than CPUs; a tracking address of unknown form.
     """
     section = config.train_generator
-    check_cpus("train_generator.num_workers", section.num_workers, section.cpus_per_worker)
+    check_machine("train_generator", section)
     check_tracking(config)
     if config.generator.checkpoint:
         read_generator(config.generator.checkpoint)
@@ -88,7 +87,6 @@ def run(run: Run) -> None:
     tags = {"tokens_fingerprint": manifest.fingerprint, "tokenizer_sha256": manifest.stream.tokenizer_sha256}
     with Tracker.start(run, tags) as tracker:
         train_and_export(run, tracker, "train_generator", "pipeline.generator.generator_training", "validation/samples")
-        say(f"generator in {run.outputs['checkpoint']}")
 
 
 def _check_tokens(config: Config, manifest: TokenManifest) -> None:

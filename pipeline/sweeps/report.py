@@ -327,7 +327,7 @@ def _show(run: Run, plan: SweepPlan, others: list[str], compared: TrialCompariso
     run.outputs["rate_distortion"] = str(picture)
     tracker.picture(picture, "rate_distortion", 0)
     tracker.artifact(picture, "pictures")
-    say(f"\n{columns(compared.table())}\n\n{title}\nall trials and the Pareto front: {picture}")
+    say(f"\n{columns(compared.table())}\n\n{title}")
 
 
 def _csv(compared: TrialComparison) -> str:
@@ -366,7 +366,6 @@ def _hand_on(run: Run, plan: SweepPlan, best: Trial, compared: TrialComparison, 
     run.outputs["best"] = str(path)
     tracker.artifact(path)
     tracker.tag("best_trial", best.name)
-    say(f"the best configuration: {path}")
     if run.config.tracking.uri and run.config.sweep.register:
         try:
             _register(run, plan, best, config, tracker)

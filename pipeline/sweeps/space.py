@@ -87,11 +87,11 @@ def _ends(key: str, kind: str, ends: Any) -> tuple[Any, ...]:
         expected = "[low, high] with low below high"
     elif kind == "log_uniform" and numbers[0] <= 0:
         expected = "a low above 0"
-    elif kind == "int" and not all(isinstance(end, int) for end in ends):
+    elif kind == "int" and not all(number.is_integer() for number in numbers):
         expected = "whole numbers"
     if expected:
         raise BadInput(f"sweep.space has {key}: {{{kind}: {list(ends)}}}; expected {expected}")
-    return tuple(ends) if kind == "int" else numbers
+    return tuple(map(int, numbers)) if kind == "int" else numbers
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

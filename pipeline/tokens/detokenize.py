@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checkpoints import check_architecture, load_tokenizer
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
@@ -38,7 +38,7 @@ def check(config: Config) -> None:
             or number of rounds than configured, no tokenizer, a cut that tokens without patch tokens cannot have, more
             workers than CPUs, a tracking address of unknown form.
     """
-    check_cpus("tokens.num_workers", config.tokens.num_workers)
+    check_machine("tokens", config.tokens)
     check_tracking(config)
     check_global_counts(config)
     if not config.tokens.path:
@@ -128,4 +128,4 @@ def _report(run: Run, shards: Manifest, counts: Any, results: dict[str, float], 
     run.outputs["decoded"] = str(path)
     tracker.picture(path, "decoded", 0)
     draw_lengths(run, counts, tracker)
-    say(f"detokenize: {run.results['images']} images at {run.results['tokens_per_image']:.1f} tokens -> {run.folder}")
+    say(f"detokenize: {run.results['images']} images at {run.results['tokens_per_image']:.1f} tokens")

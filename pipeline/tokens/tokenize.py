@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checkpoints import check_quality, load_tokenizer, quality_lines, tokenizer_sha256
-from pipeline.core.cluster import check_cpus
+from pipeline.core.cluster import check_machine
 from pipeline.core.config import Config, TokensConfig
 from pipeline.core.console import say
 from pipeline.core.files import write_json
@@ -42,7 +42,7 @@ def check(config: Config) -> None:
             one, a cut that tokens without patch tokens cannot have, shards of another image size, a checkpoint of
             another architecture, more workers than CPUs, a tracking address of unknown form.
     """
-    check_cpus("tokens.num_workers", config.tokens.num_workers)
+    check_machine("tokens", config.tokens)
     check_tracking(config)
     check_score(config)
     check_global_counts(config)
@@ -137,7 +137,7 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
     draw_lengths(run, counts, tracker)
     tracker.artifact(Path(run.outputs["manifest"]))
     rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
-    say(f"tokenize: {run.results['images']} images, {_lengths(run)}{rate} -> {run.folder}")
+    say(f"tokenize: {run.results['images']} images, {_lengths(run)}{rate}")
 
 
 def _lengths(run: Run) -> str:

@@ -6,6 +6,7 @@
 import ctypes
 import functools
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.config import TrainConfig
-from pipeline.core.console import say
+from pipeline.core.console import duration, say
 from pipeline.training import distributed
 from pipeline.training.distributed import Terms, added, means
 from pipeline.training.order import read_ahead
@@ -24,7 +25,9 @@ from pipeline.training.state import TrainState
 
 MOST_SKIPPED = 10  # steps in a row: the weights are then past help
 SECONDS_BETWEEN_TRIMS = 30.0  # a call takes 0.1 to 0.2 seconds
-STOP_EVERY = 10  # steps between questions whether another worker wants to stop
+STOP_EVERY = 10  # steps between questions, on GPUs, whether another worker wants to stop: each has to wait for it
+LARGE = 2e9  # parameters x images of a step that take a CPU a minute or so
+SLOW = 5.0  # seconds of a step whose length is worth telling
 Batch = TypeVar("Batch")
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 
@@ -59,12 +62,22 @@ class Validator(Protocol):
         """What a reader of the log should look into, given the latest metrics by their logged names."""
 
 
-def take_step(objective: Objective[Batch], batch: Batch) -> Terms:
-    """One optimiser step on this worker's part of a global batch; terms of all its micro-batches."""
+def take_step(objective: Objective[Batch], batch: Batch, stopping: Callable[[], str] = str) -> Terms | None:
+    """One optimiser step on this worker's part of a global batch; terms of all its micro-batches.
+
+    Args:
+        objective: whose state moves.
+        batch: this worker's part.
+        stopping: asked between micro-batches, where a step can be taken back: why to leave it out, or ''. Then nothing
+            has moved and the answer is None.
+    """
     state, terms = objective.state, Terms()
     state.begin_step()
     parts = objective.parts(batch)
     for number, part in enumerate(parts, start=1):
+        if number > 1 and state.keeps_buffers and stopping():
+            state.take_back()
+            return None
         with distributed.synchronised(objective.model, last=number == len(parts)):
             loss, of_part = objective.forward(part)
             loss.backward()
@@ -122,9 +135,17 @@ def train(
     try:
         if state.step >= config.max_steps:  # ended before, but not yet exported
             validate()
+        pace = Pace(objective, config, recorder.first)
         for batch in read_ahead(load, state.step, config.max_steps):
-            guard.add(state, take_step(objective, batch))
+            terms = take_step(objective, batch, lambda: _stop_reason(recorder, state.step, math.inf, objective.device))
+            if terms is None:
+                save()
+                stopped = f"stopped after step {state.step}; go on with --resume"
+                break
+            guard.add(state, terms)
             meter.add()
+            recorder.stepped(state.step)
+            pace.tell(state.step)
             done = state.step == config.max_steps
             if state.step % config.log_every == 0 or done:
                 guard.check()
@@ -149,11 +170,11 @@ def _due(step: int, every: int) -> bool:
 
 
 def _stop_reason(recorder: Recorder, step: int, deadline: float, device: torch.device) -> str:
-    """Why to stop now, the same on every worker; '' to go on."""
+    """Why to stop now, the same on every worker, which all have to ask; '' to go on."""
     reason = recorder.stop_reason() or ("max_minutes are over" if time.monotonic() >= deadline else "")
     if distributed.world_size() == 1:
         return reason
-    if step % STOP_EVERY:
+    if device.type == "cuda" and step % STOP_EVERY:
         return ""
     return (reason or "stopped") if distributed.any_true(bool(reason), device) else ""
 
@@ -258,6 +279,42 @@ class Meter:
         self._images, self._seconds = 0, 0.0
         metrics = {f"train/{name}": value for name, value in means(terms).items()}
         return metrics | {"train/learning_rate": learning_rate, "train/images_per_second": rate}
+
+
+class Pace:
+    """Says before a training what it trains, and what keeps the first step waiting; after it, how long the others take.
+
+    Args:
+        objective: what is trained.
+        config: of the training.
+        first: whether this worker speaks.
+    """
+
+    def __init__(self, objective: Objective[Any], config: TrainConfig, first: bool) -> None:
+        self._config, self._device, state = config, objective.device, objective.state
+        parameters = sum(p.numel() for p in state.model.parameters())
+        moved = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+        self._measured = state.step + (2 if config.compile else 1)  # the step that tells how long the others take
+        self._first, self._began = first and state.step < config.max_steps, time.monotonic()
+        if not self._first:
+            return
+        gib = 4 * (2 * parameters + 3 * moved) / 2**30  # weights and average; gradients and two moments
+        steps = f"{config.max_steps - state.step} steps of {config.global_batch_size} images"
+        memory = f"{gib:.2g} GiB of memory and what the pictures take"
+        say(f"training {parameters / 1e6:.3g} million parameters on {self._device.type}: {steps}, {memory}")
+        if config.compile:
+            say("the model is compiled in the first step, which takes minutes")
+        elif self._device.type == "cpu" and parameters * config.global_batch_size / distributed.world_size() > LARGE:
+            say("the first step of so large a model may take minutes on a CPU")
+
+    def tell(self, step: int) -> None:
+        """After a step: how long the others will take, where that is worth telling."""
+        now, began = time.monotonic(), self._began
+        self._began = now
+        if self._first and step == self._measured and now - began > SLOW:
+            left = (now - began) * (self._config.max_steps - step)
+            gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            say(f"a step takes {duration(now - began)} and {gib:.1f} GiB of memory: {duration(left)} for the rest")
 
 
 class HeapTrim:

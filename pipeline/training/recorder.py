@@ -24,6 +24,7 @@ from pipeline.training import distributed
 from pipeline.training.state import TrainState
 
 NOT_FINITE = "not_finite"  # folder in the run folder: ids of batches whose loss or gradient was NaN or infinite
+HEADLINES = ("psnr", "psnr_quarter", "ssim", "bits_per_image", "bits_per_token")  # said; metrics.jsonl has the rest
 STOP_FILE = "stop"  # in the run folder: the driver was told to end
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -52,7 +53,8 @@ class Recorder:
         self.latest: dict[str, float] = {}  # with the loop's own
         self.first = distributed.rank() == 0
         self._seconds, self._started = state.seconds, time.monotonic()
-        self._first_step = self._logged_step = state.step
+        self._first_step = self._shown_step = state.step
+        self._warned: set[str] = set()
         self._progress: Progress | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
@@ -62,14 +64,18 @@ class Recorder:
             batch, steps = config.global_batch_size, config.max_steps
             self._progress = Progress("train", batch * steps, "images", done=batch * state.step)
 
+    def stepped(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress is not None:
+            self._progress.advance((step - self._shown_step) * self.config.global_batch_size)
+        self._shown_step = step
+
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append the loop's metrics to metrics.jsonl and move the progress bar."""
+        """Append the loop's metrics to metrics.jsonl."""
         self.latest = metrics | self.validation
         if self._progress is not None:
             self.run.log(metrics, step)
-            images = (step - self._logged_step) * self.config.global_batch_size
-            self._progress.advance(images, loss=f"{metrics.get('train/loss', float('nan')):.4g}")
-        self._logged_step = step
+            self._progress.advance(0, loss=f"{metrics.get('train/loss', float('nan')):.4g}")
 
     def validated(self, metrics: dict[str, float], step: int) -> None:
         """Append what validation measured."""
@@ -77,15 +83,19 @@ class Recorder:
         self.latest |= metrics
         if self.first:
             self.run.log(metrics, step)
-            values = ", ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in metrics.items())
-            say(f"step {step}: {values}")
+            found = {name.removeprefix("validation/"): value for name, value in metrics.items()}
+            shown = [f"{name} {found[name]:.4g}" for name in found if name in HEADLINES or name.startswith("rfd_")]
+            say(f"step {step}: {', '.join(shown)}")
 
     def show(self, rows: list[np.ndarray], warnings: list[str], step: int) -> None:
         """Draw rows of pictures, (B, H, W, 3) uint8 each, and say what a reader of the log should look into."""
         if rows:
             save_rows(self.run.folder / "pictures" / f"step-{step:08d}.png", rows)
         for text in warnings:
-            say(f"warning: {text}")
+            what = text.partition(":")[0]  # without its numbers
+            if what not in self._warned:
+                say(f"warning: {text}")
+            self._warned.add(what)
 
     def save(self, state: TrainState[Any]) -> None:
         """Copy the state to main memory and have it written beside training.

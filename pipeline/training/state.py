@@ -144,8 +144,19 @@ class TrainState(Generic[Model]):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(derive_seed(self.train_config.seed, "step", self.step))
-        if self.skips:  # codebooks move while a batch is encoded, before anybody knows its gradient
+        if self.keeps_buffers:  # codebooks move while a batch is encoded, before anybody knows its gradient
             self._buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+
+    @property
+    def keeps_buffers(self) -> bool:
+        """Whether a step can be taken back once it has begun."""
+        return self.skips or self.train_config.accumulation > 1
+
+    def take_back(self) -> None:
+        """Undo what a step has changed before `descend`."""
+        for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
+            buffer.detach().copy_(before)
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def skips(self) -> bool:
@@ -166,11 +177,10 @@ class TrainState(Generic[Model]):
                 norms[f"gradient_norm{name}"] = distributed.whole(nn.utils.clip_grad_norm_(parameters, limit))
         self.skipped = self.skips and not all(math.isfinite(norm) for norm in norms.values())
         if self.skipped:
-            for buffer, before in zip(self.model.buffers(), self._buffers, strict=True):
-                buffer.detach().copy_(before)
+            self.take_back()
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
         return {name: Mean.of(norm) for name, norm in norms.items()}
 
     def end_step(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checkpoints import check_architecture, check_begun, find, is_hub_id, latest, replaced
-from pipeline.core.cluster import check_cpus, check_room, connect, most_resources, names_cluster, pick_device
+from pipeline.core.cluster import check_machine, check_room, connect, most_resources, names_cluster, pick_device
 from pipeline.core.config import Config, TrainConfig
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput, Stopped
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
         BadInput: no source and no shards, shards of another image size, a checkpoint of another architecture, weights
             that do not exist, more workers than CPUs, a tracking address of unknown form.
     """
-    check_cpus("train.num_workers", config.train.num_workers, config.train.cpus_per_worker)
+    check_machine("train", config.train)
     check_tracking(config)
     check_architecture(config)
     check_files(config, "losses.perceptual_backbone", "losses.perceptual_heads")
@@ -84,7 +84,6 @@ def run(run: Run) -> None:
     run.made_of = made_of(run.config)
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint}) as tracker:
         train_and_export(run, tracker, "train", "pipeline.training.tokenizer_training", "validation/reconstructions")
-        say(f"tokenizer in {run.outputs['checkpoint']}")
 
 
 def hides_nothing(config: Config) -> bool:
@@ -146,8 +145,9 @@ def export(folder: Path) -> Path:
         raise FileNotFoundError(f"no whole checkpoint in {folder / 'checkpoints'}")
     final = folder / "checkpoint"
     with replaced(final) as aside:
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy2(newest.folder / name, aside / name)
+        for name in ("config.json", "model.safetensors", "README.md"):
+            if (newest.folder / name).exists():  # of a run from before, without a card
+                shutil.copy2(newest.folder / name, aside / name)
     return final
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.cluster import pick_device
+from pipeline.core.cluster import check_device, pick_device
 from pipeline.core.config import Config
 from pipeline.core.console import say
 from pipeline.core.errors import BadInput
@@ -27,6 +27,7 @@ SMALLEST = 16  # pixels a side: the networks halve pictures down to 4 by 4 place
 
 def check(config: Config) -> None:
     """Refuse pictures that are not there, too small or of another size, and a tracking address that makes no sense."""
+    check_device("train", config.train.device)
     check_tracking(config)
     if config.data.image_size < SMALLEST:
         raise BadInput(f"data.image_size is {config.data.image_size}; expected at least {SMALLEST} pixels")
@@ -113,7 +114,7 @@ def _export(run: Run, network: "TrainableExtractor", test: "Labelled", origin: d
         "classes": network.classes,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
-    say(f"{network.name}: test accuracy {test_accuracy:.2%}, {images_per_second:.0f} images/s, weights in {path}")
+    say(f"{network.name}: test accuracy {test_accuracy:.2%}, {images_per_second:.0f} images/s")
 
 
 def _sources(config: Config) -> list[tuple[str, str, str, str]]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -22,6 +23,7 @@ from pipeline.core.cluster import (
     as_they_finish,
     check_cluster,
     check_cpus,
+    check_machine,
     connect,
     most_resources,
     pick_device,
@@ -29,6 +31,8 @@ from pipeline.core.cluster import (
     uses_bf16,
 )
 from pipeline.core.errors import BadInput
+from pipeline.core.presets import load_config
+from pipeline.core.stages import find_stage
 
 
 @pytest.fixture
@@ -198,6 +202,41 @@ def test_a_cluster_is_not_measured_by_this_machine(monkeypatch, gcs):
         monkeypatch.setenv("RAY_ADDRESS", none)
         with pytest.raises(BadInput):
             check_cpus("train.num_workers", 10_000)
+
+
+@pytest.mark.parametrize(
+    ("address", "section", "workers", "refused"),
+    [
+        ("", "train", 0, True),
+        ("", "train", 1, True),
+        ("", "evaluate", 1, True),
+        ("auto", "train", 0, True),  # in this process, whatever cluster there is
+        ("auto", "train", 1, False),
+        ("auto", "evaluate", 1, False),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_by_what_computes_here(monkeypatch, gcs, address, section, workers, refused):
+    monkeypatch.setenv("RAY_ADDRESS", address and gcs(lets_in=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = getattr(load_config("smoke", [f"{section}.device=cuda", f"{section}.num_workers={workers}"]), section)
+    with pytest.raises(BadInput, match=f"{section}.device is 'cuda'; expected cpu") if refused else nullcontext():
+        check_machine(section, settings)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [("train", "train"), ("evaluate", "evaluate"), ("calibrate", "evaluate"), ("tokenize_images", "tokens"),
+     ("detokenize", "tokens"), ("generate", "generate"), ("train_generator", "train_generator"), ("demo", "evaluate"),
+     ("train_extractor", "train"), ("sweep", "train")],
+)  # fmt: skip
+def test_every_stage_refuses_a_gpu_that_is_not_there_before_it_makes_anything(monkeypatch, tmp_path, stage, key):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    others = ["filter.mean_tokens=8", "sweep.kind=architecture", "sweep.space={train.seed: [0, 1]}"]
+    others += [f"run.output={tmp_path}", "sweep.cuts={relative: [1]}"]
+    config = load_config("smoke", [f"{key}.device=cuda", *others])
+    with pytest.raises(BadInput, match=f"{key}.device is 'cuda'; expected cpu or auto"):
+        find_stage(stage).check(config)
 
 
 @pytest.mark.usefixtures("ray_session")

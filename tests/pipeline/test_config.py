@@ -40,6 +40,34 @@ def test_numbers_without_a_dot_are_numbers_also_in_scientific_notation(preset):
     assert load_config(preset("train: {learning_rate: 2e-5}")).train.learning_rate == 2e-5
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.max_steps=1e3", "train.max_steps", 1000),
+        ("train.max_steps=2E4", "train.max_steps", 20000),
+        ("train.max_steps=1e+3", "train.max_steps", 1000),
+        ("train.max_steps=1.5e3", "train.max_steps", 1500),
+        ("train.max_steps=1_000", "train.max_steps", 1000),
+        ("data.max_pixels=64e6", "data.max_pixels", 64_000_000),
+        ("tokenizer.codebook_size=1e3", "tokenizer.codebook_size", 1000),
+        ("benchmark.sizes=[1e3, 1e4]", "benchmark.sizes", (1000, 10000)),
+        ("generate.top_k=1e1", "generate.top_k", 10),
+        ("run.name=1e3", "run.name", "1e3"),
+    ],
+)
+def test_a_whole_number_may_be_written_with_a_power_of_ten(override, key, value, preset):
+    found = load_config("smoke", [override]).value(key)
+    assert (found, type(found)) == (value, type(value))
+    section, name = key.split(".")
+    text = override.partition("=")[2]
+    assert load_config(preset(f"{section}: {{{name}: {text}}}")).value(key) == value
+
+
+def test_several_powers_of_ten_are_read_at_once():
+    config = load_config("smoke", ["train.max_steps=1e3", "train.seed=1e1", "evaluate.max_images=5e2"])
+    assert (config.train.max_steps, config.train.seed, config.evaluate.max_images) == (1000, 10, 500)
+
+
 @pytest.mark.parametrize("name", ["007", "on", "2026-11-23", "a: b"])
 def test_text_is_taken_as_it_was_typed(name):
     assert load_config("smoke", [f"run.name={name}"]).run.name == name
@@ -103,6 +131,12 @@ def test_the_architecture_is_the_section_without_the_checkpoint():
         ("train.max_steps", "override 'train.max_steps' is not understood"),
         ("train.=5", "override 'train.=5' is not understood"),
         ("train.max_steps=many", "train.max_steps is 'many'; expected a valid integer"),
+        ("train.max_steps=1e-3", "train.max_steps is '1e-3'; expected a valid integer"),
+        ("train.max_steps=15e-1", "train.max_steps is '15e-1'; expected a valid integer"),
+        ("train.max_steps=1.5", "train.max_steps is 1.5; expected a valid integer"),
+        ("train.max_steps=1e999", "train.max_steps is '1e999'; expected a valid integer"),
+        ("train.max_steps=-1e3", "train.max_steps is -1000"),
+        ("benchmark.sizes=[1e3, x]", "benchmark.sizes has 'x'; expected a valid integer"),
         ("train.max_steps=[1", "train.max_steps is '[1'; expected a valid integer"),
         ("train.max_steps=", "train.max_steps is None; expected a valid integer"),
         ("train.compile=perhaps", "train.compile is 'perhaps'; expected a valid boolean"),
@@ -163,7 +197,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest_one():
         ("evaluate.lpips_heads=x", "lpips_backbone and lpips_heads to be given together"),
         ("evaluate.blind_checkpoint=x", "information: true"),
         ("generator.size=vast", "one of nano, tiny, small, base, large"),
-        ("benchmark.kind=everything", "one of preprocess, ingest, train_step, encode, generation, evaluate, scaling"),
+        (
+            "benchmark.kind=everything",
+            "one of preprocess, ingest, train_step, encode, generation, evaluate, scaling, all",
+        ),
         ("benchmark.images=8", "at least the largest batch, 256"),
         ("sweep.kind=all", "thresholds or architecture"),
     ],

@@ -73,7 +73,8 @@ def test_the_page_needs_nothing_else(page):
         (["--tokenizer", "/none/at/all"], "checkpoint '/none/at/all' does not exist; expected a folder"),
         (["."], "is a folder; expected one picture"),
         ([__file__], "is not a picture that Pillow reads"),
-        (["--longest", "3"], "--longest is 3; expected at least 16 pixels"),
+        (["--longest", "3"], "--longest is 3; expected a whole number, at least 16 pixels"),
+        (["--longest", "1.65e1"], "--longest is 16.5; expected a whole number, at least 16 pixels"),
         (["--tokenizer", "tatok65"], "checkpoint 'tatok65' does not exist; expected a folder, a hub id"),
     ],
 )

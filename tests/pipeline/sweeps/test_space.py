@@ -10,7 +10,7 @@ from pipeline.sweeps.space import corner_points, points, read_cuts, read_space
 RANGES = {
     "train.learning_rate": {"log_uniform": ["1e-4", 0.01]},  # YAML reads 1e-4 as text
     "losses.l1": {"uniform": [0, 1]},
-    "tokenizer.entropy_layers": {"int": [1, 3]},
+    "tokenizer.entropy_layers": {"int": ["1e0", 3]},
     "tokenizer.size": {"choice": ["nano", "tiny"]},
 }
 

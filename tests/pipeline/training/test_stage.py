@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.core.run import Run
 from pipeline.data.shards import fingerprint, read_manifest, write_manifest
 from pipeline.training import loop, train
 from pipeline.training.distributed import prepared
+from pipeline.training.recorder import Recorder
 from pipeline.training.tokenizer_training import TokenizerState
 from pipeline.training.train import export
 from tatok_model import TaTok
@@ -134,6 +136,58 @@ def test_kept_sets_are_drawn_by_sample_and_not_by_worker(shards):
 def test_the_controls_train(tokenizer, configure, run_training):
     run = run_training(configure(tokenizer=tokenizer, train={"max_steps": 2}), "control")
     assert run.results["steps"] == 2
+
+
+@pytest.mark.parametrize("losses", [{}, {"gan": 0.1}], ids=["plain", "gan"])
+def test_a_stop_between_micro_batches_costs_that_step_only_and_nothing_has_moved(
+    configure, run_training, monkeypatch, losses
+):
+    """A VQ codebook moves with every micro-batch: what the abandoned ones did has to be taken back."""
+    train = {"accumulation": 4, "checkpoint_every": 4}
+    whole = run_training(configure(losses=losses, train=train), "whole-parts")
+    asked = iter([""] * (2 * 4 + 2))  # four times in each of two steps, the end of a step counted, then twice
+    monkeypatch.setattr(Recorder, "stop_reason", lambda self: next(asked, "stopped"))
+    with pytest.raises(Stopped, match="stopped after step 2; go on with --resume"):
+        run_training(configure(losses=losses, train=train), "parts")
+    monkeypatch.undo()
+    resumed = run_training(configure(losses=losses, train=train), "parts", resume=True)
+    assert equal(weights(resumed), weights(whole))
+
+
+def test_a_stop_before_the_first_step_is_done_goes_on_from_nothing(configure, run_training, monkeypatch):
+    whole = run_training(configure(train={"accumulation": 2}), "whole-first")
+    monkeypatch.setattr(Recorder, "stop_reason", lambda self: "stopped")
+    with pytest.raises(Stopped, match="stopped after step 0"):
+        run_training(configure(train={"accumulation": 2}), "first")
+    monkeypatch.undo()
+    assert equal(weights(run_training(configure(train={"accumulation": 2}), "first", resume=True)), weights(whole))
+
+
+def test_training_says_what_it_trains_and_only_the_main_numbers(configure, run_training, capsys):
+    run = run_training(configure(), "told")
+    said = capsys.readouterr().err.splitlines()
+    millions = f"{run.results['parameters'] / 1e6:.3g}"
+    assert said[0].startswith(f"training {millions} million parameters on cpu: 8 steps of 8 images, 0.0")
+    validations = [line for line in said if line.startswith("step ")]
+    assert [line.split(":")[0] for line in validations] == ["step 4", "step 8"]
+    names = [part.split()[0] for part in validations[0].partition(": ")[2].split(", ")]
+    assert names == ["psnr", "ssim", "psnr_quarter", "rfd_compact_cifar10"]
+    kinds = [line.partition(":")[0] + line.partition(":")[2].partition(":")[0] for line in said if "warning" in line]
+    assert len(kinds) == len(set(kinds))  # each once, though both validations found them
+    assert not [line for line in said if "step takes" in line or "may take minutes" in line]  # it is quick
+
+
+def test_a_slow_step_says_how_long_the_others_take(configure, run_training, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "SLOW", 0.0)
+    monkeypatch.setattr(loop, "LARGE", 0.0)
+    run_training(configure(train={"max_steps": 3}), "slow")
+    said = capsys.readouterr().err
+    assert said.count("the first step of so large a model may take minutes on a CPU") == 1
+    told = re.findall(r"^a step takes ([\d.]+) s and ([\d.]+) GiB of memory: ([\d.]+) s for the rest$", said, re.M)
+    assert len(told) == 1  # after the first step
+    seconds, gib, rest = map(float, told[0])
+    assert rest == pytest.approx(2 * seconds, rel=0.1)
+    assert 0.1 < gib < 20
 
 
 def test_an_adversarial_term_joins_at_its_step_and_survives_resuming(configure, run_training):
