@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mlflow.store.db.utils import _get_latest_schema_revision
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -325,6 +324,9 @@ def test_damaged_presets(place: Path, repository: Path) -> None:
 
 def test_damaged_tracking_databases(place: Path) -> None:
     path = place / "mlflow.db"
+    assert refusal(f"sqlite:///{path}", "tatok") == ""  # which sets what mlflow reads when it is imported
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
     with closing(sqlite3.connect(path)) as made, made:
         made.execute("CREATE TABLE alembic_version (version_num TEXT)")
         made.execute("CREATE TABLE experiments (experiment_id INTEGER, name TEXT, lifecycle_stage TEXT)")
