@@ -9,8 +9,11 @@ import io
 import random
 import re
 import shutil
+import sqlite3
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from pipeline.core import checkpoints
 from pipeline.core.checkpoints import load_tokenizer
+from pipeline.core.cluster import check_cluster
+from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import BadInput
+from pipeline.core.files import locate
 from pipeline.core.presets import load_config
 from pipeline.data import sources
 from pipeline.data.labels import class_names, label_of
@@ -30,6 +36,8 @@ from pipeline.data.pictures import BadPicture, prepare
 from pipeline.data.shards import ShardDataset
 from pipeline.tokens.stream import from_table, to_parquet, to_table
 from pipeline.tokens.token_manifest import Stream
+from pipeline.tracking import check_tracking
+from pipeline.tracking.mlflow_store import refusal
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 SHAPE = ["data.image_size=16", "tokenizer.patch_size=4", "tokenizer.global_tokens=2", "tokenizer.size=nano",
@@ -312,6 +320,49 @@ def test_damaged_presets(place: Path, repository: Path) -> None:
         load_config(str(path))
 
     assert each(data, range(8000, 8150), use, BadInput) > 30
+
+
+def test_damaged_tracking_databases(place: Path) -> None:
+    path = place / "mlflow.db"
+    assert refusal(f"sqlite:///{path}", "tatok") == ""  # which sets what mlflow reads when it is imported
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    with closing(sqlite3.connect(path)) as made, made:
+        made.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        made.execute("CREATE TABLE experiments (experiment_id INTEGER, name TEXT, lifecycle_stage TEXT)")
+        made.execute("INSERT INTO alembic_version VALUES (?)", (_get_latest_schema_revision(),))
+        made.execute("INSERT INTO experiments VALUES (1, 'tatok', 'active')")
+    data = path.read_bytes()
+    assert refusal(f"sqlite:///{path}", "tatok") == ""
+
+    def use(changed: bytes) -> None:
+        path.write_bytes(changed)
+        if said := refusal(f"sqlite:///{path}", "tatok"):
+            raise BadInput(said)
+
+    assert each(data, range(9000, 9060), use, BadInput) > 20
+
+
+@pytest.mark.parametrize(
+    ("address", "numbers"),
+    [("head.example:6379", range(9100, 9160)), ("http://anna:secret@host:5000/ml", range(9200, 9260)),
+     ("gs://bucket/folder?scheme=http", range(9300, 9330))],
+)  # fmt: skip
+def test_damaged_addresses(monkeypatch: pytest.MonkeyPatch, address: str, numbers: range) -> None:
+    monkeypatch.setattr("pipeline.core.cluster._call", lambda address: None)  # what is there is not the question
+
+    def use(changed: bytes) -> None:
+        text = changed.replace(b"\0", b" ").decode("utf-8", errors="replace")[:500]
+        if address.startswith("head"):
+            monkeypatch.setenv("RAY_ADDRESS", text)
+            check_cluster()
+            assert not text or re.fullmatch(r"[\w.-]+:\d+", text)
+        elif address.startswith("http"):
+            check_tracking(replace(load_config("smoke"), tracking=TrackingConfig(uri=text)))
+        elif text.startswith("gs://"):  # which asks nobody yet
+            locate(text, "data.source")
+
+    assert each(address.encode(), numbers, use, BadInput) > len(numbers) / 10
 
 
 # What is damaged, the numbers of its mutations, the command that reads it, and what is damaged as a key.
