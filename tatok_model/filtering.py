@@ -47,7 +47,7 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
     With C(t) the sum of the first t scores:
         relative: the smallest t with C(t) >= threshold * C(N); by definition 0 keeps none and 1 keeps all.
         residual: the smallest t with C(N) - C(t) <= threshold: what is dropped is bounded.
-        marginal: up to the first score below threshold: one water level for all images.
+        marginal: up to the first score below threshold: one level for all images (reverse water-filling).
         count: threshold tokens.
     `quality` is a residual of its own for each image, see `filtering_rules.QualityLine`.
 
@@ -77,7 +77,7 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
         return residual_counts(score_units, threshold * resolution)
     cumulative = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
     enough = cumulative.double() >= threshold * cumulative[:, -1:].double()
-    return positions + 1 - enough.sum(dim=1)  # C does not fall: what is enough is a tail
+    return positions + 1 - enough.sum(dim=1)  # C never decreases, so `enough` is True on a suffix
 
 
 def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
@@ -88,7 +88,7 @@ def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
     cumulative = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
     left = (cumulative[:, -1:] - cumulative).double()
     enough = left <= torch.as_tensor(most_units, dtype=torch.float64, device=left.device).clamp(min=0)
-    return score_units.shape[1] + 1 - enough.sum(dim=1)  # what is left does not grow: what is enough is a tail
+    return score_units.shape[1] + 1 - enough.sum(dim=1)  # `left` never increases, so `enough` is True on a suffix
 
 
 def kept_mask_of(order: Tensor, counts: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.evaluation.evaluator import Bench
+    from pipeline.evaluation.evaluator import EvaluationSetup
     from pipeline.evaluation.measurements import EvaluationPlan
     from tatok_model.tokenizer import TaTok
 
@@ -49,14 +49,14 @@ def check(config: Config) -> None:
 
 def run(run: Run) -> None:
     """Measure, and leave `report.md` with the table."""
-    from pipeline.evaluation.evaluator import Bench
+    from pipeline.evaluation.evaluator import EvaluationSetup
 
     with harness.scratch(run) as folder:
         harness.take_pictures(run, folder, heldout_fraction=0.5)
         # One worker: a bare loop has one process too.
         run.config = run.config.with_values("evaluate", num_workers=1)
         tokenizer = harness.tokenizer_of(run)
-        harness.publish(run, partial(_measure, run, Bench.set_up(run), tokenizer))
+        harness.publish(run, partial(_measure, run, EvaluationSetup.of(run), tokenizer))
 
 
 def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
@@ -81,47 +81,47 @@ def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
 class StageRate:
     """The stage's rate, and how long it takes to start."""
 
-    bench: "Bench"
+    setup: "EvaluationSetup"
     tokenizer: "TaTok"
     first: list[float] = field(default_factory=list)  # seconds until the first range came back, in every round
 
     def __call__(self) -> float:
         """Images per second after the first range."""
-        bench = self.bench
+        setup = self.setup
         started = time.perf_counter()
-        parts = bench.parts_on_actors(self.tokenizer, originals=False, cuts=bench.cuts)
+        parts = setup.parts_on_actors(self.tokenizer, originals=False, cuts=setup.cuts)
         times = [time.perf_counter() for _ in parts]
         self.first.append(times[0] - started)
-        return (bench.plan.count - bench.plan.range_size) / (times[-1] - times[0])
+        return (setup.plan.count - setup.plan.range_size) / (times[-1] - times[0])
 
 
-def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
+def _measure(run: Run, setup: "EvaluationSetup", tokenizer: "TaTok") -> Findings:
     import torch
 
     from pipeline.evaluation.evaluator import Evaluator
 
-    bench = dataclasses.replace(bench, plan=plan_of(bench.plan, run.config.benchmark.images))
-    device = torch.device(bench.device)
+    setup = dataclasses.replace(setup, plan=plan_of(setup.plan, run.config.benchmark.images))
+    device = torch.device(setup.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # as in an actor, which reserves a CPU
-    stage = StageRate(bench, tokenizer)
-    evaluator = Evaluator(copy.deepcopy(tokenizer), bench.instruments, bench.plan, False, device, bench.cuts)
+    stage = StageRate(setup, tokenizer)
+    evaluator = Evaluator(copy.deepcopy(tokenizer), setup.instruments, setup.plan, False, device, setup.cuts)
     turns: dict[str, Callable[[], float]] = {
         STAGE: stage,
-        EVALUATOR: partial(evaluator_rate, evaluator, bench),
-        BARE: bare(bench, evaluator, device),
-        WITH_BITS: bare(bench, evaluator, device, bits=True),
+        EVALUATOR: partial(evaluator_rate, evaluator, setup),
+        BARE: bare(setup, evaluator, device),
+        WITH_BITS: bare(setup, evaluator, device, bits=True),
     }
     rates = harness.take_turns(run, turns)
     facts = {
         **harness.device_facts(device),
-        "pictures a timing": f"{bench.plan.count} (stage), {bench.plan.range_size} (the others)",
-        "batch": str(bench.plan.batch_size),
+        "pictures a timing": f"{setup.plan.count} (stage), {setup.plan.range_size} (the others)",
+        "batch": str(setup.plan.batch_size),
         "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.max_tokens} tokens",
         "cut": f"{run.config.filter.rule} {run.config.filter.threshold:g}",
-        "extractor": bench.extractors[0].name,
+        "extractor": setup.extractors[0].name,
     }
-    return findings(rates, Spread.of(stage.first[1:]), bench.plan.range_size, facts)
+    return findings(rates, Spread.of(stage.first[1:]), setup.plan.range_size, facts)
 
 
 def findings(rates: dict[str, list[float]], first: Spread, range_size: int, facts: dict[str, str]) -> Findings:
@@ -142,14 +142,14 @@ def findings(rates: dict[str, list[float]], first: Spread, range_size: int, fact
     return Findings(harness.rate_table(rates, STAGE), ratios, numbers, facts, conclusion)
 
 
-def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
+def evaluator_rate(evaluator: Any, setup: "EvaluationSetup") -> float:
     """Images per second of an actor's work on one range, done here."""
     started = time.perf_counter()
-    evaluator.measure(bench.pictures, 0, bench.plan.range_size)
-    return bench.plan.range_size / (time.perf_counter() - started)
+    evaluator.measure(setup.pictures, 0, setup.plan.range_size)
+    return setup.plan.range_size / (time.perf_counter() - started)
 
 
-def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
+def bare(setup: "EvaluationSetup", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
     """Measures the bare computation on one range, in images per second, with the networks of an `Evaluator`.
 
     `bits` says whether lengths are entropy-coded too.
@@ -159,8 +159,8 @@ def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Cal
 
     from tatok_model.metrics.images import to_uint8
 
-    plan, cuts, tokenizer = bench.plan, bench.cuts, evaluator.codec
-    pictures = bench.pictures.images(plan.indices(np.arange(plan.range_size)).tolist())
+    plan, cuts, tokenizer = setup.plan, setup.cuts, evaluator.codec
+    pictures = setup.pictures.images(plan.indices(np.arange(plan.range_size)).tolist())
     images = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))  # (B, 3, H, W) uint8
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """The payload of a token stream: one image, coded by `range_coder.py` as numbers out of so many equally likely ones.
 
-    1. T, out of N + 1, if `side.length`; else the header has it.
+    1. T, out of N + 1, if `side.length`; else the header holds it.
     2. How many global tokens follow, out of M + 1, if `Tokens.global_counts` is known.
     3. The global codes, out of K each.
     4. The rank of the kept set, out of C(N, T), if positions are sent. Derived ones follow from T and the global codes.
