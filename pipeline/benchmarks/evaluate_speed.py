@@ -1,11 +1,11 @@
-"""Images per second of the evaluation stage, against the bare computation on pictures that are in memory.
+"""Images per second of the evaluation stage, against the bare computation on pictures in memory.
 
 Contenders, on held-out pictures at the configured cut, each on as many threads as an actor has:
-- stage: Ray Data actors, as a job with several workers runs them; the rate is that of the ranges after the first, with
-  which it starts. The others take the pictures of that first range: their rates do not depend on how many there are.
-- evaluator: what an actor does (reading, encoding, cutting, decoding, every measurement), in this process.
+- stage: Ray Data actors, as a job with several workers runs them; its rate leaves out the first range, which includes
+  the start. The other contenders measure one range: their rates do not depend on the number of pictures.
+- evaluator: the work of an actor (reading, encoding, cutting, decoding, every metric), in this process.
 - bare: encode, rank and cut where the configuration cuts, decode, features.
-- bare_with_bits: that and the entropy-coded length of what is kept, a pass of q in each coding round.
+- bare_with_bits: bare, and the entropy-coded length of the kept tokens, one pass of q per coding round.
 
 Shapes: B images of a batch, H = W image side.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
 
 STAGE, EVALUATOR, BARE, WITH_BITS = "stage", "evaluator", "bare", "bare_with_bits"
 SHARE = Goal(0.9)
-RANGES = 3  # of the run: the rate is that of all but the first
+RANGES = 3  # per timing of the stage, whose rate leaves out the first
 
 
 def check(config: Config) -> None:
@@ -48,21 +48,21 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table."""
+    """Measure all contenders and write `report.md`."""
     from pipeline.evaluation.evaluator import EvaluationSetup
 
     with harness.scratch(run) as folder:
         harness.take_pictures(run, folder, heldout_fraction=0.5)
-        # One worker: a bare loop has one process too.
+        # One worker, because the other contenders run in one process too.
         run.config = run.config.with_values("evaluate", num_workers=1)
         tokenizer = harness.tokenizer_of(run)
         harness.publish(run, partial(_measure, run, EvaluationSetup.of(run), tokenizer))
 
 
 def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
-    """The evaluation's plan for as many whole ranges as the benchmark takes: of its own size where pictures suffice.
+    """The evaluation's plan, cut to `RANGES` whole ranges of equal size.
 
-    At least so many images, where there are.
+    They have at least `images` pictures together and the plan's range size each, where there are as many.
 
     Raises:
         BadInput: there are not enough held-out pictures for ranges of a batch each.
@@ -79,11 +79,11 @@ def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
 
 @dataclass
 class StageRate:
-    """The stage's rate, and how long it takes to start."""
+    """Times the stage, its start separately."""
 
     setup: "EvaluationSetup"
     tokenizer: "TaTok"
-    first: list[float] = field(default_factory=list)  # seconds until the first range came back, in every round
+    first: list[float] = field(default_factory=list)  # seconds until the first range was measured, in every round
 
     def __call__(self) -> float:
         """Images per second after the first range."""
@@ -125,7 +125,7 @@ def _measure(run: Run, setup: "EvaluationSetup", tokenizer: "TaTok") -> Findings
 
 
 def findings(rates: dict[str, list[float]], first: Spread, range_size: int, facts: dict[str, str]) -> Findings:
-    """What the rates say, and the seconds until the stage's first range, of so many images, came back."""
+    """Ratios and results of the rates; `first` is the seconds until the stage's first range of `range_size` images."""
     numbers = harness.rate_results(rates)
     numbers["start_seconds"] = max(0.0, first.median - range_size / numbers[f"{STAGE}_images_per_second"])
     ratios = [
@@ -143,16 +143,16 @@ def findings(rates: dict[str, list[float]], first: Spread, range_size: int, fact
 
 
 def evaluator_rate(evaluator: Any, setup: "EvaluationSetup") -> float:
-    """Images per second of an actor's work on one range, done here."""
+    """Images per second of an actor's work on one range, in this process."""
     started = time.perf_counter()
     evaluator.measure(setup.pictures, 0, setup.plan.range_size)
     return setup.plan.range_size / (time.perf_counter() - started)
 
 
 def bare(setup: "EvaluationSetup", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
-    """Measures the bare computation on one range, in images per second, with the networks of an `Evaluator`.
+    """A function that times the bare computation on one range, in images per second.
 
-    `bits` says whether lengths are entropy-coded too.
+    It uses the networks of `evaluator`; with `bits` it also computes entropy-coded lengths.
     """
     import numpy as np
     import torch

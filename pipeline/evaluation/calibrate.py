@@ -1,4 +1,4 @@
-"""The stage behind `jobs/calibrate.py`: the threshold at which validation images have a wanted mean token count or PSNR.
+"""The stage behind `jobs/calibrate.py`: the threshold that gives validation images a wanted mean token count or PSNR.
 
 Where the score is a squared error it also fits the line from the score a cut drops to PSNR, which the rule `quality`
 uses, and saves it beside the tokenizer's weights. The held-out split of `data.shards` is the validation split: give

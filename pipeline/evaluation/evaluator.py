@@ -275,7 +275,7 @@ class EvaluationActor:
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """Everything that measuring needs besides what is measured: a tokenizer and its baselines stand on one setup."""
+    """Everything that measuring needs besides the codec: the same for a tokenizer and its baselines."""
 
     run: Run
     pictures: ShardDataset  # the held-out split
