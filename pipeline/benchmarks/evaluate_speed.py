@@ -130,12 +130,7 @@ def findings(rates: dict[str, list[float]], first: Spread, range_size: int, fact
     numbers["start_seconds"] = max(0.0, first.median - range_size / numbers[f"{STAGE}_images_per_second"])
     ratios = [
         Ratio.of("stage_over_bare", rates[STAGE], rates[BARE], "stage, steady, over bare computation", SHARE),
-        Ratio.of(
-            "stage_over_bare_with_bits",
-            rates[STAGE],
-            rates[WITH_BITS],
-            "stage over bare with coded bits",
-        ),
+        Ratio.of("stage_over_bare_with_bits", rates[STAGE], rates[WITH_BITS], "stage over bare with coded bits"),
         Ratio.of("evaluator_over_bare", rates[EVALUATOR], rates[BARE], "the same without Ray, over bare"),
     ]
     conclusion = f"the stage takes {numbers['start_seconds']:.1f} s to start"

@@ -152,9 +152,7 @@ def _with_tokenizer(config: Config, folder: Path) -> Config:
     place = folder / "tokenizer"
     TaTok(config.tokenizer.architecture()).save_pretrained(place)
     config = config.with_values("tokens", flip=False, crops=0, max_images=0, num_workers=1, split="both")
-    return config.with_values("tokenizer", checkpoint=str(place)).with_values(
-        "tracking", uri=""
-    )  # only stages are measured
+    return config.with_values("tokenizer", checkpoint=str(place)).with_values("tracking", uri="")  # not to be timed
 
 
 @dataclasses.dataclass(frozen=True)

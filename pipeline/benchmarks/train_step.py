@@ -262,12 +262,8 @@ def work(
     return {"rates": rates, "facts": facts}
 
 
-def loop_rate(
-    run: Run,
-    device: "torch.device",
-    report: Callable[[dict[str, float]], None],
-) -> float:
-    """Images per second of a short training in a folder of its own: the rate that it logs last."""
+def loop_rate(run: Run, device: "torch.device", report: Callable[[dict[str, float]], None]) -> float:
+    """Images per second of a short training in a folder of its own: the rate that it logs over its second half."""
     from pipeline.training import tokenizer_training
 
     folder = run.folder / "loop"
@@ -325,10 +321,10 @@ def tokenizer_loss(model: "nn.Module", pixels: "Tensor", uniforms: "Tensor", mix
 #
 #     git clone https://github.com/bytedance/1d-tokenizer; benchmark.titok=1d-tokenizer
 #
-# TiTok's code is imported for the run and is no part of this project. Where two of its packages are not installed, stubs
-# replace them, because nothing that is timed uses them: omegaconf (reads configurations) and accelerate (gathers between
-# workers for a codebook that is clustered, which this one is not). `modeling/modules/__init__.py`, which imports all of
-# its losses, is not run.
+# TiTok's code is imported for the run and is no part of this project. Two packages that it needs get stubs where they
+# are not installed, because nothing that is timed uses them: omegaconf (reads configurations) and accelerate (gathers
+# between workers for a codebook that is clustered, which this one is not). `modeling/modules/__init__.py`, which
+# imports all losses, is not run.
 
 TITOK_SIZES = ("small", "base", "large")  # sizes in TiTok's code, with our width, layers and heads
 TITOK_FILES = ("modeling/titok.py", "modeling/modules/blocks.py", "modeling/quantizer/quantizer.py")

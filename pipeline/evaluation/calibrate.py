@@ -261,7 +261,7 @@ class _RankedImages:
     def scores_and_errors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of decoded images at several cuts: (n,) score sums of dropped, (n,) of kept tokens, (n,) mean squared errors.
 
-        A cut drops the same score sum of every image, as `quality` does: the mean one at a share of `SHARES`.
+        As `quality`, a cut drops score up to one limit for all images: the mean of what is left at a share of `SHARES`.
         """
         some = self.tokens[self._rows.tolist()]
         units = self.ranking.score_units[self._rows].double().numpy() / self.ranking.resolution

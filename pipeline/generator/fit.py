@@ -1,6 +1,4 @@
-"""Checks that a generator fits a token stream, a tokenizer and the samples to draw; loading one.
-
-Imports no torch at the top, so that a stage's `check` answers at once.
+"""Checks that a generator fits a token stream, a tokenizer and the samples to draw. Imports no torch at the top.
 
 Symbols: M global tokens, N patch positions, K codebook entries.
 """
@@ -131,9 +129,7 @@ def check_fit(config: Config, generator: GeneratorConfig, sha256: str = "") -> N
                 f"generator.checkpoint {path!r} has {name} {getattr(generator, name)}; "
                 f"expected the tokenizer's, {wanted}"
             )
-    if (
-        generator.global_tokens > section.global_tokens
-    ):  # with fewer, the last ones are missing, which the tokenizer can decode
+    if generator.global_tokens > section.global_tokens:  # fewer are fine: the decoder can do without the last ones
         raise BadInput(
             f"generator.checkpoint {path!r} has {generator.global_tokens} global tokens; "
             f"expected at most the tokenizer's, {section.global_tokens}"
@@ -155,8 +151,7 @@ def check_generator(config: Config) -> Config:
         The configuration with the checkpoints that exist; `generator.checkpoint` is empty where it has to be trained.
 
     Raises:
-        BadInput: `generator.checkpoint` holds no generator or one of another tokenizer; `tokenizer.checkpoint` is empty
-            or of another architecture.
+        BadInput: no generator or one of another tokenizer; `tokenizer.checkpoint` is empty or of another architecture.
     """
     found = with_trained_generator(config)
     if not found.generator.checkpoint:

@@ -108,9 +108,7 @@ class GeneratorValidator:
         self.dataset, self.generate, self.pictures, self.device = dataset, generate, pictures, device
         self.tokenizer = None if tokenizer is None else tokenizer.to(device).eval()
         indices = spread(len(dataset), count)
-        self._indices = indices[
-            np.argsort(dataset.counts[indices], kind="stable")
-        ]  # similar lengths in a batch: less padding
+        self._indices = indices[np.argsort(dataset.counts[indices], kind="stable")]  # batches of like length pad less
         self._best, self._train_at_best = float("inf"), float("inf")  # bits per token: held-out, training
 
     @torch.inference_mode()

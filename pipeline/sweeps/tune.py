@@ -86,8 +86,7 @@ def run_tune(
 def _make_actors_of_ray_data() -> None:
     """Make Ray Data's shared actors here: made by a trial, they would end with its placement group.
 
-    Other trials that use them would then fail with ActorUnschedulableError (seen with Ray 2.60). Ray Data has no public
-    call for this.
+    Other trials would then fail with ActorUnschedulableError (seen with Ray 2.60). There is no public call for this.
     """
     from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor
@@ -128,9 +127,7 @@ class OptunaProposals:
                 return kinds.IntDistribution(*domain.values)
             if domain.kind in ("uniform", "log_uniform"):
                 return kinds.FloatDistribution(*domain.values, log=domain.kind == "log_uniform")
-            return kinds.CategoricalDistribution(
-                range(len(domain.values))
-            )  # indices, because Optuna takes no lists as values
+            return kinds.CategoricalDistribution(range(len(domain.values)))  # indices: Optuna takes no lists as values
 
         startup = min(10, max(sweep.samples // 2, 2))
         sampler = optuna.samplers.TPESampler(seed=sweep.seed + first, n_startup_trials=startup)

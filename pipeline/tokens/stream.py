@@ -53,8 +53,7 @@ def to_table(tokens: Tokens, ids: Sequence[str], labels: np.ndarray, stream: Str
     ranked = (ranking.score, ranking.rounds) if ranking else ("", 0)
     if ranked != (stream.score, stream.rounds):
         raise ValueError(f"tokens are ranked by {ranked}; expected {(stream.score, stream.rounds)}, as the stream says")
-    # Ranked tokens have every patch token kept; without patch tokens there is no ranking and the mask is False.
-    whole = bool((tokens.kept_mask == (ranking is not None)).all())
+    whole = bool((tokens.kept_mask == (ranking is not None)).all())  # without patch tokens the mask is all False
     if tokens.global_counts is not None or not whole:
         raise ValueError("tokens are cut; expected all of them: a stream holds the full ranking")
     if ranking is None:

@@ -129,9 +129,7 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
     run.outputs = {"tokens": str(run.folder), "manifest": str(run.folder / NAME)}
     draw_lengths(run, counts, tracker)
     tracker.artifact(Path(run.outputs["manifest"]))
-    rate = (
-        f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""
-    )  # empty where a resumed run had nothing left to do
+    rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # "" if nothing was left to do
     say(f"tokenize: {run.results['images']} images, {_lengths(run)}{rate} -> {run.folder}")
 
 

@@ -5,8 +5,8 @@
     tokens = codec.from_bytes(streams)                                             # the same cut; no ranking
 
 `Codec` uses a tokenizer's entropy model; `to_bytes` and `from_bytes` below it work with any `CodeModel`. `header.py`
-and `payload.py` describe the format. Payload and checksum have at most `bits_fixed` + 64 bits an image; entropy-coded
-patch codes instead cost at most 1.02 times their ideal code length.
+and `payload.py` describe the format. Payload and checksum have at most `bits_fixed` + 64 bits an image, where
+entropy-coded patch codes count as 1.02 times their ideal code length.
 
 Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens, n positions asked for.
 """
@@ -31,9 +31,7 @@ CODING_ROUNDS = 8
 
 
 class Codec:
-    """Writes and reads the streams of one tokenizer.
-
-    Replayed and entropy-coded ones can be read only where the tokenizer computes exactly the same numbers.
+    """Writes and reads streams of one tokenizer; predicted ones need hardware that computes the same numbers.
 
     Args:
         tokenizer: predicts the codes, on its device; a hash of its weights is in every stream.
@@ -73,10 +71,7 @@ class Codec:
 
 
 class _OneImage:
-    """The entropy model on one image, as a `CodeModel`.
-
-    It predicts all N positions every time: other shapes could give other bits to writer and reader.
-    """
+    """The entropy model on one image, as a `CodeModel`; always at all N positions, because a shape can change bits."""
 
     def __init__(self, tokenizer: TaTok, coding_rounds: int) -> None:
         self.coding_rounds = coding_rounds

@@ -229,10 +229,7 @@ def _draw_patches(
     places: Tensor,
     given: Tensor | None,
 ) -> None:
-    """Draw patch tokens into (B, T) `codes` and `places`, which hold 0 and -1 and keep them after a sequence's end.
-
-    `given` (B, T) positions replace drawn ones.
-    """
+    """Draw patch tokens, at `given` positions if any, into (B, T) `codes` and `places`; unchanged after the end."""
     active = torch.arange(len(codes), device=codes.device)  # (A,) rows of `codes` that are still in the batch
     last = torch.full_like(active, -1)
     for step in range(codes.shape[1]):
