@@ -216,5 +216,5 @@ def check_guidance(config: GenerateConfig, labels: tuple[int, ...], class_dropou
         if class_dropout == 0:
             raise BadInput(
                 f"generate.{name} is {scale:g} with a generator trained at generator.class_dropout 0; expected 1: "
-                "it never wrote without being told the class"
+                "it cannot predict without a class"
             )

@@ -193,6 +193,7 @@ def from_bytes(streams: list[bytes], form: Format, model: CodeModel | None = Non
 
 
 def _write(image: Image, header: Header, model: CodeModel | None) -> bytes:
+    """One stream; sends the positions where replaying the ranking does not give the image's kept set."""
     if not header.side.length:
         header = replace(header, count=int(image.kept_mask.sum()))
     coder = RangeEncoder()
@@ -209,6 +210,7 @@ def _write(image: Image, header: Header, model: CodeModel | None) -> bytes:
 
 
 def _read(payload: bytes, header: Header, model: CodeModel | None) -> Image:
+    """Decode one payload; ValueError where its hash shows that the writer's model computed otherwise."""
     form, coder = header.form, RangeDecoder(payload)
     no_codes = np.zeros(form.patch_positions, dtype=np.int64)
     blank = Image(np.zeros(form.global_tokens, dtype=np.int64), 0, no_codes, no_codes.astype(bool))

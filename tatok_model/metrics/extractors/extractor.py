@@ -74,8 +74,8 @@ class TrainableExtractor(FeatureExtractor):
     """
 
     architecture: ClassVar[str]  # as in the key `extractor.architecture`
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # (3, 1, 1), of uint8 pixels
+    std: Tensor  # likewise
 
     def __init__(self, layers: nn.Module, classes: int, image_size: int) -> None:
         super().__init__()
