@@ -46,8 +46,8 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
 
     With C(t) the sum of the first t scores:
         relative: the smallest t with C(t) >= threshold * C(N); by definition 0 keeps none and 1 keeps all.
-        residual: the smallest t with C(N) - C(t) <= threshold: what is left unsaid is bounded.
-        marginal: up to the first score below threshold: one water level for all images.
+        residual: the smallest t with C(N) - C(t) <= threshold: what is dropped is bounded.
+        marginal: up to the first score below threshold: one level for all images (reverse water-filling).
         count: threshold tokens.
     `quality` is a residual of its own for each image, see `filtering_rules.QualityLine`.
 
@@ -75,9 +75,9 @@ def kept_counts(score_units: Tensor, rule: str, threshold: float, resolution: in
         return torch.full_like(score_units[:, 0], positions)
     if rule == "residual":
         return residual_counts(score_units, threshold * resolution)
-    said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
-    enough = said.double() >= threshold * said[:, -1:].double()
-    return positions + 1 - enough.sum(dim=1)  # C does not fall: what is enough is a tail
+    cumulative = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
+    enough = cumulative.double() >= threshold * cumulative[:, -1:].double()
+    return positions + 1 - enough.sum(dim=1)  # C never decreases, so `enough` is True on a suffix
 
 
 def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
@@ -85,10 +85,10 @@ def residual_counts(score_units: Tensor, most_units: Tensor | float) -> Tensor:
 
     `most_units` is one number, or (B, 1), one an image; where it is below 0, all tokens with a score are kept.
     """
-    said = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
-    left = (said[:, -1:] - said).double()
+    cumulative = F.pad(score_units.cumsum(dim=1), (1, 0))  # (B, N + 1): C(0) ... C(N)
+    left = (cumulative[:, -1:] - cumulative).double()
     enough = left <= torch.as_tensor(most_units, dtype=torch.float64, device=left.device).clamp(min=0)
-    return score_units.shape[1] + 1 - enough.sum(dim=1)  # what is left does not grow: what is enough is a tail
+    return score_units.shape[1] + 1 - enough.sum(dim=1)  # `left` never increases, so `enough` is True on a suffix
 
 
 def kept_mask_of(order: Tensor, counts: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What token filtering can be asked for: scores, cut rules, the ranges of their thresholds, and the rule `quality`.
+"""The options of token filtering: scores, cut rules, the ranges of their thresholds, and the rule `quality`.
 
-`quality` keeps the fewest tokens that promise a wanted PSNR. A score that is a squared error (`distortion`, `error`)
-adds up over the dropped tokens to what a cut leaves unsaid, and the squared error of the decoded picture follows it:
-what is dropped costs most of its score, what is kept still a little, because codes are coarse. Calibration fits both
+`quality` keeps the fewest tokens that are predicted to reach a wanted PSNR. Of a score that is a squared error
+(`distortion`, `error`), the sum over the dropped tokens predicts the squared error of the decoded picture: a dropped
+token costs most of its score, a kept one still a little, because codes are coarse. Calibration fits both
 slopes on validation pictures (`QualityLine`) and keeps them in `quality.json` beside the weights.
 
 Does not import torch. Shapes: N patch positions.
@@ -23,17 +23,17 @@ RULES = ("relative", "residual", "marginal", "count", "quality")
 
 @dataclass(frozen=True)
 class Score:
-    """What an order of patch tokens is made by.
+    """What patch tokens are ranked by.
 
-    Steps are kept as whole numbers, so that they add up alike everywhere: `resolution` of them make one `unit`. Powers
-    of two that float32 holds exactly up to the largest step there can be.
+    Scores are whole numbers of 1 / `resolution` `unit`, so that their sums are the same on every device. The resolution
+    is a power of two at which float32 holds the largest possible score exactly.
     """
 
-    unit: str = ""  # of a step's score; "": steps have none, only `count` can cut the order
+    unit: str = ""  # of a token's score; "": tokens have an order but no score, only `count` can cut it
     resolution: int = UNITS  # score units in one unit
-    in_rounds: bool = False  # what is kept already changes what is open: R rounds may differ from one
+    in_rounds: bool = False  # scores depend on the tokens placed before: R rounds may rank otherwise than one
     asks_entropy_model: bool = False
-    needs_image: bool = True  # False: the decoder knows the order without being told
+    needs_image: bool = True  # False: the decoder can compute the order itself
     in_signal: bool = False  # a squared error of what is dropped, which a picture's quality can be predicted from
 
 
@@ -145,7 +145,7 @@ class QualityLine:
             )
 
     def residual_at(self, decibels: float, total: Any = 0.0) -> Any:
-        """What may be left unsaid of a picture at a wanted PSNR, in the score's unit; below 0 where it is not reached.
+        """How much score a cut may drop at a wanted PSNR, in the score's unit; below 0 where that is not reached.
 
         `total` is all scores of the picture, summed: a number or a tensor of them. Raises as `check`.
         """

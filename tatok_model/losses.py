@@ -149,15 +149,15 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _copy(targets: dict[str, Tensor], weights: dict[str, Tensor], pattern: str, path: str | Path) -> None:
-    """Fill each target from `weights[pattern.format(its name)]`; ValueError names what is missing or misshapen."""
-    names = {name: pattern.format(name) for name in targets}
-    missing = [source for source in names.values() if source not in weights]
+    """Copy `weights[pattern.format(name)]` into each named target; ValueError for one missing or of another shape."""
+    keys = {name: pattern.format(name) for name in targets}
+    missing = [key for key in keys.values() if key not in weights]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     for name, target in targets.items():
-        source = weights[names[name]]
+        source = weights[keys[name]]
         if source.shape != target.shape:
-            raise ValueError(f"{path}: {names[name]} is {tuple(source.shape)}, expected {tuple(target.shape)}")
+            raise ValueError(f"{path}: {keys[name]} is {tuple(source.shape)}, expected {tuple(target.shape)}")
         target.copy_(source)
 
 
@@ -200,7 +200,7 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """Keeps the discriminator's scores near the running mean of the other kind: steadier with little data.
+    """LeCam regularisation: pulls scores of real pictures towards the running mean of fake ones' and vice versa.
 
     Source: arXiv 2104.03310, equation 5.
     """

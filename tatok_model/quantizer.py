@@ -1,7 +1,7 @@
 """Quantizers: continuous embeddings to codebook entries and back.
 
-`vq` is a codebook of unit vectors kept by exponential averages, `fsq` rounds a few bounded numbers (arXiv 2309.15505).
-Both come from vector-quantize-pytorch; this file gives them one interface.
+`vq` is a codebook of unit vectors, each a moving average of its members; `fsq` rounds a few bounded numbers per token
+(arXiv 2309.15505). Both come from vector-quantize-pytorch; this file gives them one interface.
 
 Shapes: B images, L tokens, D width, K codebook entries, d code width.
 """
@@ -17,14 +17,14 @@ from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, batched_sa
 from tatok_model.config import TokenizerConfig
 from tatok_model.vit import rows_at_once
 
-GRACE = 40  # steps
+GRACE = 40  # steps after which a re-drawn entry that nothing chose is drawn again
 
 
 class VQ(nn.Module):
-    """Nearest entry by cosine similarity; entries are averages of what they are chosen for, dead ones are re-drawn.
+    """Nearest entry by cosine similarity; entries are moving averages of the embeddings that choose them.
 
-    Under `torch.distributed` the averages and the re-drawn entries are the same on every rank, and the same as those of
-    one process with the whole batch.
+    Entries that are hardly chosen ("dead") are replaced by embeddings of the batch. Under `torch.distributed` all ranks
+    hold the codebook that one process with the whole batch would hold.
     """
 
     def __init__(self, width: int, config: TokenizerConfig) -> None:
@@ -72,18 +72,18 @@ class VQ(nn.Module):
 
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
-        """The entries that `forward` chooses, without moving the codebook: (B, L, D) -> (B, L) int64.
+        """The entries that `forward` chooses, without updating the codebook: (B, L, D) -> (B, L) int64.
 
-        The largest cosine, of equal ones the lowest entry. Cosines are made for some tokens at a time: the library has
-        all of them at once, and a one-hot row of K for each token.
+        Of equal similarities the lowest index. Tokens go through in chunks: the library's own forward pass holds
+        (B * L, K) similarities and as large a one-hot matrix at once.
         """
         with torch.autocast(x.device.type, enabled=False):
-            inside = self.quantize.project_in(x.to(self.codes().dtype))
-            directions = self.quantize._codebook.transform_input(inside).flatten(0, 1)
-            # Parts of even size: a product of a single row rounds differently.
-            parts = -(-len(directions) // rows_at_once(self.codebook_size, x.device)) or 1
-            chosen = [(part @ self.codes().T).argmax(-1) for part in directions.tensor_split(parts)]
-        return torch.cat(chosen).view(x.shape[:2])
+            projected = self.quantize.project_in(x.to(self.codes().dtype))  # (B, L, d)
+            unit_vectors = self.quantize._codebook.transform_input(projected).flatten(0, 1)  # (B * L, d)
+            # Chunks of equal size, so that none is a single row: a product with one row rounds differently.
+            chunks = max(1, math.ceil(len(unit_vectors) / rows_at_once(self.codebook_size, x.device)))
+            indices = [(chunk @ self.codes().T).argmax(-1) for chunk in unit_vectors.tensor_split(chunks)]
+        return torch.cat(indices).view(x.shape[:2])
 
     def embed(self, indices: Tensor) -> Tensor:
         """Embeddings of codebook entries: (B, L) int64 -> (B, L, D)."""
@@ -118,7 +118,7 @@ def _world() -> int:
 def _replace(codebook: Codebook, batch_samples: Tensor, batch_mask: Tensor, seq_mask: None = None) -> None:
     """The library's re-drawing of dead entries, from the vectors of all ranks in their order: (1, n, d), (1, K) bool.
 
-    Every rank's generator has been keyed alike by the step, so that all draw the same.
+    Every rank has seeded its random generator by the step, so that all draw the same.
     """
     if _world() > 1:
         counts = [torch.zeros(1, dtype=torch.int64, device=batch_samples.device) for _ in range(_world())]
@@ -132,7 +132,7 @@ def _replace(codebook: Codebook, batch_samples: Tensor, batch_mask: Tensor, seq_
 
 
 class FiniteScalar(nn.Module):
-    """Rounds a few bounded numbers per token; nothing to collapse and no auxiliary loss."""
+    """Rounds a few bounded numbers per token: no learned codebook that could collapse, no auxiliary loss."""
 
     def __init__(self, width: int, config: TokenizerConfig) -> None:
         super().__init__()

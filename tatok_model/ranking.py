@@ -1,7 +1,7 @@
-"""The order in which an image's patch tokens matter: by a model's score, or by a control that asks no model.
+"""The order in which an image's patch tokens matter: by a model's score, or by a control that needs no model.
 
-`rank` is what `TaTok.rank` does. A score that depends on what is kept already is asked again in every round:
-`distortion`, `surprisal` and `entropy` are read off the entropy model's q, `error` compares the decoder's picture.
+`rank` is what `TaTok.rank` does. A score that depends on the tokens placed so far is computed again in every round:
+`distortion`, `surprisal` and `entropy` come from the entropy model's q, `error` from the decoded picture.
 Controls are ordered once: `pixel_entropy` by the picture, `random` by the global tokens, `grid` always alike.
 
 Shapes: B images, N patch positions, K codebook entries, d code width, n positions asked for, P patch side.
@@ -27,7 +27,7 @@ from tatok_model.vit import patchify
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 LEVELS = 256
-RANDOM_SEED = 0x7A70C  # every decoder has to have the same
+RANDOM_SEED = 0x7A70C  # part of the stream format: encoder and decoder must have the same
 
 
 class Predict(Protocol):
@@ -40,7 +40,7 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Models:
-    """What a ranking may ask of a tokenizer."""
+    """The parts of a tokenizer that a ranking may call."""
 
     predict: Predict  # the entropy model
     decode: Callable[[Tokens], Tensor]  # to (B, 3, H, W) pictures in [0, 1]
@@ -74,7 +74,7 @@ def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor
 
 
 def _read_score(score: str, tokens: Tokens, at: Tensor, models: Models) -> Read:
-    """What a score reads off q where (B, N) `at` is True: (n,) float32 in the score's unit."""
+    """What a score computes from q where (B, N) `at` is True: (n,) float32 in the score's unit."""
     indices = tokens.patch_indices[at]
     reads: dict[str, Read] = {
         "distortion": partial(read_distortion, indices=indices, codes=models.codes),
@@ -91,7 +91,7 @@ def patch_errors(tokens: Tokens, kept_mask: Tensor, images: Tensor, models: Mode
 
 
 def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, N) positions and (B, N) score units of a score that asks no entropy model."""
+    """(B, N) positions and (B, N) score units of a control, which needs no model."""
     (batch, positions), device = tokens.patch_indices.shape, tokens.patch_indices.device
     if score == "pixel_entropy":
         if images is None:
@@ -109,14 +109,13 @@ def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | N
 def rank_in_rounds(
     score: Callable[[Tensor], Tensor], batch: int, positions: int, rounds: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Order all positions by score, re-scoring what is open after every round.
+    """Order all positions by score, re-scoring the unplaced ones after every round.
 
     Args:
-        score: (B, N) bool mask of what is placed already -> (B, N) int64 score units; values at placed positions do
-            not matter.
+        score: (B, N) bool mask of the placed positions -> (B, N) int64 score units, ignored at placed positions.
         batch: B.
         positions: N.
-        rounds: R, 1 to N; a round places N / R positions, the best of the open ones, best first. Ties go to the
+        rounds: R, 1 to N; a round places the N / R best of the unplaced positions, best first. Ties go to the
             earlier position in raster order.
         device: where the scores are.
 
@@ -138,7 +137,7 @@ def rank_in_rounds(
 
 
 def best_open(units: Tensor, placed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest scores at open positions: (B, count) scores and positions; ties in raster order."""
+    """The `count` highest scores at unplaced positions: (B, count) scores and positions; ties in raster order."""
     ordered = units.masked_fill(placed, -1).sort(dim=1, descending=True, stable=True)
     return ordered.values[:, :count], ordered.indices[:, :count]
 
@@ -167,7 +166,7 @@ def grid_order(positions: int) -> Tensor:
 
 
 def random_order(global_indices: Tensor, positions: int) -> Tensor:
-    """(B, N) int64: a shuffle of N positions for each image, keyed by its (B, M) global tokens: a decoder knows it."""
+    """(B, N) int64: a shuffle of N positions per image, seeded by its (B, M) global tokens, which a decoder has."""
     key = torch.full((len(global_indices), 1), RANDOM_SEED, device=global_indices.device)
     for place in range(global_indices.shape[1]):
         key = _mix(key ^ global_indices[:, place : place + 1])
@@ -176,16 +175,17 @@ def random_order(global_indices: Tensor, positions: int) -> Tensor:
 
 
 def pixel_entropy_units(images: Tensor, patch_size: int) -> Tensor:
-    """(B, N) int64: entropy of the grey-level histogram of each patch, in 1/1024 bit, as DQ-VAE routes patches.
+    """(B, N) int64: entropy of the grey-level histogram of each patch, in 1/1024 bit, by which DQ-VAE routes patches.
 
     `images` are (B, 3, H, W), uint8 or floats in [0, 1].
     """
     pixels = images.float() if images.dtype == torch.uint8 else images.float() * 255
-    grey = sum(weight * pixels[:, channel : channel + 1] for channel, weight in enumerate(GREY))
-    levels = patchify(torch.as_tensor(grey).round().clamp(0, LEVELS - 1).long(), patch_size)  # (B, N, P*P)
-    counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
-    counts.scatter_add_(2, levels, torch.ones_like(levels, dtype=counts.dtype))
-    shares = counts / levels.shape[2]
+    red, green, blue = pixels.split(1, dim=1)  # (B, 1, H, W) each
+    grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    levels = patchify(grey.round().clamp(0, LEVELS - 1).long(), patch_size)  # (B, N, P*P)
+    histogram = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)  # (B, N, 256)
+    histogram.scatter_add_(2, levels, torch.ones_like(levels, dtype=histogram.dtype))
+    shares = histogram / levels.shape[2]
     return to_units(-(shares * shares.clamp(min=1e-12).log2()).sum(dim=2))
 
 
@@ -209,7 +209,7 @@ def training_places(tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSet
         images: (B, 3, H, W) floats in [0, 1].
         wanted: what was drawn for each sample.
         mix: names the order.
-        models: that a ranking asks.
+        models: that a ranking calls.
     """
     places = torch.zeros_like(tokens.patch_indices)
     needed = wanted.filtered | wanted.own_set

@@ -1,7 +1,7 @@
-"""Pictures of any size: overlapping tiles of the tokenizer's side, cut at one level together, blended when decoded.
+"""Pictures of any size: overlapping square tiles, all cut at one score threshold, blended when decoded.
 
     photo = encode_picture(tokenizer, "photo.jpg")     # a path, PIL image, array or tensor; every token, ranked
-    short = photo.keep(0.25)                           # a quarter of all tokens, where they would be missed most
+    short = photo.keep(0.25)                           # the quarter of all tokens that matters most
     short.tokens_per_tile                              # (rows, columns)
     picture = decode_picture(tokenizer, short)         # (3, H, W) in [0, 1]
     save_picture(tokenizer, short, "photo.tatok")      # and load_picture
@@ -109,11 +109,11 @@ class PictureTokens:
         return self.config.global_tokens / self.config.max_tokens
 
     def cut(self, rule: str, threshold: float) -> "PictureTokens":
-        """Every tile cut alike, as `Tokens.cut`: `marginal` is one level for the whole picture."""
+        """Every tile cut by the same rule and threshold, as `Tokens.cut`."""
         return replace(self, tokens=self.tokens.cut(rule, threshold))
 
     def keep(self, share: float) -> "PictureTokens":
-        """About this share of all tokens, by one level for the whole picture; see `keep_together`."""
+        """About this share of all tokens, by one score threshold for all tiles; see `keep_together`."""
         return keep_together([self], share)[0]
 
     def kept_map(self) -> Tensor:
@@ -138,14 +138,14 @@ class PictureTokens:
 
 
 def keep_together(pictures: Sequence[PictureTokens], share: float) -> list[PictureTokens]:
-    """About this share of all tokens of some pictures, by one level for all: what is hard to draw gets more of them.
+    """Cut some pictures to about this share of all their tokens, by one score threshold: hard tiles keep more.
 
-    Global tokens are always kept. Patches of one score stay or go together: on a flat picture a score that looks at
-    pixels keeps none or all. Scores without a unit keep the same number in every tile.
+    Global tokens are always kept. Patches of equal score are kept or dropped together: of a flat picture, whose patches
+    all score alike, none or all. A ranking without scores (`random`, `grid`) keeps the same number in every tile.
 
     Args:
         pictures: at least one, all of one tokenizer and ranked by one score.
-        share: of all tokens.
+        share: of all tokens, global ones included.
 
     Raises:
         ValueError: a share that is above 1 or below that of the global tokens, or tokens without a ranking.
@@ -163,8 +163,8 @@ def keep_together(pictures: Sequence[PictureTokens], share: float) -> list[Pictu
     if share == 1 or not SCORES[rankings[0].score].unit:
         return [picture.cut("count", round(patch_tokens)) for picture in pictures]
     units = torch.cat([ranking.score_units for ranking in rankings])
-    level = calibrate(units, "marginal", patch_tokens, rankings[0].resolution)
-    return [picture.cut("marginal", level) for picture in pictures]
+    threshold = calibrate(units, "marginal", patch_tokens, rankings[0].resolution)
+    return [picture.cut("marginal", threshold) for picture in pictures]
 
 
 def tile_starts(length: int, side: int) -> list[int]:
@@ -202,9 +202,9 @@ def encode_picture(
     height, width = pixels.shape[1:]
     tiles = _tiles(pixels, config.image_size)
     parts = []
-    for some in tiles.split(batch):
-        tokens = tokenizer.encode(some)
-        parts.append(tokenizer.rank(tokens, score or "error", rounds, some) if config.patch_tokens else tokens)
+    for images in tiles.split(batch):
+        tokens = tokenizer.encode(images)
+        parts.append(tokenizer.rank(tokens, score or "error", rounds, images) if config.patch_tokens else tokens)
     return PictureTokens(joined(parts), height, width, config)
 
 
@@ -346,7 +346,7 @@ def _of_pil(picture: "Image.Image") -> Tensor:
 def _tiles(pixels: Tensor, side: int) -> Tensor:
     """(3, H, W) -> (R * C, 3, S, S), row by row."""
     height, width = pixels.shape[1:]
-    while min(pixels.shape[1:]) < side:  # reflecting adds at most one less than there is
+    while min(pixels.shape[1:]) < side:  # one reflection adds at most size - 1 pixels
         down, right = (min(max(side - size, 0), max(size - 1, 1)) for size in pixels.shape[1:])
         mode = "reflect" if min(pixels.shape[1:]) > 1 else "replicate"
         pixels = F.pad(pixels[None], (0, right, 0, down), mode=mode)[0]
@@ -355,7 +355,7 @@ def _tiles(pixels: Tensor, side: int) -> Tensor:
 
 
 def _weights(starts: list[int], side: int) -> list[Tensor]:
-    """(S,) for each tile along one side: 1, falling linearly over what is shared with a neighbour."""
+    """(S,) blending weights for each tile along one axis: 1, falling linearly to 0 where it overlaps a neighbour."""
     weights = []
     for number, start in enumerate(starts):
         weight = torch.ones(side)

@@ -2,13 +2,13 @@
 
     tokenizer = TaTok.from_pretrained("path/to/checkpoint")
     tokens = tokenizer.encode(images)                    # (B, 3, H, W) in [0, 1] or uint8; all tokens
-    tokens = tokenizer.rank(tokens)                      # which patch tokens matter most, once for every threshold
-    short = tokens.cut("residual", 60.0)                 # at most 60 bits left unsaid of each image
+    tokens = tokenizer.rank(tokens)                      # order patch tokens by importance, once for all cuts
+    short = tokens.cut("residual", 60.0)                 # drop at most 60 bits of each image
     pictures = tokenizer.decode(short)                   # (B, 3, H, W) in [0, 1]
 
 One transformer reads the patches together with M learnable global tokens; both kinds are quantized. An entropy model
-q(c_i | g, c_S) says what each patch code adds to those that are kept. A second transformer writes every patch from the
-global tokens and the patch tokens that were kept; where one was dropped it sees a learned mask token and what q
+q(c_i | g, c_S) predicts each patch code from the global tokens and the kept patch codes. A second transformer decodes
+every patch from the same tokens; where one was dropped it gets a learned mask token and the code vector that q
 expects there, never the dropped code, so any kept set can be decoded. `patch_only` is M = 0, `global_only` keeps no
 patch token.
 
@@ -45,7 +45,7 @@ from tatok_model.ranking import Models, rank, training_places
 from tatok_model.tokens import Tokens
 from tatok_model.vit import CHANNELS, Transformer, init_linear, patchify, positions, run_on_present, unpatchify
 
-TOLERANCE = 1e-3  # by which floats may miss [0, 1]: resizing and half precision round
+TOLERANCE = 1e-3  # floats may be this far outside [0, 1]: resizing and half precision round
 
 
 class Reconstruction(NamedTuple):
@@ -70,8 +70,8 @@ class Codes(NamedTuple):
 class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
     """The tokenizer; the file's docstring says how it works.
 
-    Inference (`encode`, `rank`, `decode` and what they serve) moves no weight, in training mode either; `forward` is
-    for training, and there moves the codebooks.
+    `encode`, `rank`, `decode` and all that is built on them change no weight, not even in training mode; `forward`
+    is for training and then updates the codebooks.
 
     Source: arXiv 2605.16384; the mask token at empty decoder slots follows TiTok (arXiv 2406.07550).
     """
@@ -172,7 +172,7 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
             tokens: of `encode`, with every patch token known.
             score: a key of `filtering_rules.SCORES`. `distortion`, `surprisal` and `entropy` come from the entropy
                 model, `error` from the decoder; the others are controls.
-            rounds: R, 1 to N: how often open positions are scored anew given what is placed; controls have 1.
+            rounds: R, 1 to N: how often the unplaced positions are scored again, given those placed; controls have 1.
             images: (B, 3, H, W), uint8 or floats in [0, 1]; `error` and `pixel_entropy` look at them.
 
         Raises:
@@ -242,7 +242,7 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
             global_embeddings = self._global_quantizer.embed(tokens.global_indices)
         patch_embeddings = None
         if self.patch_quantizer is not None:
-            # What was dropped may hold anything: look up entry 0 there, the mask token replaces it.
+            # The index of a dropped token means nothing: look up entry 0, the mask token replaces it.
             patch_embeddings = self.patch_quantizer.embed(tokens.patch_indices.where(tokens.kept_mask, 0))
         fill = None if bool(tokens.kept_mask.all()) else self._fill_of(tokens)
         return self._decode_embeddings(global_embeddings, patch_embeddings, tokens, fill).float().clamp(0, 1)
@@ -280,14 +280,14 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
     def _decode_embeddings(
         self, global_embeddings: Tensor, patch_embeddings: Tensor | None, tokens: Tokens, fill: Tensor | None
     ) -> Tensor:
-        """(B, M, D), (B, N, D) or None, and (B, N, D) or None added to dropped places -> (B, 3, H, W)."""
+        """(B, M, D) and (B, N, D) embeddings -> (B, 3, H, W); the (B, N, D) `fill` is added at dropped positions."""
         kept, counts = tokens.kept_mask, tokens.global_counts
         present = kept  # (B, N), then (B, M + N)
         if counts is not None:
             places = torch.arange(global_embeddings.shape[1], device=counts.device)
-            said = places < counts[:, None]
-            global_embeddings = global_embeddings.where(said[..., None], self.mask_token)
-            present = torch.cat([said, kept], dim=1)
+            received = places < counts[:, None]  # (B, M)
+            global_embeddings = global_embeddings.where(received[..., None], self.mask_token)
+            present = torch.cat([received, kept], dim=1)
         elif self.config.global_tokens:
             present = F.pad(kept, (self.config.global_tokens, 0), value=True)
         slots: Tensor = repeat(self.mask_token, "d -> b n d", b=len(kept), n=kept.shape[1])  # (B, N, D)
@@ -315,20 +315,20 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
         """(n, K) logits of the entropy model, or what `read` makes of them; see `patch_logits`."""
         if self.entropy_model is None or self.patch_quantizer is None:
             raise ValueError("this tokenizer has no entropy model; expected one with entropy_layers above 0")
-        # Where no code is given there may be anything, also no code at all: entry 0 stands in.
+        # Where no code is given the index means nothing and may be outside the codebook: look up entry 0 instead.
         patch_codes = self.patch_quantizer.codes()[tokens.patch_indices.where(given_mask, 0)]
         global_codes = patch_codes[:, :0]
         if self.config.global_tokens:
             global_codes = self._global_quantizer.codes()[tokens.global_indices]
-        asked = global_codes, patch_codes, given_mask, at, without_globals
-        if read is None:  # streams are coded by these very numbers
-            return self.entropy_model(*asked)
+        inputs = global_codes, patch_codes, given_mask, at, without_globals
+        if read is None:  # the codec needs these logits bit for bit, so they take one path only
+            return self.entropy_model(*inputs)
         if torch.is_grad_enabled():
-            return read(self.entropy_model.hidden(*asked), self.entropy_model.to_logits)
-        return read(hidden_without_gradients(self.entropy_model, *asked), self.entropy_model.to_logits)
+            return read(self.entropy_model.hidden(*inputs), self.entropy_model.to_logits)
+        return read(hidden_without_gradients(self.entropy_model, *inputs), self.entropy_model.to_logits)
 
     def _models(self) -> Models:
-        """What a ranking may ask; ValueError where there are no patch tokens to rank."""
+        """What a ranking may call; ValueError where there are no patch tokens to rank."""
         codes = self.code_vectors()[1]
         if codes is None:
             raise ValueError("this tokenizer has only global tokens; expected one with patch tokens to rank")
@@ -360,7 +360,7 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
     def _training_fill(self, tokens: Tokens, sets: KeptSets | None) -> tuple[Tensor | None, Tensor]:
         """What q expects where tokens are dropped, and (n,) bits of the codes that it predicted, with gradients.
 
-        Where no sets were drawn q is not trained: it predicts nothing, and fills what `tokens` lack.
+        Where no sets were drawn q is not trained: the bits are empty, and q only fills the dropped positions.
         """
         if sets is None or self.entropy_model is None:
             fill = None if bool(tokens.kept_mask.all()) else self._fill_of(tokens)
@@ -487,14 +487,14 @@ class TaTok(Pretrained, library_name="tatok", tags=["image-tokenizer"]):
 
 
 def check_range(pixels: Tensor, what: str) -> None:
-    """Refuse floats that miss [0, 1] by more than rounding, and NaN; `what` begins the sentence: "images have".
+    """Refuse floats outside [0, 1] by more than rounding, and NaN; `what` begins the message, e.g. "images have".
 
     Raises:
         ValueError: naming the lowest and the highest value.
     """
     if pixels.numel():
         low, high = (float(value) for value in pixels.aminmax())
-        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also where one is NaN
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # so written, NaN is refused too
             raise ValueError(f"{what} values from {low:g} to {high:g}; expected uint8 or floats in [0, 1]")
 
 

@@ -1,11 +1,11 @@
-"""Images per second of the evaluation stage, against the bare computation on pictures that are in memory.
+"""Images per second of the evaluation stage, against the bare computation on pictures in memory.
 
 Contenders, on held-out pictures at the configured cut, each on as many threads as an actor has:
-- stage: Ray Data actors, as a job with several workers runs them; the rate is that of the ranges after the first, with
-  which it starts. The others take the pictures of that first range: their rates do not depend on how many there are.
-- evaluator: what an actor does (reading, encoding, cutting, decoding, every measurement), in this process.
+- stage: Ray Data actors, as a job with several workers runs them; its rate leaves out the first range, which includes
+  the start. The other contenders measure one range: their rates do not depend on the number of pictures.
+- evaluator: the work of an actor (reading, encoding, cutting, decoding, every metric), in this process.
 - bare: encode, rank and cut where the configuration cuts, decode, features.
-- bare_with_bits: that and the entropy-coded length of what is kept, a pass of q in each coding round.
+- bare_with_bits: bare, and the entropy-coded length of the kept tokens, one pass of q per coding round.
 
 Shapes: B images of a batch, H = W image side.
 """
@@ -27,13 +27,13 @@ from pipeline.core.errors import BadInput
 from pipeline.core.run import Run
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.evaluation.evaluator import Bench
+    from pipeline.evaluation.evaluator import EvaluationSetup
     from pipeline.evaluation.measurements import EvaluationPlan
     from tatok_model.tokenizer import TaTok
 
 STAGE, EVALUATOR, BARE, WITH_BITS = "stage", "evaluator", "bare", "bare_with_bits"
 SHARE = Goal(0.9)
-RANGES = 3  # of the run: the rate is that of all but the first
+RANGES = 3  # per timing of the stage, whose rate leaves out the first
 
 
 def check(config: Config) -> None:
@@ -48,21 +48,21 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table."""
-    from pipeline.evaluation.evaluator import Bench
+    """Measure all contenders and write `report.md`."""
+    from pipeline.evaluation.evaluator import EvaluationSetup
 
     with harness.scratch(run) as folder:
         harness.take_pictures(run, folder, heldout_fraction=0.5)
-        # One worker: a bare loop has one process too.
+        # One worker, because the other contenders run in one process too.
         run.config = run.config.with_values("evaluate", num_workers=1)
         tokenizer = harness.tokenizer_of(run)
-        harness.publish(run, partial(_measure, run, Bench.set_up(run), tokenizer))
+        harness.publish(run, partial(_measure, run, EvaluationSetup.of(run), tokenizer))
 
 
 def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
-    """The evaluation's plan for as many whole ranges as the benchmark takes: of its own size where pictures suffice.
+    """The evaluation's plan, cut to `RANGES` whole ranges of equal size.
 
-    At least so many images, where there are.
+    They have at least `images` pictures together and the plan's range size each, where there are as many.
 
     Raises:
         BadInput: there are not enough held-out pictures for ranges of a batch each.
@@ -79,88 +79,83 @@ def plan_of(plan: "EvaluationPlan", images: int) -> "EvaluationPlan":
 
 @dataclass
 class StageRate:
-    """The stage's rate, and how long it takes to start."""
+    """Times the stage, its start separately."""
 
-    bench: "Bench"
+    setup: "EvaluationSetup"
     tokenizer: "TaTok"
-    first: list[float] = field(default_factory=list)  # seconds until the first range came back, in every round
+    first: list[float] = field(default_factory=list)  # seconds until the first range was measured, in every round
 
     def __call__(self) -> float:
         """Images per second after the first range."""
-        bench = self.bench
+        setup = self.setup
         started = time.perf_counter()
-        parts = bench.parts_on_actors(self.tokenizer, originals=False, cuts=bench.cuts)
+        parts = setup.parts_on_actors(self.tokenizer, originals=False, cuts=setup.cuts)
         times = [time.perf_counter() for _ in parts]
         self.first.append(times[0] - started)
-        return (bench.plan.count - bench.plan.range_size) / (times[-1] - times[0])
+        return (setup.plan.count - setup.plan.range_size) / (times[-1] - times[0])
 
 
-def _measure(run: Run, bench: "Bench", tokenizer: "TaTok") -> Findings:
+def _measure(run: Run, setup: "EvaluationSetup", tokenizer: "TaTok") -> Findings:
     import torch
 
     from pipeline.evaluation.evaluator import Evaluator
 
-    bench = dataclasses.replace(bench, plan=plan_of(bench.plan, run.config.benchmark.images))
-    device = torch.device(bench.device)
+    setup = dataclasses.replace(setup, plan=plan_of(setup.plan, run.config.benchmark.images))
+    device = torch.device(setup.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # as in an actor, which reserves a CPU
-    stage = StageRate(bench, tokenizer)
-    evaluator = Evaluator(copy.deepcopy(tokenizer), bench.instruments, bench.plan, False, device, bench.cuts)
+    stage = StageRate(setup, tokenizer)
+    evaluator = Evaluator(copy.deepcopy(tokenizer), setup.instruments, setup.plan, False, device, setup.cuts)
     turns: dict[str, Callable[[], float]] = {
         STAGE: stage,
-        EVALUATOR: partial(evaluator_rate, evaluator, bench),
-        BARE: bare(bench, evaluator, device),
-        WITH_BITS: bare(bench, evaluator, device, bits=True),
+        EVALUATOR: partial(evaluator_rate, evaluator, setup),
+        BARE: bare(setup, evaluator, device),
+        WITH_BITS: bare(setup, evaluator, device, bits=True),
     }
     rates = harness.take_turns(run, turns)
     facts = {
         **harness.device_facts(device),
-        "pictures a timing": f"{bench.plan.count} (stage), {bench.plan.range_size} (the others)",
-        "batch": str(bench.plan.batch_size),
+        "pictures a timing": f"{setup.plan.count} (stage), {setup.plan.range_size} (the others)",
+        "batch": str(setup.plan.batch_size),
         "tokenizer": f"{tokenizer.config.size}, {tokenizer.config.max_tokens} tokens",
         "cut": f"{run.config.filter.rule} {run.config.filter.threshold:g}",
-        "extractor": bench.extractors[0].name,
+        "extractor": setup.extractors[0].name,
     }
-    return findings(rates, Spread.of(stage.first[1:]), bench.plan.range_size, facts)
+    return findings(rates, Spread.of(stage.first[1:]), setup.plan.range_size, facts)
 
 
 def findings(rates: dict[str, list[float]], first: Spread, range_size: int, facts: dict[str, str]) -> Findings:
-    """What the rates say, and the seconds until the stage's first range, of so many images, came back."""
+    """Ratios and results of the rates; `first` is the seconds until the stage's first range of `range_size` images."""
     numbers = harness.rate_results(rates)
     numbers["start_seconds"] = max(0.0, first.median - range_size / numbers[f"{STAGE}_images_per_second"])
     ratios = [
         Ratio.of("stage_over_bare", rates[STAGE], rates[BARE], "stage, steady, over bare computation", SHARE),
-        Ratio.of(
-            "stage_over_bare_with_bits",
-            rates[STAGE],
-            rates[WITH_BITS],
-            "stage over bare with coded bits",
-        ),
+        Ratio.of("stage_over_bare_with_bits", rates[STAGE], rates[WITH_BITS], "stage over bare with coded bits"),
         Ratio.of("evaluator_over_bare", rates[EVALUATOR], rates[BARE], "the same without Ray, over bare"),
     ]
     conclusion = f"the stage takes {numbers['start_seconds']:.1f} s to start"
     return Findings(harness.rate_table(rates, STAGE), ratios, numbers, facts, conclusion)
 
 
-def evaluator_rate(evaluator: Any, bench: "Bench") -> float:
-    """Images per second of an actor's work on one range, done here."""
+def evaluator_rate(evaluator: Any, setup: "EvaluationSetup") -> float:
+    """Images per second of an actor's work on one range, in this process."""
     started = time.perf_counter()
-    evaluator.measure(bench.pictures, 0, bench.plan.range_size)
-    return bench.plan.range_size / (time.perf_counter() - started)
+    evaluator.measure(setup.pictures, 0, setup.plan.range_size)
+    return setup.plan.range_size / (time.perf_counter() - started)
 
 
-def bare(bench: "Bench", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
-    """Measures the bare computation on one range, in images per second, with the networks of an `Evaluator`.
+def bare(setup: "EvaluationSetup", evaluator: Any, device: Any, bits: bool = False) -> Callable[[], float]:
+    """A function that times the bare computation on one range, in images per second.
 
-    `bits` says whether lengths are entropy-coded too.
+    It uses the networks of `evaluator`; with `bits` it also computes entropy-coded lengths.
     """
     import numpy as np
     import torch
 
     from tatok_model.metrics.images import to_uint8
 
-    plan, cuts, tokenizer = bench.plan, bench.cuts, evaluator.codec
-    pictures = bench.pictures.images(plan.indices(np.arange(plan.range_size)).tolist())
+    plan, cuts, tokenizer = setup.plan, setup.cuts, evaluator.codec
+    pictures = setup.pictures.images(plan.indices(np.arange(plan.range_size)).tolist())
     images = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))  # (B, 3, H, W) uint8
 
     @torch.inference_mode()

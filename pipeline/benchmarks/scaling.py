@@ -1,8 +1,8 @@
 """How the data stages scale: with workers, and with pictures.
 
-Workers: pictures per second of preprocess and of tokenize with each number of workers that there are CPUs for, against
-one worker and against as many plain processes, in turns. The clock runs from when every worker has finished its first
-range, so that starting workers is not in it.
+Workers: pictures per second of preprocess and of tokenize with each number of workers up to the number of CPUs, against
+one worker and against as many plain processes, in turns. Timing starts when every worker has finished its first range,
+so that it leaves out their start.
 
 Pictures: seconds and peak memory of both stages, run whole by one worker in a fresh process, for each of
 `benchmark.sizes`. Tokens are made by an untrained tokenizer: the work does not depend on weights.
@@ -32,25 +32,25 @@ from pipeline.data.samples import photograph_files
 from pipeline.data.shards import read_manifest
 from pipeline.tokens.token_manifest import RowRange, stream_of
 
-# The data stages as `scaling` takes them apart: ranges of work, given to our workers or to plain processes.
+# A data stage as ranges of work, which our workers or plain processes do.
 
 
 class Scaled:
-    """A stage under test: its work, in a folder that is emptied each time, its workers' models, its plan's ranges."""
+    """A stage under test: its work, in a folder that is emptied before each timing, its models and its ranges."""
 
     def __init__(self, work: Work, models: Any, ranges: Sequence[Range]) -> None:
         self._work, self._models, self._ranges = work, models, ranges
         self._pools: dict[int, ProcessPoolExecutor] = {}
 
     def ours(self, workers: int) -> Iterator[int]:
-        """Pictures of each finished range, by our workers: one works in this process, several on Ray."""
+        """Yields the picture count of each range as our workers finish it: one in this process, several on Ray."""
         harness.emptied(self._work.folder, *self._work.folders, "parts")
         work = self._work, self._models, self._ranges, "cpu"
         for part in make_here(*work) if workers == 1 else make_on_ray(*work, workers):
             yield self._ranges[part.number].rows
 
     def plain(self, workers: int) -> Iterator[int]:
-        """The same by so many plain processes, which are kept for the next time."""
+        """The same with plain processes, which are kept for the next timing."""
         harness.emptied(self._work.folder, *self._work.folders, "parts")
         if workers not in self._pools:
             context, arguments = get_context("spawn"), (self._work, self._models)
@@ -59,12 +59,12 @@ class Scaled:
             yield done.result()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the plain processes."""
         for pool in self._pools.values():
             pool.shutdown()
 
 
-_loaded: list[PartMaker] = []  # in a plain process: what makes all its ranges
+_loaded: list[PartMaker] = []  # global of a plain process: loaded once, makes all its ranges
 
 
 def _load(work: Work, models: Any) -> None:
@@ -77,17 +77,14 @@ def _make(task: Range) -> int:
 
 
 def scaled_preprocess(config: Config, folder: Path) -> Scaled:
-    """Pictures of a folder to shards.
-
-    `data.source` names it, `data.rows_per_shard` says how long a range is.
-    """
+    """Preprocess: the pictures of `data.source` to shards, `data.rows_per_shard` in a range."""
     sources = open_sources(config.data)
     plan = make_plan(sources, config.data)
     return Scaled(PreprocessWork.of(folder, plan, sources, config.data), None, plan.ranges)
 
 
 def scaled_tokenize(config: Config, folder: Path, pictures: int, rows: int) -> Scaled:
-    """So many pictures of the training split, if it has them, to token files, `rows` in a range."""
+    """Tokenize: at most `pictures` of the training split to token files, `rows` in a range."""
     from pipeline.core.checkpoints import load_tokenizer
     from pipeline.tokens.encoder import EncodingWork
 
@@ -107,11 +104,11 @@ OURS, PLAIN = "tatok", "processes"
 MOST_MEMORY = Goal(1.2, at_most=True)
 RANGES_PER_WORKER = 8
 
-Timings = dict[tuple[str, str, int], list[float]]  # rates by stage, contender, workers
+Timings = dict[tuple[str, str, int], list[float]]  # (stage, contender, workers) -> pictures per second, one a round
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot work; makes nothing.
+    """Refuse what cannot work before anything is made.
 
     Raises:
         BadInput: no photographs to make pictures from, too few pictures, or fewer than two sizes.
@@ -126,7 +123,7 @@ def check(config: Config) -> None:
 
 
 def run(run: Run) -> None:
-    """Measure, and leave `report.md` with the table."""
+    """Measure both and write `report.md`."""
     with harness.scratch(run) as folder:
         harness.publish(run, partial(_measure, run, folder))
 
@@ -155,16 +152,16 @@ def _with_tokenizer(config: Config, folder: Path) -> Config:
     place = folder / "tokenizer"
     TaTok(config.tokenizer.architecture()).save_pretrained(place)
     config = config.with_values("tokens", flip=False, crops=0, max_images=0, num_workers=1, split="both")
-    return config.with_values("tokenizer", checkpoint=str(place)).with_values("tracking", uri="")  # stages are measured
+    return config.with_values("tokenizer", checkpoint=str(place)).with_values("tracking", uri="")  # not to be timed
 
 
 @dataclasses.dataclass(frozen=True)
 class SizeTaken:
-    """What one number of pictures took."""
+    """Time and memory for one number of pictures."""
 
     pictures: int
     seconds: dict[str, float]  # by stage
-    mib: dict[str, float]  # by stage
+    mib: dict[str, float]  # peak memory, by stage
 
 
 def _size(run: Run, config: Config, folder: Path, pictures: int) -> SizeTaken:
@@ -184,7 +181,7 @@ def _size(run: Run, config: Config, folder: Path, pictures: int) -> SizeTaken:
 
 def time_preprocess(config: Config, data: DataConfig, folder: Path) -> float:
     """Seconds of the whole stage; runs in a process of its own."""
-    check_preprocess(dataclasses.replace(config, data=data))  # imports
+    check_preprocess(dataclasses.replace(config, data=data))  # so that imports are not timed
     started = time.perf_counter()
     harness.make_shards(config, data, folder)
     return time.perf_counter() - started
@@ -192,7 +189,7 @@ def time_preprocess(config: Config, data: DataConfig, folder: Path) -> float:
 
 def time_tokenize(config: Config, folder: Path) -> float:
     """Seconds of the whole stage; runs in a process of its own."""
-    from pipeline.tokens import encoder  # noqa: F401 - torch, before the clock runs
+    from pipeline.tokens import encoder  # noqa: F401 - so that importing torch is not timed
 
     started = time.perf_counter()
     harness.run_quietly("tokenize_images", config, folder)
@@ -200,6 +197,7 @@ def time_tokenize(config: Config, folder: Path) -> float:
 
 
 def _rates(run: Run, config: Config, folder: Path) -> Timings:
+    """Time both stages with every number of workers, ours and plain processes taking turns."""
     section, workers = config.benchmark, _workers(config)
     rows = max(1, section.pictures // (RANGES_PER_WORKER * max(workers)))
     harness.make_photographs(folder / "pictures", section.pictures)
@@ -214,19 +212,19 @@ def _rates(run: Run, config: Config, folder: Path) -> Timings:
     }
 
     def rate(scaled: Scaled, contender: str, number: int) -> float:
-        ranges = (scaled.ours if contender == OURS else scaled.plain)(number)
-        return harness.steady_rate([(time.perf_counter(), pictures) for pictures in ranges], number)
+        finished = scaled.ours(number) if contender == OURS else scaled.plain(number)
+        return harness.steady_rate([(time.perf_counter(), pictures) for pictures in finished], number)
 
     rates: Timings = {}
     for stage, scaled in stages.items():
-        every = [(stage, contender, number) for number in workers for contender in (OURS, PLAIN)]
-        rates |= harness.take_turns(run, {key: partial(rate, scaled, *key[1:]) for key in every})
+        pairs = [(contender, number) for number in workers for contender in (OURS, PLAIN)]
+        rates |= harness.take_turns(run, {(stage, *pair): partial(rate, scaled, *pair) for pair in pairs})
         scaled.close()
     return rates
 
 
 def _tokenized(config: Config) -> tuple[int, int]:
-    """Pictures to make tokens of, `benchmark.images` for each worker, and those of a range."""
+    """Pictures to tokenize, `benchmark.images` per worker at the most workers, and pictures in a range."""
     pictures = config.benchmark.images * max(_workers(config))
     return pictures, max(1, pictures // (RANGES_PER_WORKER * max(_workers(config))))
 
@@ -261,7 +259,7 @@ def _findings(rates: Timings, sizes: list[SizeTaken], facts: dict[str, str]) -> 
 
 
 def _growth(small: SizeTaken, large: SizeTaken) -> Iterator[Ratio]:
-    """Of memory and of time for a picture, from the fewest to the most pictures."""
+    """Ratios of peak memory and of seconds per picture, at the most pictures over the fewest."""
     for stage in STAGES:
         memory = [[size.mib[stage]] for size in (large, small)]
         seconds = [[size.seconds[stage] / size.pictures] for size in (large, small)]
@@ -271,5 +269,5 @@ def _growth(small: SizeTaken, large: SizeTaken) -> Iterator[Ratio]:
 
 
 def _workers(config: Config) -> list[int]:
-    """The numbers of workers that there are CPUs for."""
+    """The configured numbers of workers up to the number of CPUs."""
     return [number for number in sorted(set(config.benchmark.workers)) if number <= (os.cpu_count() or 1)] or [1]

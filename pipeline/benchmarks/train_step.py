@@ -2,14 +2,14 @@
 
 All contenders take turns in one Ray Train worker, on the same pictures:
 
-- ray_train_loop: `pipeline.training.tokenizer_training.work`, as a training runs it; its own steady rate, which
+- ray_train_loop: `pipeline.training.tokenizer_training.work`, as a training runs it; the rate that it logs, which
   leaves out start, validation and checkpoint.
-- bare_loop: the same step by hand on pictures that are in memory already: forward, losses, backward, clipping,
-  `train.optimizer` with fused AdamW, average of the weights; nothing is logged, watched or keyed.
-- bare_float32 or bare_bf16: in the other precision. bare_not_fused: plain AdamW. bare_compiled: `torch.compile`, on a
-  GPU or where `train.compile` asks for it (on a CPU it takes minutes).
-- global_only: the bare loop of as many tokens as ours, all of them global.
-- titok: the bare loop of TiTok's public model with as many tokens, where `benchmark.titok` names its code; by AdamW.
+- bare_loop: the same step written out, on pictures in memory: forward, losses, backward, clipping, `train.optimizer`
+  with fused AdamW, average of the weights; no logging, no checks for NaN, no seeding per step.
+- bare_float32 or bare_bf16: bare_loop in the other precision. bare_not_fused: with plain AdamW. bare_compiled: with
+  `torch.compile`, on a GPU or where `train.compile` is set (on a CPU it takes minutes).
+- global_only: bare_loop of a tokenizer with M + N global tokens and no patch tokens.
+- titok: bare_loop of TiTok's public model with as many tokens, where `benchmark.titok` names its code; with AdamW.
 
 Every bare loop minimises a mean squared error and its quantizer's loss; ours with patch tokens trains q too.
 
@@ -148,7 +148,7 @@ def encode_flops(config: TokenizerConfig) -> float:
 
 
 def decode_flops(config: TokenizerConfig) -> float:
-    """Operations of the way from codebook entries to pixels, for an image of which everything is kept."""
+    """Operations from codebook entries to pixels, for an image of which all tokens are kept."""
     width, _, layers, _ = SIZES[config.size]
     total = 2.0 * config.patch_positions * config.patch_size**2 * CHANNELS * width
     total += transformer_flops(config.global_tokens + config.patch_positions, width, layers)
@@ -166,7 +166,7 @@ def entropy_flops(config: TokenizerConfig) -> float:
 
 
 def transformer_flops(length: int, width: int, layers: int) -> float:
-    """Of L embeddings through blocks: 12 D^2 weights for each embedding, and L^2 D twice for scores and mixing."""
+    """Operations of blocks on L embeddings: 12 D^2 weights per embedding, and L^2 D each for scores and averages."""
     return 2.0 * layers * (12 * length * width**2 + 2 * length**2 * width)
 
 
@@ -185,9 +185,9 @@ RATE = "train/images_per_second"
 
 
 class BareLoop:
-    """A model that is trained with as little around it as possible, on batches in memory, over and over.
+    """Trains a model on the same batches in memory again and again, with as little else as possible.
 
-    `loss_of` is of the model, (B, 3, H, W) pixels in [0, 1] and (B, draws) uniforms.
+    `loss_of` takes the model, (B, 3, H, W) pixels in [0, 1] and (B, draws) uniforms.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class BareLoop:
         self._batches = [(batch.images.to(self._device), batch.uniforms.to(self._device)) for batch in batches]
         q = [p for m in model.modules() if isinstance(m, EntropyModel) for p in m.parameters()]
         rest = [p for p in model.parameters() if not any(p is other for other in q)]
-        self._groups = [group for group in (rest, q) if group]  # clipped apart, as ours are
+        self._groups = [group for group in (rest, q) if group]  # gradients clipped separately, as in our training
         model.train()
 
     def rate(self) -> float:
@@ -262,12 +262,8 @@ def work(
     return {"rates": rates, "facts": facts}
 
 
-def loop_rate(
-    run: Run,
-    device: "torch.device",
-    report: Callable[[dict[str, float]], None],
-) -> float:
-    """Images per second of a short training in a folder of its own: the rate that it logs of its second half."""
+def loop_rate(run: Run, device: "torch.device", report: Callable[[dict[str, float]], None]) -> float:
+    """Images per second of a short training in a folder of its own: the rate that it logs over its second half."""
     from pipeline.training import tokenizer_training
 
     folder = run.folder / "loop"
@@ -275,7 +271,7 @@ def loop_rate(
     folder.mkdir()
     part = Run("train", run.config, folder)
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it would tell of every round
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # no log lines in every round
             tokenizer_training.work(part, device, report)
         part.close()
         rates = [line.metrics[RATE] for line in read_metrics(folder, RATE)]
@@ -285,7 +281,7 @@ def loop_rate(
 
 
 def bare_loops(config: Config, batches: list["Batch"], device: "torch.device") -> dict[str, BareLoop]:
-    """All contenders but the first, by their names."""
+    """All contenders but the Ray Train loop, by their names."""
     import torch
 
     from tatok_model.tokenizer import TaTok
@@ -294,16 +290,16 @@ def bare_loops(config: Config, batches: list["Batch"], device: "torch.device") -
     architecture, bf16 = config.tokenizer.architecture(), uses_bf16(config.train.precision, device)
     ours = partial(tokenizer_loss, mix=config.kept_sets)
     plain = config.with_values("train", fused=False)
-    alone = dataclasses.replace(architecture, global_tokens=architecture.max_tokens, patch_tokens=False)
+    global_only = dataclasses.replace(architecture, global_tokens=architecture.max_tokens, patch_tokens=False)
 
-    def loop(made: "nn.Module", loss_of: Any, its: Config = config, precision: bool = bf16, **how: bool) -> BareLoop:
-        return BareLoop(made.to(device), loss_of, its, batches, precision, **how)
+    def loop(model: "nn.Module", loss_of: Any, used: Config = config, bf16: bool = bf16, **options: bool) -> BareLoop:
+        return BareLoop(model.to(device), loss_of, used, batches, bf16, **options)
 
     loops = {
         BARE: loop(TaTok(architecture), ours),
-        "bare_float32" if bf16 else "bare_bf16": loop(TaTok(architecture), ours, precision=not bf16),
+        "bare_float32" if bf16 else "bare_bf16": loop(TaTok(architecture), ours, bf16=not bf16),
         "bare_not_fused": loop(TaTok(architecture), ours, plain),
-        GLOBAL_ONLY: loop(TaTok(alone), ours),
+        GLOBAL_ONLY: loop(TaTok(global_only), ours),
     }
     if config.train.compile or device.type == "cuda":
         loops["bare_compiled"] = loop(TaTok(architecture), ours, compiled=True)
@@ -325,18 +321,18 @@ def tokenizer_loss(model: "nn.Module", pixels: "Tensor", uniforms: "Tensor", mix
 #
 #     git clone https://github.com/bytedance/1d-tokenizer; benchmark.titok=1d-tokenizer
 #
-# Its code is imported for the run and is no part of this project. Two of its imports are replaced where they are not
-# installed, because nothing that is timed uses them: omegaconf (it reads configurations) and accelerate (it gathers
-# between workers for a codebook that is clustered, which this one is not). The file that imports all of its losses is
-# not run.
+# TiTok's code is imported for the run and is no part of this project. Two packages that it needs get stubs where they
+# are not installed, because nothing that is timed uses them: omegaconf (reads configurations) and accelerate (gathers
+# between workers for a codebook that is clustered, which this one is not). `modeling/modules/__init__.py`, which
+# imports all losses, is not run.
 
-TITOK_SIZES = ("small", "base", "large")  # that its code has; width, layers and heads are ours
+TITOK_SIZES = ("small", "base", "large")  # sizes in TiTok's code, with our width, layers and heads
 TITOK_FILES = ("modeling/titok.py", "modeling/modules/blocks.py", "modeling/quantizer/quantizer.py")
-TOKEN_SIZE = 12  # width of a code vector, as in its configurations
+TOKEN_SIZE = 12  # width of a code vector, as in TiTok's configurations
 
 
 class TiTokOptions(SimpleNamespace):
-    """A part of a configuration, as omegaconf gives it."""
+    """A section of a configuration, in place of omegaconf's."""
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value, or `default` where there is none."""
@@ -347,7 +343,7 @@ def check_titok(folder: str, config: TokenizerConfig) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        BadInput: the folder is not a checkout of its code, or it has no model of our size.
+        BadInput: the folder is not a checkout of TiTok's code, or TiTok has no model of our size.
     """
     missing = [name for name in TITOK_FILES if not (Path(folder) / name).is_file()]
     if missing:
@@ -359,7 +355,7 @@ def check_titok(folder: str, config: TokenizerConfig) -> None:
 
 
 def make_titok(folder: str, config: TokenizerConfig) -> "nn.Module":
-    """Its model, with fresh weights, at our size and with the M + N tokens that ours has when everything is kept."""
+    """TiTok's model with new weights, at our size and with M + N tokens, as many as ours when all are kept."""
     model = _titok_class(folder)
     vq_model = TiTokOptions(
         vit_enc_model_size=config.size,
@@ -382,14 +378,14 @@ def make_titok(folder: str, config: TokenizerConfig) -> "nn.Module":
 
 
 def titok_loss(model: "nn.Module", pixels: "Tensor", uniforms: "Tensor") -> "Tensor":
-    """Its step's loss: mean squared error, and its quantizer's loss at the weight of 1 that its configurations have."""
+    """TiTok's loss: mean squared error, and its quantizer's loss with weight 1, as in its configurations."""
     pictures, terms = model(pixels)
     loss: Tensor = (pictures.float() - pixels).square().mean() + terms["quantizer_loss"]
     return loss
 
 
 def _titok_class(folder: str) -> Any:
-    """Its class, imported without the parts that need more packages."""
+    """TiTok's class, imported with stubs for the packages and the file named above."""
     if folder not in sys.path:
         sys.path.insert(0, folder)
     if find_spec("omegaconf") is None:

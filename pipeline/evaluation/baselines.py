@@ -25,7 +25,7 @@ from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.evaluation_checks import check_kmeans, codewords_for, sampled
-from pipeline.evaluation.evaluator import Bench, Instruments
+from pipeline.evaluation.evaluator import EvaluationSetup, Instruments
 from pipeline.evaluation.measurements import OPERATING, Cuts, EvaluationPlan
 from pipeline.evaluation.reference import Distance
 from pipeline.evaluation.results import baseline_results
@@ -249,7 +249,7 @@ def _channels_first(pictures: np.ndarray) -> torch.Tensor:
 
 
 def baselines_results(
-    run: Run, bench: Bench, distances: list[Distance], cuts: dict[str, dict[str, float]]
+    run: Run, setup: EvaluationSetup, distances: list[Distance], cuts: dict[str, dict[str, float]]
 ) -> dict[str, float]:
     """The baselines that are asked for, at the bits of the operating point.
 
@@ -260,10 +260,10 @@ def baselines_results(
     results: dict[str, float] = {}
     training = ShardDataset(run.config.data.shards, "train")
     if "kmeans" in wanted:
-        results |= _kmeans_results(run, bench, distances, training, cuts[OPERATING]["bits_fixed"])
-    outside = Outside(bench.pictures, bench.plan, bench.instruments, distances, training)
+        results |= _kmeans_results(run, setup, distances, training, cuts[OPERATING]["bits_fixed"])
+    outside = Outside(setup.pictures, setup.plan, setup.instruments, distances, training)
     for codec in (kind for kind in wanted if kind != "kmeans"):
-        with progress(codec, bench.plan.count * len(cuts), "images") as shown:
+        with progress(codec, setup.plan.count * len(cuts), "images") as shown:
             for name, cut in cuts.items():
                 prefix = f"baseline_{codec}_" + ("" if name == OPERATING else f"{name}_")
                 found = outside.measure(codec, cut["bits_fixed"], shown.advance)
@@ -274,7 +274,7 @@ def baselines_results(
 
 
 def _kmeans_results(
-    run: Run, bench: Bench, distances: list[Distance], pictures: ShardDataset, bits: float
+    run: Run, setup: EvaluationSetup, distances: list[Distance], pictures: ShardDataset, bits: float
 ) -> dict[str, float]:
     """Fit the baseline to the training split and measure it as the tokenizer was measured.
 
@@ -287,5 +287,5 @@ def _kmeans_results(
         say(f"the kmeans baseline is left out: {reason}")
         return {}
     seconds = time.monotonic() - started
-    found = bench.measure("kmeans baseline", baseline, originals=False, cuts=Cuts())
+    found = setup.measure("kmeans baseline", baseline, originals=False, cuts=Cuts())
     return {**baseline_results(found.operating, distances), "baseline_kmeans_fit_seconds": seconds}

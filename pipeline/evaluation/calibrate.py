@@ -1,7 +1,7 @@
-"""The stage behind `jobs/calibrate.py`: the threshold for a wanted mean of tokens, or of dB, on validation images.
+"""The stage behind `jobs/calibrate.py`: the threshold that gives validation images a wanted mean token count or PSNR.
 
-Where the score is a squared error it also fits the line from what a cut leaves unsaid to dB, which the rule `quality`
-goes by, and keeps it beside the tokenizer's weights. The held-out split of `data.shards` is the validation split: give
+Where the score is a squared error it also fits the line from the score a cut drops to PSNR, which the rule `quality`
+uses, and saves it beside the tokenizer's weights. The held-out split of `data.shards` is the validation split: give
 the test split to `evaluate` in shards of its own.
 
 Shapes: B images, N patch positions.
@@ -35,10 +35,10 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     from tatok_model.tokens import Ranking, Tokens
 
 FILE = "filter.yaml"
-DECODED = 512  # images, evenly spread, that are decoded: each several times
+DECODED = 512  # images, evenly spread, that are decoded, each at several cuts
 DECODED_STEPS = 14  # of a bisection that decodes
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of the patch tokens, kept where the line is fitted
-NEAR = 1.5  # dB: how many images come as near to what the line predicts is reported
+NEAR = 1.5  # dB; the share of images whose PSNR is this near to the line's prediction is reported
 
 
 def check(config: Config) -> None:
@@ -80,10 +80,10 @@ def default_name(config: Config) -> str:
 
 
 def run(run: Run) -> None:
-    """Find the threshold and leave it in `filter.yaml`, as a preset has it, and the line beside the weights.
+    """Find the threshold, write it to `filter.yaml` in the form of a preset, and the line beside the weights.
 
     Raises:
-        BadInput: there is no validation image, or more dB are wanted than all tokens give.
+        BadInput: there is no validation image, or all tokens do not reach the wanted PSNR.
         Stopped: the run was asked to stop.
     """
     config = with_input(run.config, "data.shards")
@@ -94,7 +94,7 @@ def run(run: Run) -> None:
     run.inputs["tokenizer"] = {"path": config.tokenizer.checkpoint, "sha256": sha256}
     run.check_inputs()
     with Tracker.start(run, {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": sha256}):
-        pictures = _Ranked(run, tokenizer)
+        pictures = _RankedImages(run, tokenizer)
         run.results = {}
         if SCORES[config.filter.score].in_signal:
             _fit_line(run, tokenizer, pictures)
@@ -125,11 +125,11 @@ def run(run: Run) -> None:
         )
 
 
-def _threshold(config: Config, pictures: "_Ranked") -> float:
-    """Of the configured rule, for the mean that is wanted of the validation images.
+def _threshold(config: Config, pictures: "_RankedImages") -> float:
+    """Threshold of the configured rule at which the validation images have the wanted mean.
 
     Raises:
-        BadInput: more dB than all tokens give.
+        BadInput: a PSNR that all tokens do not reach.
     """
     from tatok_model.filtering import bisect, calibrate
 
@@ -160,8 +160,8 @@ def _threshold(config: Config, pictures: "_Ranked") -> float:
     return float(round(found)) if rule == "count" else found
 
 
-def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
-    """Fit the line of the rule `quality`, give it to the rankings, and keep it beside the weights."""
+def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_RankedImages") -> None:
+    """Fit the line of the rule `quality`, put it into the rankings, and save it beside the weights."""
     dropped, kept, errors = pictures.scores_and_errors()
     section = run.config.filter
     intercept, slope, kept_slope = fit(dropped, kept, errors)
@@ -194,28 +194,29 @@ def _fit_line(run: Run, tokenizer: "TaTok", pictures: "_Ranked") -> None:
 
 
 def fit(dropped: np.ndarray, kept: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
-    """The three numbers of error = intercept + slope x dropped + kept slope x kept, by least squares in dB.
+    """Fit error = intercept + slope x dropped + kept_slope x kept, by least squares in dB; returns the three.
 
-    In dB, because that is what will be asked for: the mean PSNR of images with equal predictions is what was predicted.
-    Given are (n,) summed scores of dropped and of kept tokens, and (n,) mean squared errors of the pictures, above 0.
+    In dB, so that the mean PSNR of images with equal predictions is the predicted one. `dropped` and `kept` are (n,)
+    summed scores of tokens, `errors` (n,) mean squared errors of the pictures, above 0.
     """
     from scipy.optimize import least_squares
 
     targets = np.log(errors)
     with np.errstate(divide="ignore"):
-        terms = np.stack([np.zeros_like(targets), np.log(dropped), np.log(kept)])  # -inf where there is nothing
+        terms = np.stack([np.zeros_like(targets), np.log(dropped), np.log(kept)])  # (3, n), -inf for log 0
     mean = targets.mean() - np.log(max(float((dropped + kept).mean()), 1e-12))
     start = [targets.min(), mean, mean - 3]
+    # Logarithms of the three are fitted, which keeps them positive: log(sum of exp(parameter) x score) per image.
     found = least_squares(lambda line: np.logaddexp.reduce(line[:, None] + terms) - targets, start).x
     intercept, slope, kept_slope = np.exp(found).tolist()
-    return intercept, slope, min(kept_slope, 0.99 * slope)  # a model that keeping does not help has no line to speak of
+    return intercept, slope, min(kept_slope, 0.99 * slope)  # `QualityLine` needs a token to cost less once it is kept
 
 
-class _Ranked:
-    """The validation images, ranked; their pixels are read again where they are decoded.
+class _RankedImages:
+    """The ranked tokens of n validation images; pixels are read again for those that are decoded.
 
     Args:
-        run: its configuration says which images, which score and the device.
+        run: its configuration has the images, the score and the device.
         tokenizer: moved to the device and put into evaluation mode.
     """
 
@@ -239,18 +240,18 @@ class _Ranked:
                 parts.append(ranked.to("cpu"))
                 shown.advance(len(images))
         self.tokens = joined(parts)
-        self._rows = np.arange(min(count, DECODED)) * count // min(count, DECODED)
-        self._decoded = places[self._rows]
+        self._rows = np.arange(min(count, DECODED)) * count // min(count, DECODED)  # of `tokens`, those to decode
+        self._decoded_places = places[self._rows]  # theirs in the held-out split
 
     @property
     def ranking(self) -> "Ranking":
-        """Of all images."""
+        """The ranking of all images."""
         if self.tokens.ranking is None:
             raise ValueError("the tokens were not ranked")
         return self.tokens.ranking
 
     def highest(self, rule: str) -> float:
-        """Above every threshold of a rule that makes a difference."""
+        """A threshold of a rule at or beyond which nothing changes: the upper end of a bisection."""
         units = self.ranking.score_units
         if rule == "relative":
             return 1.0
@@ -261,38 +262,38 @@ class _Ranked:
         return float(units.sum(dim=1).max() if rule == "residual" else units.max() + 1) / self.ranking.resolution
 
     def decibels(self, rule: str, threshold: float) -> np.ndarray:
-        """(n,) PSNR of the images that are decoded."""
+        """(n,) PSNR in dB of the images that are decoded."""
         return -10 * np.log10(self._errors(self.tokens[self._rows.tolist()].cut(rule, threshold)))
 
     def scores_and_errors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(n,) summed scores of dropped and (n,) of kept tokens at cuts of some images, and (n,) mean squared errors.
+        """Of decoded images at several cuts: (n,) score sums of dropped, (n,) of kept tokens, (n,) mean squared errors.
 
-        Images are cut where on average so much is left unsaid as at some shares of their tokens: as `quality` cuts.
+        As `quality`, a cut drops score up to one limit for all images: the mean of what is left at a share of `SHARES`.
         """
         some = self.tokens[self._rows.tolist()]
         units = self.ranking.score_units[self._rows].double().numpy() / self.ranking.resolution
-        said = np.pad(units.cumsum(1), ((0, 0), (1, 0)))  # (n, N + 1): by t tokens
-        after = units.sum(1, keepdims=True) - said  # left after t tokens
+        first = np.pad(units.cumsum(1), ((0, 0), (1, 0)))  # (n, N + 1), score sum of the first t tokens
+        rest = units.sum(1, keepdims=True) - first  # and of the tokens after them
         dropped, kept, errors = [], [], []
         for share in SHARES:
-            cut = some.cut("residual", max(0.0, float(after[:, round(share * units.shape[1])].mean())))
-            left = np.take_along_axis(after, cut.patch_counts.numpy()[:, None], 1)[:, 0].clip(min=0)
+            cut = some.cut("residual", max(0.0, float(rest[:, round(share * units.shape[1])].mean())))
+            left = np.take_along_axis(rest, cut.patch_counts.numpy()[:, None], 1)[:, 0].clip(min=0)
             dropped.append(left)
             kept.append((units.sum(1) - left).clip(min=0))
             errors.append(self._errors(cut))
         return np.concatenate(dropped), np.concatenate(kept), np.concatenate(errors)
 
     def _errors(self, cut: "Tokens") -> np.ndarray:
-        """(n,) mean squared error of each decoded picture, as a file would hold it, values in [0, 1]; above 0."""
+        """(n,) mean squared error of each decoded uint8 picture, on the scale [0, 1]; above 0, for the logarithm."""
         from tatok_model.metrics.images import squared_error, to_uint8
 
-        found, start = [], 0
-        for images in self._images(self._decoded):
+        errors, start = [], 0
+        for images in self._images(self._decoded_places):
             tokens = cut[start : start + len(images)].to(self._device)
             start += len(images)
             error = squared_error(images, to_uint8(self._tokenizer.decode(tokens))).double().clamp(min=1)
-            found.append((error / (255**2 * images[0].numel())).cpu().numpy())
-        return np.concatenate(found)
+            errors.append((error / (255**2 * images[0].numel())).cpu().numpy())
+        return np.concatenate(errors)
 
     def _images(self, places: np.ndarray) -> Iterator[Any]:
         """(b, 3, H, W) uint8 batches of the held-out pictures at some places, on the device."""

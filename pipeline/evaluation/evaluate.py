@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluation_checks import (
 from pipeline.tracking import Tracker, check_tracking
 
 if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without it
-    from pipeline.evaluation.evaluator import Bench
+    from pipeline.evaluation.evaluator import EvaluationSetup
     from pipeline.evaluation.measurements import Measurements
     from pipeline.evaluation.results import CurveResults
     from tatok_model import TaTok
@@ -73,17 +73,19 @@ def run(run: Run) -> None:
     run.check_inputs()
     check_baselines(run.config, manifest.splits["train"].rows)
 
-    from pipeline.evaluation.evaluator import Bench
+    from pipeline.evaluation.evaluator import EvaluationSetup
     from pipeline.evaluation.information import load_blind
 
     blind = load_blind(run, tokenizer)
-    bench = Bench.set_up(run)
-    facts = _facts(bench)
+    setup = EvaluationSetup.of(run)
+    facts = _facts(setup)
     with Tracker.start(run, facts) as tracker:
-        _evaluate(run, bench, tokenizer, blind, facts, tracker)
+        _evaluate(run, setup, tokenizer, blind, facts, tracker)
 
 
-def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[str, str], tracker: Tracker) -> None:
+def _evaluate(
+    run: Run, setup: "EvaluationSetup", tokenizer: Any, blind: Any, facts: dict[str, str], tracker: Tracker
+) -> None:
     from pipeline.evaluation.baselines import baselines_results
     from pipeline.evaluation.information import information_results
     from pipeline.evaluation.measurements import OPERATING
@@ -99,26 +101,27 @@ def _evaluate(run: Run, bench: "Bench", tokenizer: Any, blind: Any, facts: dict[
         tokenizer_results,
     )
 
-    found, distances = measured_with_distances(run, bench, tokenizer)
-    results = tokenizer_results(found, distances, bench.pixels, bench.plan.batch_size)
-    points = bench.cuts.curve(tokenizer)
-    curve = [(point, cut_results(found.cuts[point.name], distances, bench.pixels)) for point in points]
+    found, distances = measured_with_distances(run, setup, tokenizer)
+    results = tokenizer_results(found, distances, setup.pixels, setup.plan.batch_size)
+    points = setup.cuts.curve(tokenizer)
+    curve = [(point, cut_results(found.cuts[point.name], distances, setup.pixels)) for point in points]
     at_cuts = {OPERATING: results, **{point.name: values for point, values in curve}}
-    results |= baselines_results(run, bench, distances, at_cuts)
+    results |= baselines_results(run, setup, distances, at_cuts)
     if run.config.evaluate.information:
-        results |= information_results(run, bench, tokenizer, blind)
+        results |= information_results(run, setup, tokenizer, blind)
     run.results = results | {f"{point.name}_{name}": value for point, values in curve for name, value in values.items()}
     _log(run, results, curve)
     at_curve = tuple(f"baseline_{codec}_{point.name}_" for codec in ("jpeg", "webp") for point, _ in curve)
     reported = {name: value for name, value in results.items() if not name.startswith(at_curve)}
-    lines = list(rows(reported, distances[0].extractor, bench.device))
-    told = [*distance_warnings(distances[0].name, found.images, distances[0], "tokenizers"), *cut_warnings(run, found)]
+    lines = list(rows(reported, distances[0].extractor, setup.device))
+    warnings = [*distance_warnings(distances[0].name, found.images, distances[0], "tokenizers")]
+    warnings += cut_warnings(run, found)
     cuts = table(curve, run.config.filter.rule, distances)
-    report(run, f"{run.config.preset}: {bench.plan.count} held-out images", lines, told, facts, tracker, cuts)
-    if bench.plan.grid:
-        _draw(run, bench, found, tokenizer, tracker)
+    report(run, f"{run.config.preset}: {setup.plan.count} held-out images", lines, warnings, facts, tracker, cuts)
+    if setup.plan.grid:
+        _draw(run, setup, found, tokenizer, tracker)
     if curve:
-        keep_curve(run, bench, found, curve, distances[0].name, tracker)
+        keep_curve(run, setup, found, curve, distances[0].name, tracker)
 
 
 def _log(run: Run, results: dict[str, float], curve: "CurveResults") -> None:
@@ -130,35 +133,35 @@ def _log(run: Run, results: dict[str, float], curve: "CurveResults") -> None:
         run.log({**at, **{f"curve/{name}": value for name, value in values.items()}}, step=step)
 
 
-def _facts(bench: "Bench") -> dict[str, str]:
+def _facts(setup: "EvaluationSetup") -> dict[str, str]:
     """What the numbers depend on: tags of the MLflow run, and the end of the report."""
     from pipeline.evaluation.measurements import score_splits
     from pipeline.evaluation.reference import describe
 
-    meta = describe(bench.pictures.manifest, bench.plan, bench.extractors[0])
-    config = bench.run.config
+    meta = describe(setup.pictures.manifest, setup.plan, setup.extractors[0])
+    config = setup.run.config
     return {
         "data_fingerprint": meta["data"],
         "split": meta["split"],
         "images": str(meta["images"]),
         "tokenizer": config.tokenizer.checkpoint,
-        "tokenizer_sha256": bench.run.inputs["tokenizer"]["sha256"],
+        "tokenizer_sha256": setup.run.inputs["tokenizer"]["sha256"],
         "extractor": meta["extractor"],
         "extractor_sha256": meta["weights_sha256"],
         "extractor_resize": meta["extractor_resize"],
-        "comparable": str(bench.extractors[0].comparable).lower(),
+        "comparable": str(setup.extractors[0].comparable).lower(),
         "reference": config.evaluate.reference or "the held-out originals",
         "score": f"{config.filter.score}, {config.filter.rounds} rounds",
         "cut": f"{config.filter.rule} {config.filter.threshold:g}",
         "crop": meta["crop"],
         "uint8": meta["uint8"],
-        "score_splits": str(score_splits(bench.plan.count)),
-        "device": bench.device,
+        "score_splits": str(score_splits(setup.plan.count)),
+        "device": setup.device,
         "workers": str(config.evaluate.num_workers),
     }
 
 
-def _draw(run: Run, bench: "Bench", found: "Measurements", tokenizer: "TaTok", tracker: Tracker) -> None:
+def _draw(run: Run, setup: "EvaluationSetup", found: "Measurements", tokenizer: "TaTok", tracker: Tracker) -> None:
     """Originals over reconstructions, and the page on which a slider moves over their budgets."""
     import torch
 
@@ -166,12 +169,12 @@ def _draw(run: Run, bench: "Bench", found: "Measurements", tokenizer: "TaTok", t
     from pipeline.evaluation.page import at_every_budget, write_page
 
     path, page = run.folder / "pictures" / "reconstructions.png", run.folder / "show.html"
-    originals = bench.originals_shown()
+    originals = setup.originals_shown()
     save_rows(path, [originals, found.operating.shown.pictures])
     tracker.picture(path, "reconstructions", 0)
-    places = bench.plan.indices(bench.plan.shown()).tolist()
+    places = setup.plan.indices(setup.plan.shown()).tolist()
     pictures = torch.from_numpy(originals).permute(0, 3, 1, 2).float() / 255
-    named = list(zip(bench.pictures.ids(places), pictures, strict=True))
+    named = list(zip(setup.pictures.ids(places), pictures, strict=True))
     write_page(page, at_every_budget(tokenizer, named, run.config.filter.score, run.config.filter.rounds))
     tracker.artifact(page)
     run.outputs |= {"reconstructions": str(path), "page": str(page)}

@@ -1,4 +1,4 @@
-"""Measuring: the work on one range of pictures, and the ranges of a whole plan in this process or on Ray Data actors.
+"""Measuring one range of pictures, and all ranges of a plan, in this process or on Ray Data actors.
 
 Shapes: B images, H and W pixels.
 """
@@ -51,14 +51,14 @@ from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
 from tatok_model.vit import one_thread
 
-OPERATING_SAMPLE, CURVE_SAMPLE = 1024, 64  # images, evenly spread, that are verified at a cut: each is replayed alone
+OPERATING_SAMPLE, CURVE_SAMPLE = 1024, 64  # images, evenly spread, verified at a cut: one at a time
 
 
 class ReplayCheck:
-    """Finds images that a reader could not replay, as `Codec` does when it writes streams, on a sample of the plan's.
+    """Finds images whose kept positions a reader could not replay, by writing streams of a sample of the plan.
 
     Args:
-        tokenizer: where it will compute, in evaluation mode.
+        tokenizer: on the device that measures, in evaluation mode.
         plan: says how many images are measured.
     """
 
@@ -67,9 +67,9 @@ class ReplayCheck:
         self._operating, self._curve = (spread(plan.count, most) for most in (OPERATING_SAMPLE, CURVE_SAMPLE))
 
     def states(self, tokens: Tokens, numbers: np.ndarray, operating: bool) -> tuple[np.ndarray, float]:
-        """Of one cut with replayed positions: (B,) int64, 1 replayed, 0 not, -1 not verified; and seconds.
+        """For one cut with replayed positions: (B,) int64, 1 replayed, 0 not, -1 not verified; and seconds.
 
-        `numbers` are (B,) in the plan; at the operating point more images are verified than at other cuts.
+        `numbers` are the images' (B,) numbers in the plan. The operating point has the larger sample.
         """
         wanted = np.isin(numbers, self._operating if operating else self._curve).nonzero()[0]
         states = np.full(len(numbers), -1, dtype=np.int64)
@@ -83,29 +83,29 @@ class ReplayCheck:
 
 
 def fallback_bits(tokens: Tokens) -> Tensor:
-    """(B,) float64: how many bits more than replayed ones the positions of an image cost once they are sent."""
+    """(B,) float64: the extra bits of an image whose positions are sent instead of replayed."""
     sent, positions = replace(tokens.side, positions="sent"), tokens.patch_indices.shape[1]
     return sent.bits(tokens.patch_counts, positions) - tokens.side.bits(tokens.patch_counts, positions)
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """The networks that measure."""
+    """The networks of the metrics."""
 
-    networks: tuple[FeatureExtractor, ...]  # one a Frechet distance; the first gives the Inception score too
+    networks: tuple[FeatureExtractor, ...]  # one per Frechet distance; the first also gives the Inception score
     lpips: LPIPS | None = None
 
 
 class Evaluator:
-    """Encodes and decodes images and measures what became of them; knows neither Ray nor MLflow.
+    """Encodes and decodes images and compares the reconstructions with them; uses neither Ray nor MLflow.
 
     Args:
         codec: `TaTok` or a baseline, an `nn.Module`; it is moved to `device` and put into evaluation mode.
         instruments: moved to `device`.
         plan: says which images belong to a range.
-        originals: whether the originals' features are wanted too.
-        device: where everything computes.
-        cuts: where tokens are cut.
+        originals: whether to compute features of the originals too.
+        device: of all computation.
+        cuts: at which thresholds tokens are cut.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class Evaluator:
         self._replay = ReplayCheck(codec, plan) if replays else None
 
     def warm_up(self) -> None:
-        """One whole batch of noise, so that the first timed batch pays for no set-up."""
+        """Measure one whole batch of noise, so that no set-up is timed."""
         side, batch = self.codec.config.image_size, self.plan.batch_size
         noise = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
         self._measure_batch(self._empty(), noise, np.arange(batch))
 
     def measure(self, source: ShardDataset, start: int, stop: int) -> Measurements:
-        """Measure the plan's images `start` to before `stop`; a thread reads the next batches meanwhile."""
+        """Measure the plan's images `start` to `stop` - 1, while a thread reads the next batches."""
         found = self._empty()
         started = time.perf_counter()
         batches = np.split(np.arange(start, stop), range(self.plan.batch_size, stop - start, self.plan.batch_size))
@@ -148,7 +148,7 @@ class Evaluator:
         return found
 
     def measure_all(self, source: ShardDataset) -> Iterator[tuple[int, Measurements]]:
-        """Every range of the plan with its number, on one thread: sums must not depend on how many there are."""
+        """Every range of the plan with its number, on one thread: floating-point sums depend on the thread count."""
         for number, (start, stop) in enumerate(self.plan.ranges()):
             with one_thread():
                 found = self.measure(source, start, stop)
@@ -242,7 +242,7 @@ def _array(values: Tensor) -> np.ndarray:
 
 
 def _contents(batch: np.ndarray, ranked: Tokens) -> Contents:
-    """Of (B, H, W, 3) uint8 images."""
+    """PNG sizes and total scores of (B, H, W, 3) uint8 images."""
     sizes = []
     for picture in batch:
         file = io.BytesIO()
@@ -256,7 +256,7 @@ def _contents(batch: np.ndarray, ranked: Tokens) -> Contents:
 
 
 class EvaluationActor:
-    """Lives in a process of its own: models are loaded and warmed up once, then ranges come in.
+    """A Ray Data actor: loads and warms up the models once, then measures ranges.
 
     Args:
         shared: reference to the arguments of `Evaluator`, which the driver has loaded.
@@ -271,14 +271,14 @@ class EvaluationActor:
         self._evaluator.warm_up()
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
-        """Measure one range; the row that comes back holds its sums as bytes."""
+        """Measure one range; the returned row holds its pickled sums."""
         found = self._evaluator.measure(self._pictures, row["start"], row["stop"])
         return {"number": row["number"], "measurements": pickle.dumps(found)}
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Everything that measuring needs besides what is measured: a tokenizer and its baselines stand on one bench."""
+class EvaluationSetup:
+    """Everything that measuring needs besides the codec: the same for a tokenizer and its baselines."""
 
     run: Run
     pictures: ShardDataset  # the held-out split
@@ -286,11 +286,11 @@ class Bench:
     extractors: list[Extractor]  # behind the Frechet distances; the first is the main one
     instruments: Instruments
     device: str
-    alone: bool  # one worker does it all, in this process
+    in_process: bool  # one worker measures everything, in this process
 
     @classmethod
-    def set_up(cls, run: Run) -> "Bench":
-        """As `run.config` says; `data.shards` names existing shards.
+    def of(cls, run: Run) -> "EvaluationSetup":
+        """From `run.config`; `data.shards` names existing shards.
 
         Raises:
             BadInput: too few held-out pictures, unusable weights, more workers than the cluster has room for.
@@ -302,16 +302,16 @@ class Bench:
         files = section.lpips_backbone, section.lpips_heads
         lpips = load_lpips("evaluate.lpips", *files, config.data.image_size) if all(files) else None
         instruments = Instruments(tuple(extractor.network for extractor in extractors), lpips)
-        alone = min(section.num_workers, len(plan.ranges())) == 1 and not names_cluster()
-        if alone:
+        in_process = min(section.num_workers, len(plan.ranges())) == 1 and not names_cluster()
+        if in_process:
             device = pick_device("evaluate", section.device).type
         else:
             device = pick_workers_device("evaluate", section.device, section.num_workers)
-        return cls(run, pictures, plan, extractors, instruments, device, alone)
+        return cls(run, pictures, plan, extractors, instruments, device, in_process)
 
     @property
     def cuts(self) -> Cuts:
-        """As configured."""
+        """The configured ones."""
         return Cuts(self.run.config.filter, self.run.config.evaluate.thresholds)
 
     @property
@@ -329,7 +329,7 @@ class Bench:
         Raises:
             Stopped: the run was asked to stop.
         """
-        parts = (self.parts_here if self.alone else self.parts_on_actors)(codec, originals, cuts)
+        parts = (self.parts_here if self.in_process else self.parts_on_actors)(codec, originals, cuts)
         with progress(label, self.plan.count, "images") as shown:
 
             def followed() -> Iterator[tuple[int, Measurements]]:
@@ -360,22 +360,22 @@ class Bench:
 
 
 def merged(parts: Iterator[tuple[int, Measurements]], expected: int) -> Measurements:
-    """All ranges as one, added in the order of their numbers, whatever the order they come in.
+    """The sum of all ranges, added in the order of their numbers, in whatever order they arrive.
 
     Raises:
         RuntimeError: the ranges do not hold `expected` images: one is missing.
     """
     total: Measurements | None = None
     waiting: dict[int, Measurements] = {}
-    following = 0
+    upcoming = 0  # number of the range that is added next
     for number, part in parts:
         waiting[number] = part
-        while following in waiting:
+        while upcoming in waiting:
             if total is None:
-                total = waiting.pop(following)
+                total = waiting.pop(upcoming)
             else:
-                total.merge(waiting.pop(following))
-            following += 1
+                total.merge(waiting.pop(upcoming))
+            upcoming += 1
     if total is None or total.images != expected:
         raise RuntimeError(f"{total.images if total else 0} images were measured; expected {expected}")
     return total

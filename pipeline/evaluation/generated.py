@@ -1,7 +1,7 @@
 """Generated pictures against real ones: distances, scores, classes, lengths, neighbours.
 
-Behind `evaluate.generated` of `jobs/evaluate.py`. Held-out pictures are what generated ones are compared with; training
-pictures are only looked for as neighbours.
+For `evaluate.generated` of `jobs/evaluate.py`. Generated pictures are compared with held-out ones; training pictures
+serve only to find nearest neighbours.
 
 Shapes: B pictures, R real pictures, F features, C classes.
 """
@@ -53,7 +53,7 @@ VIEW = re.compile(r"@(flip|crop\d+)$")  # ending of the id of a picture's mirror
 
 
 def evaluate_generated(run: Run) -> None:
-    """Measure, and leave a report and pictures in the run folder; `data.shards` names existing shards.
+    """Measure, and write a report and pictures to the run folder; `data.shards` names existing shards.
 
     Raises:
         BadInput: other classes than the shards have, too few pictures, unusable weights or reference statistics.
@@ -76,12 +76,12 @@ def evaluate_generated(run: Run) -> None:
             run.outputs[name] = str(path)
             tracker.picture(path, name, 0)
         title = f"{config.preset}: {generated.images} generated images"
-        told = warnings(run.results, comparison.distance, comparison.compared_lengths)
-        report(run, title, list(rows(run.results, comparison.main, generated)), told, facts, tracker)
+        cautions = warnings(run.results, comparison.distance, comparison.compared_lengths)
+        report(run, title, list(rows(run.results, comparison.main, generated)), cautions, facts, tracker)
 
 
 class GeneratedComparison:
-    """What is compared with what, as `run.config` says, and what was found.
+    """Measures generated pictures against real ones as configured in `run.config`, and keeps what `draw` shows.
 
     Raises:
         BadInput: too few pictures, unusable weights.
@@ -184,7 +184,7 @@ class GeneratedComparison:
         return found
 
     def _features(self, extractor: Extractor, mirrored: bool = False) -> tuple[FeatureSet, FeatureSet]:
-        """Of generated and of held-out pictures."""
+        """Features of the generated and of the held-out pictures."""
         run, place, shards = self.run, str(self.generated.folder), self.run.config.data.shards
         name = f"{extractor.name}, mirrored" if mirrored else extractor.name
         own = run.folder / "features" / name.replace(", ", "-")
@@ -204,12 +204,12 @@ class GeneratedComparison:
         return new_reference(self.run, meta, extractor, extractor is self.main, features, inception_score(real.logits))
 
     def _manifold(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: balls shrink as a set grows
+        count = min(len(made), len(real), MANIFOLD_IMAGES)  # as many of each: neighbour distances shrink as a set grows
         shares = precision_recall(drawn(real.features, count), drawn(made.features, count), NEIGHBOURS)
         return {**dict(zip(manifold_names(self.main), shares, strict=True)), "images_manifold": count}
 
     def _classes(self, extractor: Extractor, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """Of an extractor that was trained on the classes that the data set has; nothing of another one."""
+        """Class accuracies, if the extractor was trained on the classes of the data set; else nothing."""
         ours = tuple(name.lower() for name in self.heldout.manifest.classes)
         if not ours or extractor.network.class_names != ours:
             return {}
@@ -218,7 +218,7 @@ class GeneratedComparison:
         return found | class_accuracies(real.logits, real.labels, f"class_accuracy_real{ending}")
 
     def _memorised(self, made: FeatureSet, real: FeatureSet) -> dict[str, float]:
-        """How near generated and held-out pictures, mirrored or not, are to training pictures; keeps the nearest."""
+        """Distances of generated and held-out pictures, mirrored or not, to their nearest training pictures."""
         count, shown = min(len(self.train), TRAIN_IMAGES), self.run.config.evaluate.nearest
         if not shown or count < SHOWN_NEIGHBOURS:
             return {}
@@ -228,30 +228,31 @@ class GeneratedComparison:
         distances, indices = nearest_either_way(made, made_mirrored, train, SHOWN_NEIGHBOURS)
         closest = distances[:, 0].argsort(stable=True)[:shown]
         self.neighbours = made.places[closest.numpy()], train.places[indices[closest].numpy()]
-        ours = float(distances[:, 0].median())
-        theirs = float(nearest_either_way(real, real_mirrored, train)[0].median())
-        found = {"nearest_train": ours, "nearest_train_real": theirs, "images_train": count}
-        return found if theirs == 0 else {**found, "memorisation_ratio": ours / theirs}
+        generated = float(distances[:, 0].median())
+        heldout = float(nearest_either_way(real, real_mirrored, train)[0].median())
+        found = {"nearest_train": generated, "nearest_train_real": heldout, "images_train": count}
+        return found if heldout == 0 else {**found, "memorisation_ratio": generated / heldout}
 
 
 def nearest_either_way(
     plain: FeatureSet, mirrored: FeatureSet, train: FeatureSet, k: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `nearest`, for each picture or its mirror image, whichever has the nearer neighbour."""
-    ours, theirs = (nearest(made.features, train.features, k) for made in (plain, mirrored))
-    nearer = theirs[0][:, :1] < ours[0][:, :1]
-    return torch.where(nearer, theirs[0], ours[0]), torch.where(nearer, theirs[1], ours[1])
+    """(B, k) distances and indices as `nearest`, of each picture or its mirror image, whichever is nearer."""
+    distances, indices = nearest(plain.features, train.features, k)
+    mirrored_distances, mirrored_indices = nearest(mirrored.features, train.features, k)
+    nearer = mirrored_distances[:, :1] < distances[:, :1]
+    return torch.where(nearer, mirrored_distances, distances), torch.where(nearer, mirrored_indices, indices)
 
 
 def statistics(features: torch.Tensor) -> FeatureStatistics:
-    """Mean and covariance of (B, F)."""
+    """Mean and covariance of (B, F) features."""
     found = FeatureStatistics(features.shape[1])
     found.update(features)
     return found
 
 
 def drawn(features: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of (B, F) rows, drawn at random: generated pictures go through the classes in turn."""
+    """`count` random rows of (B, F) features: the first ones would not have all classes alike."""
     return features[np.random.default_rng(SHUFFLE_SEED).permutation(len(features))[:count]]
 
 
@@ -259,27 +260,27 @@ def drawn(features: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def distance_name(extractor: Extractor) -> str:
-    """Only the real Inception gives a `gfid`."""
+    """`gfid` for the FID Inception only, else `gfd_<extractor>`."""
     return "gfid" if extractor.comparable else f"gfd_{extractor.name}"
 
 
 def manifold_names(extractor: Extractor) -> tuple[str, str]:
-    """Precision and recall belong to the features they are measured in."""
+    """Names of precision and recall, with the extractor unless it is the FID Inception."""
     ending = "" if extractor.comparable else f"_{extractor.name}"
     return f"precision{ending}", f"recall{ending}"
 
 
 def inception_score(logits: torch.Tensor) -> float:
-    """Of (B, C) logits, dealt by seed 2020 into splits of 5,000, as the evaluator of tokenizers does."""
+    """Inception score of (B, C) logits, shuffled with seed 2020 into splits of 5,000, as for reconstructions."""
     score = InceptionScore(logits.shape[1], score_splits(len(logits)))
     score.update(logits, torch.from_numpy(score_split_of(len(logits))))
     return score.result()
 
 
 def class_accuracies(logits: torch.Tensor, labels: np.ndarray, name: str) -> dict[str, float]:
-    """Share of pictures that a classifier puts into their class, and that of the class with the lowest share.
+    """Accuracy of a classifier over all pictures and over the class where it is lowest, keyed by `name`.
 
-    Logits are (B, C), labels (B,) classes; pictures without one, -1, do not count.
+    Logits are (B, C), labels (B,) classes; pictures without a class, -1, do not count.
     """
     known = labels >= 0
     if not known.any():
@@ -291,7 +292,7 @@ def class_accuracies(logits: torch.Tensor, labels: np.ndarray, name: str) -> dic
 
 
 def warnings(results: dict[str, float], distance: Distance, compared_lengths: bool) -> list[str]:
-    """What a reader must know before comparing the numbers with others."""
+    """Warnings for readers who compare the numbers with others."""
     found = distance_warnings(distance_name(distance.extractor), int(results["images"]), distance, "generators")
     if not compared_lengths:
         found.append("token lengths were not compared with real ones: tokens.path is empty")
@@ -299,7 +300,7 @@ def warnings(results: dict[str, float], distance: Distance, compared_lengths: bo
 
 
 def rows(results: dict[str, float], extractor: Extractor, generated: Generated) -> Iterator[Row]:
-    """The table: every result with a note, in the order they are in."""
+    """The table: every result with a note, in the order of `results`."""
     precision, recall = manifold_names(extractor)
     splits = score_splits(int(results["images"]))
     rate = f"one worker of jobs/generate.py, batch {generated.batch_size}, after warm-up"
@@ -334,7 +335,7 @@ def rows(results: dict[str, float], extractor: Extractor, generated: Generated) 
 
 
 def _note_by_form(name: str) -> str:
-    """Beside names that are made of others."""
+    """Notes on metrics whose names contain the extractor or an ending."""
     if name.endswith("_worst"):
         return "of the worst class, numbered below"
     if name.startswith("gfd_"):
@@ -348,7 +349,7 @@ def _note_by_form(name: str) -> str:
 
 
 def real_lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the pictures behind `tokens.path` at the configured cut; mirrored and shifted copies do not count.
+    """Token counts of the pictures in `tokens.path` at the configured cut, without mirrored and shifted copies.
 
     Returns:
         counts: (R,) int64, M + T of each picture of both splits.
@@ -369,9 +370,9 @@ def real_lengths(config: Config) -> tuple[np.ndarray, np.ndarray]:
 def compare_lengths(
     counts: np.ndarray, labels: np.ndarray, real_counts: np.ndarray, real_labels: np.ndarray
 ) -> dict[str, float]:
-    """Generated against real lengths, by their names in summary.json; classes that both sides have pictures of.
+    """Metrics of generated against real lengths, by name: over all, and for the worst class that both have.
 
-    Counts are (B,) and (R,) tokens of each picture, labels its class or the one that was asked for, -1 for none.
+    Counts are (B,) and (R,) tokens of each picture, labels its class or the requested one, -1 for none.
     """
     found = {
         "tokens_per_image": float(counts.mean()),
@@ -387,22 +388,22 @@ def compare_lengths(
         distances = [ks_distance(*pair) for pair in pairs]
         found["tokens_ks_worst"] = max(distances)
         found["tokens_ks_worst_class"] = int(classes[np.argmax(distances)])
-        differences = [float(ours.mean() / theirs.mean() - 1) for ours, theirs in pairs]
+        differences = [float(made.mean() / real.mean() - 1) for made, real in pairs]
         found["tokens_mean_difference_worst"] = max(differences, key=abs)
     return found
 
 
 def ks_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Largest difference between the distribution functions of (B,) and (R,) values, 0 to 1 (Kolmogorov-Smirnov)."""
+    """Kolmogorov-Smirnov distance of (B,) and (R,) values: largest gap of their distribution functions, 0 to 1."""
     points = np.union1d(first, second)
     below = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (first, second)]
     return float(np.abs(below[0] - below[1]).max())
 
 
 def length_plot(path: Path, generated: np.ndarray, real: np.ndarray, title: str) -> None:
-    """Which share of pictures has how many tokens, as PNG: (R,) real ones filled, (B,) generated ones as a line."""
+    """Write a PNG with the histograms of tokens per picture: (R,) real ones filled, (B,) generated ones as a line."""
     least, most = int(min(generated.min(), real.min())), int(max(generated.max(), real.max()))
-    step = max(1, math.ceil((most - least + 1) / BARS))  # whole tokens a bar, or bars would differ by rounding
+    step = max(1, math.ceil((most - least + 1) / BARS))  # a bar covers whole tokens, the same number each
     edges = np.arange(least, most + 1 + step, step) - 0.5
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()

@@ -22,7 +22,7 @@ from pipeline.core.files import sha256_file
 from pipeline.core.run import Run
 from pipeline.data.shards import ShardDataset
 from pipeline.evaluation.evaluation_checks import BLIND
-from pipeline.evaluation.evaluator import Bench
+from pipeline.evaluation.evaluator import EvaluationSetup
 from tatok_model.metrics.scores import chain_orders, limit, mutual_information, partners, redundancy, unigram_bits
 from tatok_model.tokenizer import TaTok
 from tatok_model.tokens import Tokens
@@ -69,10 +69,10 @@ def check_blind(tokenizer: TaTok, blind: TaTok) -> None:
         raise BadInput(f"{BLIND} is another tokenizer; expected tokenizer.checkpoint, frozen")
 
 
-def information_results(run: Run, bench: Bench, tokenizer: TaTok, blind: TaTok | None) -> dict[str, float]:
+def information_results(run: Run, setup: EvaluationSetup, tokenizer: TaTok, blind: TaTok | None) -> dict[str, float]:
     """Redundancy and mutual information, in this process: one position a round is slow however it is shared out."""
     device = pick_device("evaluate", run.config.evaluate.device)
-    places = bench.plan.indices(np.arange(bench.plan.count))
+    places = setup.plan.indices(np.arange(setup.plan.count))
     with progress("information", len(places), "images") as shown:
 
         def advance(count: int) -> None:
@@ -80,8 +80,8 @@ def information_results(run: Run, bench: Bench, tokenizer: TaTok, blind: TaTok |
             if run.should_stop:
                 raise Stopped("evaluation was asked to stop; --resume measures anew")
 
-        size = bench.plan.batch_size
-        return measure_information(tokenizer, blind, bench.pictures, places, size, advance, device)
+        size = setup.plan.batch_size
+        return measure_information(tokenizer, blind, setup.pictures, places, size, advance, device)
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""From sums to named numbers, and what to say beside each; what a run with a curve leaves besides.
+"""From sums to named metrics, their notes and the report; a rate-distortion curve also leaves these files.
 
-    images.parquet                     a row per image: what it holds, and at each cut its tokens, bits and error
+    images.parquet                     a row per image: its content, and at each cut its tokens, bits and error
     pictures/rate_distortion.png       distortion against tokens and bits
     pictures/token_histogram.png       tokens per image at the operating point
     pictures/kept_patches.png          which patches are kept at three thresholds, and what is decoded from them
@@ -23,7 +23,7 @@ from pipeline.core.console import Row, columns, format_value, markdown, say, ter
 from pipeline.core.files import write_atomically
 from pipeline.core.plots import Curve, rate_distortion_plot, token_histogram
 from pipeline.core.run import Run
-from pipeline.evaluation.evaluator import Bench
+from pipeline.evaluation.evaluator import EvaluationSetup
 from pipeline.evaluation.measurements import OPERATING, Cut, CutSums, Measurements, NetworkSums
 from pipeline.evaluation.reference import Distance, Extractor, describe, known_reference, new_reference
 from pipeline.tokens.decoder import cut_warning
@@ -35,20 +35,20 @@ COLUMNS = ("tokens_per_image", "bits_fixed", "bits_coded", "psnr", "ssim")  # of
 BASELINE = "baseline_kmeans_"
 CurveResults = list[tuple[Cut, dict[str, float]]]  # the points of a curve in order, with their metrics
 
-SMALL = 2048  # images below which a Frechet distance says little
+SMALL = 2048  # images, below which a Frechet distance is too biased to compare
 
 
-def measured_with_distances(run: Run, bench: Bench, tokenizer: object) -> tuple[Measurements, list[Distance]]:
-    """Measure the tokenizer, and the originals too where a distance's statistics of them are not known yet.
+def measured_with_distances(run: Run, setup: EvaluationSetup, tokenizer: object) -> tuple[Measurements, list[Distance]]:
+    """Measure the tokenizer, and the originals too where their statistics for a distance are not known yet.
 
     Raises:
-        BadInput: kept or given statistics are of other images or another network.
+        BadInput: saved or given statistics are of other images or another network.
         Stopped: the run was asked to stop.
     """
-    metas = [describe(bench.pictures.manifest, bench.plan, extractor) for extractor in bench.extractors]
-    numbered = list(enumerate(bench.extractors))
+    metas = [describe(setup.pictures.manifest, setup.plan, extractor) for extractor in setup.extractors]
+    numbered = list(enumerate(setup.extractors))
     known = [known_reference(run, metas[i], extractor, main=i == 0) for i, extractor in numbered]
-    found = bench.measure("evaluate", tokenizer, None in known, bench.cuts)
+    found = setup.measure("evaluate", tokenizer, None in known, setup.cuts)
     originals = cast(NetworkSums, found.originals)  # measured where a reference is missing
     distances = []
     for i, extractor in numbered:
@@ -63,7 +63,7 @@ def measured_with_distances(run: Run, bench: Bench, tokenizer: object) -> tuple[
 def tokenizer_results(found: Measurements, distances: list[Distance], pixels: int, batch_size: int) -> dict[str, float]:
     """Every metric of a tokenizer at its operating point, by its name in summary.json.
 
-    Distances are those to report, the main one first; an image has so many pixels, height times width.
+    `distances` are those to report, the main one first; `pixels` is height times width of an image.
     """
     totals, n, main = found.totals, found.images, distances[0]
     results: dict[str, float] = {"images": n, "batch_size": batch_size}
@@ -78,7 +78,7 @@ def tokenizer_results(found: Measurements, distances: list[Distance], pixels: in
         results[f"codebook_usage_{kind}"] = usage.usage
         results[f"codebook_perplexity_{kind}"] = usage.perplexity
     for name, seconds in (("encode", totals.encode), ("rank", totals.rank), ("decode", totals.decode)):
-        if seconds:  # nothing is ranked where everything is kept
+        if seconds:  # 0 for `rank` where everything is kept
             results[f"{name}_images_per_second"] = totals.timed / seconds
     if totals.replay:
         results["replay_images_per_second"] = results["replay_checked_images"] / totals.replay
@@ -107,7 +107,7 @@ def distance_results(sums: CutSums, distances: list[Distance]) -> dict[str, floa
 
 
 def length_results(tokens: np.ndarray, bits_fixed: np.ndarray, bits_coded: np.ndarray, pixels: int) -> dict[str, float]:
-    """Of (B,) tokens and bits of each image; a generator takes one step per token."""
+    """Means and percentiles of (B,) tokens and bits of each image; a generator takes one step per token."""
     low, middle, high = np.percentile(tokens, (5, 50, 95)).tolist()
     mean, fixed, coded = _mean(tokens), _mean(bits_fixed), _mean(bits_coded)
     return {
@@ -125,7 +125,7 @@ def length_results(tokens: np.ndarray, bits_fixed: np.ndarray, bits_coded: np.nd
 
 
 def content_results(found: Measurements) -> dict[str, float]:
-    """Whether lengths, or at one length errors, follow what a picture holds: Spearman's rho with its size as PNG."""
+    """Spearman's rho of token counts, or of errors where all counts are equal, with a picture's size as PNG."""
     if found.contents is None:
         return {}
     content, lengths = found.contents.png_bytes, found.operating.lengths
@@ -139,7 +139,7 @@ def content_results(found: Measurements) -> dict[str, float]:
 
 
 def baseline_results(sums: CutSums, distances: list[Distance]) -> dict[str, float]:
-    """What a baseline is compared by."""
+    """Every metric of a baseline by its name."""
     quality = sums.quality.results()
     results = {name: quality[name] for name in ("psnr", "psnr_pooled", "ssim")} | distance_results(sums, distances)
     results["bits_per_image"] = float(sums.lengths.bits_fixed.mean())
@@ -147,17 +147,17 @@ def baseline_results(sums: CutSums, distances: list[Distance]) -> dict[str, floa
 
 
 def _mean(values: np.ndarray) -> float:
-    """The same to the last bit however images were shared out."""
+    """Exact summation, so that the order of images does not matter."""
     return math.fsum(values) / len(values)
 
 
-# What is said beside the numbers.
+# Notes and warnings beside the metrics.
 
 
 def distance_warnings(name: str, images: int, distance: Distance, compared: str) -> list[str]:
-    """What a reader must know before comparing a Frechet distance, over so many images, with others.
+    """Warnings for readers who compare a Frechet distance over `images` images with others.
 
-    `compared` is what it tells apart, in the plural.
+    `compared`: what the distance is to compare, e.g. "tokenizers".
     """
     found, reference = [], distance.reference
     if images < SMALL:
@@ -184,7 +184,7 @@ def cut_warnings(run: Run, found: Measurements) -> list[str]:
 
 
 def table(curve: CurveResults, rule: str, distances: list[Distance]) -> list[list[str]]:
-    """Header and a line for each point of a curve, for people; empty where there is no curve."""
+    """A header and a line for each point of a curve; empty where there is no curve."""
     names = [*COLUMNS, *(distance.name for distance in distances)]
     lines = [["cut", *(name.replace("_per_image", "") for name in names)]] if curve else []
     for point, values in curve:
@@ -194,10 +194,10 @@ def table(curve: CurveResults, rule: str, distances: list[Distance]) -> list[lis
 
 
 def rows(results: dict[str, float], extractor: Extractor, device: str) -> Iterator[Row]:
-    """The table: every result with a note, in the order they are in."""
+    """The table: every result with a note, in the order of `results`."""
     notes = _notes(results, extractor, device)
     for name, value in results.items():
-        bare = name.split("_", 2)[2] if name.startswith("baseline_") else name  # without which baseline it is of
+        bare = name.split("_", 2)[2] if name.startswith("baseline_") else name  # without "baseline_<which>_"
         yield Row(name, value, notes.get(name) or notes.get(bare, ""))
 
 
@@ -244,55 +244,55 @@ def _is_detail(name: str) -> bool:
     return name == "images" or name.endswith(ends) or "perplexity" in name
 
 
-# What is left in the run folder beside the numbers.
+# Files in the run folder.
 
 
 def report(
     run: Run,
     title: str,
     lines: list[Row],
-    told: list[str],
+    warnings: list[str],
     facts: dict[str, str],
     tracker: Tracker,
     cuts: list[list[str]] | None = None,
 ) -> None:
-    """Show the table with its warnings, and below it that of the `cuts`; `report.md` has all, with the facts."""
+    """Print the table with its warnings, and below it that of the `cuts`; `report.md` has all, with the facts."""
     path = run.folder / "report.md"
-    write_atomically(path, markdown(title, lines, told, facts, cuts).encode())
+    write_atomically(path, markdown(title, lines, warnings, facts, cuts).encode())
     run.outputs["report"] = str(path)
     tracker.artifact(path)
-    say(terminal_table(title, [line for line in lines if not _is_detail(line.name)], told))
+    say(terminal_table(title, [line for line in lines if not _is_detail(line.name)], warnings))
     if cuts:
         say("\n" + columns(cuts))
 
 
 def keep_curve(
-    run: Run, bench: Bench, found: Measurements, curve: CurveResults, distance: str, tracker: Tracker
+    run: Run, setup: EvaluationSetup, found: Measurements, curve: CurveResults, distance: str, tracker: Tracker
 ) -> None:
-    """Write a table of images, plots and a picture into the run folder; `distance` names the main Frechet distance."""
+    """Write `images.parquet` and the pictures into the run folder; `distance` names the main Frechet distance."""
     path = run.folder / "images.parquet"
-    write_atomically(path, _images_table(bench, found))
+    write_atomically(path, _images_table(setup, found))
     run.outputs["images"] = str(path)
     tracker.artifact(path)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
-    drawn = ["rate_distortion", "token_histogram", *(["kept_patches"] if bench.plan.grid else [])]
-    files = {name: folder / f"{name}.png" for name in drawn}
+    names = ["rate_distortion", "token_histogram", *(["kept_patches"] if setup.plan.grid else [])]
+    files = {name: folder / f"{name}.png" for name in names}
     _draw_curve(run, files["rate_distortion"], curve, distance)
     title = f"Tokens per image, {run.config.filter.rule} {run.config.filter.threshold:g}"
     token_histogram(files["token_histogram"], found.operating.lengths.tokens, title)
-    if bench.plan.grid:
-        _draw_kept(run, bench, files["kept_patches"], found, curve)
+    if setup.plan.grid:
+        _draw_kept(run, setup, files["kept_patches"], found, curve)
     for name, file in files.items():
         run.outputs[name] = str(file)
         tracker.picture(file, name, 0)
         tracker.artifact(file, "pictures")
 
 
-def _images_table(bench: Bench, found: Measurements) -> bytes:
+def _images_table(setup: EvaluationSetup, found: Measurements) -> bytes:
     """Parquet: id, label, png_bytes, total_score, then `operating_tokens`, ..., `curve00_tokens`, ..."""
-    places = bench.plan.indices(np.arange(bench.plan.count)).tolist()
-    table: dict[str, object] = {"id": bench.pictures.ids(places), "label": bench.pictures.labels(places)}
+    places = setup.plan.indices(np.arange(setup.plan.count)).tolist()
+    table: dict[str, object] = {"id": setup.pictures.ids(places), "label": setup.pictures.labels(places)}
     table |= {name: values for name, values in vars(found.contents).items() if values is not None}
     for name, sums in found.cuts.items():
         lengths = sums.lengths
@@ -300,8 +300,8 @@ def _images_table(bench: Bench, found: Measurements) -> bytes:
         table[f"{name}_squared_error"] = lengths.squared_error
         table[f"{name}_bits_fixed"] = lengths.charged(lengths.bits_fixed)
         table[f"{name}_bits_coded"] = lengths.charged(lengths.bits_coded)
-        worst = 255**2 * 3 * bench.pixels
-        table[f"{name}_psnr"] = 10 * np.log10(worst / np.maximum(lengths.squared_error, 1))  # as `images.psnr`
+        largest = 255**2 * 3 * setup.pixels  # squared error, summed over an image
+        table[f"{name}_psnr"] = 10 * np.log10(largest / np.maximum(lengths.squared_error, 1))  # as `images.psnr`
     file = io.BytesIO()
     pq.write_table(pa.table(table), file, compression="ZSTD")
     return file.getvalue()
@@ -329,7 +329,7 @@ def _draw_curve(run: Run, path: Path, points: CurveResults, distance: str) -> No
     rate_distortion_plot(path, lines, distance)
 
 
-def _draw_kept(run: Run, bench: Bench, path: Path, found: Measurements, curve: CurveResults) -> None:
+def _draw_kept(run: Run, setup: EvaluationSetup, path: Path, found: Measurements, curve: CurveResults) -> None:
     cuts = [point for point, _ in curve if point.threshold is not None]
     chosen = sorted({0, len(cuts) // 2, len(cuts) - 1})
     rows = []
@@ -337,4 +337,4 @@ def _draw_kept(run: Run, bench: Bench, path: Path, found: Measurements, curve: C
         shown = found.cuts[point.name].shown
         label = f"{run.config.filter.rule} {point.threshold:g}"
         rows.append(KeptRow(label, shown.kept_mask, shown.tokens, shown.pictures))
-    kept_patches_picture(path, bench.originals_shown(), rows)
+    kept_patches_picture(path, setup.originals_shown(), rows)

@@ -1,4 +1,4 @@
-"""Which generator fits a token stream, a tokenizer and what is asked of it; loading one. Imports no torch at the top.
+"""Checks that a generator fits a token stream, a tokenizer and the samples to draw. Imports no torch at the top.
 
 Symbols: M global tokens, N patch positions, K codebook entries.
 """
@@ -24,7 +24,7 @@ def global_tokens_of(manifest: TokenManifest, filter: FilterConfig) -> int:  # n
 
 
 def check_global_cut(manifest: TokenManifest, filter: FilterConfig) -> None:  # noqa: A002
-    """Refuse a cut that a stream of global tokens alone does not allow."""
+    """Refuse a number of global tokens that a stream without patch tokens does not have."""
     keep, most = global_tokens_of(manifest, filter), manifest.stream.global_tokens
     if not manifest.stream.score and not 1 <= keep <= most:
         raise BadInput(
@@ -37,7 +37,7 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
     """The generator of a stream at the configured cut.
 
     Args:
-        config: size, dropout, how positions are told, and the cut.
+        config: size, dropout, whether positions are generated or derived, and the cut.
         manifest: of the stream.
         shortest: patch tokens of the shortest sequence.
         longest: of the longest one, held-out ones included.
@@ -72,7 +72,7 @@ def generator_config(config: Config, manifest: TokenManifest, shortest: int, lon
 
 
 def check_start(config: Config, manifest: TokenManifest, found: GeneratorConfig) -> None:
-    """Refuse a `generator.checkpoint` to start from that writes other sequences than the stream has."""
+    """Refuse a `generator.checkpoint` to start from that was made for another kind of sequences."""
     path = config.generator.checkpoint
     wanted = {"size": config.generator.size, **_given(config, manifest)}
     for name, value in wanted.items():
@@ -84,7 +84,7 @@ def check_start(config: Config, manifest: TokenManifest, found: GeneratorConfig)
 
 
 def check_length(config: Config, found: GeneratorConfig, wanted: GeneratorConfig) -> None:
-    """Refuse a `generator.checkpoint` for longer sequences than it knows, or for other positions."""
+    """Refuse a `generator.checkpoint` made for shorter sequences, or for other positions."""
     path = config.generator.checkpoint
     if found.positions != wanted.positions:
         raise BadInput(
@@ -98,7 +98,7 @@ def check_length(config: Config, found: GeneratorConfig, wanted: GeneratorConfig
 
 
 def _given(config: Config, manifest: TokenManifest) -> dict[str, Any]:
-    """What the stream decides, by the names of `GeneratorConfig`."""
+    """The fields of `GeneratorConfig` that the stream decides."""
     stream = manifest.stream
     return {
         "classes": len(manifest.classes),
@@ -111,12 +111,12 @@ def _given(config: Config, manifest: TokenManifest) -> dict[str, Any]:
 
 
 def check_fit(config: Config, generator: GeneratorConfig, sha256: str = "") -> None:
-    """Refuse a generator that writes other tokens than the tokenizer reads, naming the first thing that differs.
+    """Refuse a generator whose tokens the tokenizer cannot decode, naming the first difference.
 
     Args:
-        config: with both checkpoints, the tokenizer's of the architecture that is configured.
+        config: with both checkpoints; its tokenizer section is that of `tokenizer.checkpoint`.
         generator: of `generator.checkpoint`.
-        sha256: of the tokenizer's weights; empty: looked up, except for one of the hub.
+        sha256: of the tokenizer's weights; empty: computed here, except for a checkpoint on the hub.
     """
     path, section = config.generator.checkpoint, config.tokenizer
     pairs = [("patch_tokens", section.patch_tokens), ("codebook_size", section.codebook_size)]
@@ -128,7 +128,7 @@ def check_fit(config: Config, generator: GeneratorConfig, sha256: str = "") -> N
                 f"generator.checkpoint {path!r} has {name} {getattr(generator, name)}; "
                 f"expected the tokenizer's, {wanted}"
             )
-    if generator.global_tokens > section.global_tokens:  # fewer: it writes sequences that lost their tail
+    if generator.global_tokens > section.global_tokens:  # fewer are fine: the decoder can do without the last ones
         raise BadInput(
             f"generator.checkpoint {path!r} has {generator.global_tokens} global tokens; "
             f"expected at most the tokenizer's, {section.global_tokens}"
@@ -144,13 +144,13 @@ def check_fit(config: Config, generator: GeneratorConfig, sha256: str = "") -> N
 
 
 def check_generator(config: Config) -> Config:
-    """Refuse a generator that cannot be used; one that would be trained first is checked as training does.
+    """Refuse a generator that cannot be used; where it has yet to be trained, run the check of that training.
 
     Returns:
-        The configuration with what is there already; `generator.checkpoint` is empty where it would be trained.
+        The configuration with the checkpoints that exist; `generator.checkpoint` is empty where it has to be trained.
 
     Raises:
-        BadInput: a checkpoint that is none or of another tokenizer, no tokenizer, or one of another architecture.
+        BadInput: no generator or one of another tokenizer; `tokenizer.checkpoint` is empty or of another architecture.
     """
     found = check_input(config, "generator.checkpoint")
     if not found.generator.checkpoint:
@@ -193,7 +193,7 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def asked_labels(config: GenerateConfig, classes: int) -> tuple[int, ...]:
-    """The classes that samples are asked to be of, in turn; -1 alone for none. A class beyond `classes` is refused."""
+    """The classes of the samples, in turn; (-1,) without classes. A label beyond `classes` is refused."""
     for label in config.labels:
         if label >= classes:
             known = f"0 to {classes - 1}, the generator's classes" if classes else "none: the generator has no classes"
@@ -204,14 +204,15 @@ def asked_labels(config: GenerateConfig, classes: int) -> tuple[int, ...]:
 
 
 def check_guidance(config: GenerateConfig, labels: tuple[int, ...], class_dropout: float) -> None:
-    """Refuse guidance towards no class, or by a generator that always knew the class: its class dropout was 0."""
+    """Refuse classifier-free guidance without classes, or by a generator that was trained without class dropout."""
     for name in ("guidance", "position_guidance"):
-        if (scale := getattr(config, name)) == 1:
+        scale = getattr(config, name)
+        if scale == 1:  # no guidance
             continue
         if labels == (-1,):
             raise BadInput(f"generate.{name} is {scale:g} without classes; expected 1: there is nothing to guide to")
         if class_dropout == 0:
             raise BadInput(
                 f"generate.{name} is {scale:g} with a generator trained at generator.class_dropout 0; expected 1: "
-                "it never wrote without being told the class"
+                "it cannot predict without a class"
             )

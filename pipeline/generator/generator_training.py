@@ -1,4 +1,4 @@
-"""Training a generator: what a step minimises, how it is validated, and the work of one worker.
+"""Training a generator: the objective, the validation, and the work of one worker.
 
 Shapes: B sequences.
 """
@@ -39,10 +39,10 @@ KINDS = ("globals", "positions", "codes")  # of bits
 
 
 class GeneratorObjective:
-    """What a generator minimises: the bits of all tokens of the global batch, divided by their number.
+    """The training loss of a generator: bits per token, averaged over the tokens of the global batch.
 
     Args:
-        state: what is trained.
+        state: model, optimizer and averaged weights.
         device: where the model lives.
         bf16: compute in bfloat16 under autocast; weights stay float32.
     """
@@ -53,15 +53,15 @@ class GeneratorObjective:
         self._images = self._tokens = self._computed = 0
 
     def parts(self, batch: TokenBatch) -> list[tuple[TokenPart, int]]:
-        """The parts of a batch, each with the tokens of the global batch."""
+        """The parts of a batch, each with the number of tokens of the global batch, by which its loss is divided."""
         return [(part, batch.tokens) for part in batch.parts]
 
     def forward(self, part: tuple[TokenPart, int]) -> tuple[Tensor, Terms]:
         """The loss of a part and its terms: `loss` in bits per token, `bits_{kind}` per image.
 
-        Losses add up over the parts: how a batch is cut does not change the gradient.
+        Losses add up over the parts: how a batch is divided into parts does not change the gradient.
         """
-        (sequences, labels, tokens), everywhere = part
+        (sequences, labels, tokens), batch_tokens = part
         self._count(sequences.lengths())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             bits = self.model(sequences.to(self.device), labels.to(self.device, non_blocking=True))
@@ -69,10 +69,10 @@ class GeneratorObjective:
         terms = {"loss": Mean(torch.stack(kinds).sum(), tokens)}
         terms |= {f"bits_{name}": Mean(kind, len(labels)) for name, kind in zip(KINDS, kinds, strict=True)}
         # Times the number of workers, because gradients are averaged over them.
-        return bits.total().sum() * distributed.world_size() / everywhere, terms
+        return bits.total().sum() * distributed.world_size() / batch_tokens, terms
 
     def metrics(self) -> dict[str, float]:
-        """The share of computed tokens that is padding, and tokens per image, since the last call."""
+        """The share of padding among computed tokens, and tokens per image, since the last call."""
         counts = torch.tensor([self._images, self._tokens, self._computed], device=self.device)
         images, tokens, computed = distributed.total(counts).tolist()
         self._images = self._tokens = self._computed = 0
@@ -85,15 +85,15 @@ class GeneratorObjective:
 
 
 class GeneratorValidator:
-    """Measures a generator on `count` held-out sequences, evenly spread over the split, shared out over the workers.
+    """Measures a generator on `count` held-out sequences, evenly spread over the split, divided among the workers.
 
     Args:
         dataset: the held-out split.
         count: how many of its sequences to use.
-        generate: how pictures are sampled.
+        generate: how example pictures are sampled.
         pictures: how many of them; 0: none.
-        tokenizer: decodes them; None where this worker draws none.
-        device: where models live.
+        tokenizer: decodes them; None on workers that draw none.
+        device: of the models.
     """
 
     def __init__(
@@ -108,53 +108,53 @@ class GeneratorValidator:
         self.dataset, self.generate, self.pictures, self.device = dataset, generate, pictures, device
         self.tokenizer = None if tokenizer is None else tokenizer.to(device).eval()
         indices = spread(len(dataset), count)
-        self._indices = indices[np.argsort(dataset.counts[indices], kind="stable")]  # alike in a batch: less padding
-        self._best, self._trained = float("inf"), float("inf")  # bits per token: held-out, and training's at that time
+        self._indices = indices[np.argsort(dataset.counts[indices], kind="stable")]  # batches of like length pad less
+        self._best, self._train_at_best = float("inf"), float("inf")  # bits per token: held-out, training
 
     @torch.inference_mode()
     def measure(self, model: Generator) -> dict[str, float]:
         """Metrics by their logged names; the same on every worker."""
-        values = distributed.summed(self._sums(model, *batch) for batch in self._batches())
-        images = values["images"]
-        metrics = {f"validation/bits_{name}": values[name] / images for name in KINDS}
-        total = sum(values[name] for name in KINDS)
+        sums = distributed.summed(self._sums(model, *batch) for batch in self._batches())
+        images = sums["images"]
+        metrics = {f"validation/bits_{name}": sums[name] / images for name in KINDS}
+        total = sum(sums[name] for name in KINDS)
         metrics["validation/bits_per_image"] = total / images
-        metrics["validation/bits_per_token"] = total / values["tokens"]
-        if values["patches"]:
-            metrics["validation/bits_per_code"] = values["codes"] / values["patches"]
+        metrics["validation/bits_per_token"] = total / sums["tokens"]
+        if sums["patches"]:  # number of patch tokens, where `codes` is the sum of their bits
+            metrics["validation/bits_per_code"] = sums["codes"] / sums["patches"]
         return metrics
 
     @torch.inference_mode()
     def examples(self, model: Generator) -> list[np.ndarray]:
-        """Rows of sampled pictures, (B, H, W, 3) uint8 each: those with which `jobs/generate.py` would begin."""
+        """Rows of sampled pictures, (B, H, W, 3) uint8 each: the first ones that `jobs/generate.py` would make."""
         if not self.pictures or self.tokenizer is None:
             return []
-        asked = asked_labels(self.generate, model.config.classes)
+        in_turn = asked_labels(self.generate, model.config.classes)
         numbers = np.arange(self.pictures)
-        labels = np.array(asked)[numbers % len(asked)]
-        asked_for, sample_numbers = (torch.from_numpy(array).to(self.device) for array in (labels, numbers))
-        sequences = sample(model, asked_for, sample_numbers, self.generate.seed, self.generate)
+        labels = np.array(in_turn)[numbers % len(in_turn)]
+        classes, keys = (torch.from_numpy(array).to(self.device) for array in (labels, numbers))
+        sequences = sample(model, classes, keys, self.generate.seed, self.generate)
         architecture = self.tokenizer.config
         tokens = sequences.to_tokens(architecture.patch_positions, architecture.global_tokens)
         return class_rows(decoded_pictures(self.tokenizer, tokens), labels)
 
     def warnings(self, model: Generator, latest: dict[str, float]) -> list[str]:
-        """Held-out bits that rise while training's fall: the generator learns its training set by heart."""
-        here, trained = latest["validation/bits_per_token"], latest.get("train/loss", float("inf"))
-        best, then = self._best, self._trained
-        if here < best:
-            self._best, self._trained = here, trained
-        if here <= best or trained >= then:
+        """A warning of overfitting: held-out bits rose above their best while training bits fell."""
+        heldout, train_bits = latest["validation/bits_per_token"], latest.get("train/loss", float("inf"))
+        best, train_at_best = self._best, self._train_at_best
+        if heldout < best:
+            self._best, self._train_at_best = heldout, train_bits
+        if heldout <= best or train_bits >= train_at_best:
             return []
         warning = (
-            f"held-out tokens cost {here:.3f} bits and cost {best:.3f} before, while those of training fell from "
-            f"{then:.3f} to {trained:.3f}: the generator learns its training set by heart; expected more data, "
-            "generator.dropout, or fewer steps"
+            f"held-out tokens cost {heldout:.3f} bits and cost {best:.3f} before, while those of training fell from "
+            f"{train_at_best:.3f} to {train_bits:.3f}: the generator learns its training set by heart; expected more "
+            "data, generator.dropout, or fewer steps"
         )
         return [warning]
 
     def _sums(self, model: Generator, sequences: Sequences, labels: Tensor) -> dict[str, float]:
-        """Bits by kind and what they are divided by, over a batch; an end counts as a token where it is predicted."""
+        """Sums over a batch: bits by kind, and the counts they are divided by; a predicted end counts as a token."""
         bits = model(sequences, labels)
         sums = zip(KINDS, (bits.globals_, bits.positions, bits.codes), strict=True)
         ends = len(labels) if bits.positions.shape[1] else 0
@@ -178,13 +178,13 @@ def work(
     deciding = decides(config, training.manifest)
     wanted = config.generator.from_codebook or train_config.grid_images
     tokenizer = _tokenizer(config, training) if wanted and config.tokenizer.checkpoint else None
-    told = cut_warning(config, config.filter.threshold, training.counts, training.limits)
-    if told and distributed.rank() == 0:
-        say(f"warning: {told}")
+    warning = cut_warning(config, config.filter.threshold, training.counts, training.limits)
+    if warning and distributed.rank() == 0:
+        say(f"warning: {warning}")
     state = starting_state(run, training, heldout, deciding, device, tokenizer)
-    draws = train_config.grid_images and distributed.rank() == 0
+    shows_pictures = train_config.grid_images and distributed.rank() == 0
     sizes = train_config.validation_images, config.generate, train_config.grid_images
-    validator = GeneratorValidator(heldout, *sizes, tokenizer if draws else None, device)
+    validator = GeneratorValidator(heldout, *sizes, tokenizer if shows_pictures else None, device)
     shape = state.model.config
     groups = max(section.length_groups, train_config.accumulation)
     batches = TokenBatches(
@@ -222,7 +222,7 @@ def starting_state(
     device: torch.device,
     tokenizer: TaTok | None,
 ) -> TrainState[Generator]:
-    """From the run's newest checkpoint, else from `generator.checkpoint`, else new, with the tokenizer's code vectors.
+    """From the run's newest checkpoint, else `generator.checkpoint`, else new weights from the tokenizer's codebook.
 
     Raises:
         BadInput: the run was begun with other values, or `generator.checkpoint` writes other sequences.

@@ -1,4 +1,4 @@
-"""One worker's way from numbers of samples to a shard of pictures: sample, decode, write, and the tokens beside it.
+"""The work of one worker: sample tokens, decode them, write a shard of pictures and a file of the tokens.
 
 Shapes: B pictures, M global tokens, T patch tokens of the longest sequence.
 """
@@ -28,11 +28,11 @@ from tatok_model.vit import one_thread
 
 @dataclass(frozen=True)
 class SamplingWork:
-    """How numbers of samples become a shard of pictures and a file of their tokens; see `ranges.Work`."""
+    """What a worker needs to make a shard of pictures and a file of their tokens; see `ranges.Work`."""
 
     folder: Path
     key: str
-    labels: tuple[int, ...]  # sample i is asked to be of class labels[i % len(labels)]; -1: of none
+    labels: tuple[int, ...]  # sample i has class labels[i % len(labels)]; -1: none
     classes: tuple[str, ...]  # name of each class
     seed: int
     sampling: SamplingConfig
@@ -42,15 +42,15 @@ class SamplingWork:
     folders: ClassVar[tuple[str, ...]] = ("shards", "tokens")
 
     def worker(self, models: Any, device: str) -> Callable[[RowRange], Part]:
-        """Models are the generator and the tokenizer."""
+        """The function that makes a range; `models` are the generator and the tokenizer."""
         generator, tokenizer = models
         return SamplingWorker(generator, tokenizer, self, device).make
 
 
 class SamplingWorker:
-    """Makes shards of pictures with a `Generator` and the `TaTok` whose tokens it writes.
+    """Makes shards of pictures with a `Generator` and the `TaTok` whose tokens it was trained on.
 
-    Warmed up by a batch of which nothing is kept: a whole one where the device has set-up to do for it, else a picture.
+    Warms up at construction: with a whole batch on a GPU, which sets up for its size, with one picture on the CPU.
     """
 
     def __init__(self, generator: Any, tokenizer: Any, work: SamplingWork, device: str) -> None:
@@ -60,8 +60,8 @@ class SamplingWorker:
 
     @one_thread()
     def make(self, task: RowRange) -> Part:
-        """Pictures and tokens of the samples of one range."""
-        watch, seconds = Stopwatch(self._device), []
+        """Sample, decode and write one range."""
+        watch, batch_seconds = Stopwatch(self._device), []
         tables: list[pa.Table] = []
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -69,8 +69,8 @@ class SamplingWorker:
                 numbers = np.arange(first, min(first + self._work.batch_size, task.stop))
                 started = time.perf_counter()
                 sequences, pictures = self._batch(numbers, watch)
-                if len(numbers) == self._work.batch_size:  # shorter ones would look fast
-                    seconds.append(time.perf_counter() - started)
+                if len(numbers) == self._work.batch_size:  # a last, shorter batch would look fast
+                    batch_seconds.append(time.perf_counter() - started)
                 tables.append(token_table(sequences, numbers, self._labels(numbers)))
                 yield from self._rows(numbers, pictures)
 
@@ -79,15 +79,15 @@ class SamplingWorker:
             data = to_parquet(pa.concat_tables(tables))
             tokens = write_shard(self._work.folder, f"tokens/part-{task.index:05d}.parquet", data, task.rows)
         files = {"file": pictures, "beside": tokens}
-        return Part(self._work.key, task.number, files, seconds=watch.seconds, batch_seconds=tuple(seconds))
+        return Part(self._work.key, task.number, files, seconds=watch.seconds, batch_seconds=tuple(batch_seconds))
 
     def _labels(self, numbers: np.ndarray) -> np.ndarray:
-        """(B,) int64 classes that are asked for."""
+        """(B,) int64 classes of the (B,) samples."""
         return np.array(self._work.labels, dtype=np.int64)[numbers % len(self._work.labels)]
 
     @torch.inference_mode()
     def _batch(self, numbers: np.ndarray, watch: Stopwatch) -> tuple[Sequences, np.ndarray]:
-        """Sequences, on the CPU, and (B, H, W, 3) uint8 pictures of (B,) samples."""
+        """Sequences, on the CPU, and (B, H, W, 3) uint8 pictures of the (B,) sample numbers."""
         labels, keys = (torch.from_numpy(values).to(self._device) for values in (self._labels(numbers), numbers))
         config = self._tokenizer.config
         bf16 = uses_bf16("auto", torch.device(self._device))
@@ -110,7 +110,7 @@ def token_table(sequences: Sequences, numbers: np.ndarray, labels: np.ndarray) -
     Args:
         sequences: B of them, on the CPU.
         numbers: (B,) of the samples.
-        labels: (B,) classes that were asked for.
+        labels: (B,) classes, -1 for none.
     """
     batch, width = sequences.global_indices.shape
     real, counts = sequences.real, sequences.counts.numpy()

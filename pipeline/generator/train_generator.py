@@ -90,7 +90,7 @@ def run(run: Run) -> None:
 
 
 def _check_tokens(config: Config, manifest: TokenManifest) -> None:
-    """Refuse a stream that does not fit the rest of the configuration."""
+    """Refuse a stream that does not fit the rest of the configuration, or example pictures that cannot be drawn."""
     path = config.tokens.path
     check_stream(config, manifest.stream)
     check_global_cut(manifest, config.filter)
@@ -108,6 +108,6 @@ def _check_tokens(config: Config, manifest: TokenManifest) -> None:
 
 
 def _check_pictures(config: Config, classes: int) -> None:
-    """Refuse classes or guidance of the pictures to draw that cannot be."""
+    """Refuse classes or guidance that the example pictures cannot have."""
     if config.train_generator.grid_images:
         check_guidance(config.generate, asked_labels(config.generate, classes), config.generator.class_dropout)

@@ -22,7 +22,7 @@ from pipeline.tracking import Tracker
 from pipeline.training.recorder import STOP_FILE
 
 EXIT_CODES = {FINISHED: EXIT_DONE, FAILED: EXIT_FAILED, STOPPED: EXIT_STOPPED}
-LOOK_SECONDS = 1.0  # between looks at what trials have logged
+POLL_SECONDS = 1.0  # between reads of the metrics of trials
 
 
 class ChildRun:
@@ -201,7 +201,7 @@ class TrialSearcher(Searcher):
 
     def look(self) -> None:
         """Now and then copy what trials have logged, and pass on a stop; Tune calls it in every step of its loop."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._looked < POLL_SECONDS:
             return
         self._looked = time.monotonic()
         for child in self._children.values():

@@ -14,7 +14,7 @@ from pipeline.core.config import Config
 from pipeline.core.errors import BadInput
 
 DRAWN = ("choice", "uniform", "log_uniform", "int")
-SHARED = (  # the same for all trials: how they are measured, and what has no part in a trial
+SHARED = (  # sections that no key may come from: the same for all trials, or not used by them
     "run", "data", "tracking", "sweep", "evaluate", "tokens", "generator", "train_generator", "generate", "benchmark",
     "extractor",
 )  # fmt: skip
@@ -22,12 +22,12 @@ SHARED = (  # the same for all trials: how they are measured, and what has no pa
 
 @dataclass(frozen=True)
 class Domain:
-    """The values of one key.
+    """The values that a sweep tries for one key.
 
     Attributes:
         key: `section.key`.
-        kind: `grid`, every value in turn, or one of DRAWN.
-        values: of grid and choice; low and high, both included, of the others.
+        kind: `grid`, every value in turn, or one of DRAWN, a random distribution.
+        values: all of them for grid and choice; (low, high), both included, for the others.
     """
 
     key: str
@@ -36,11 +36,11 @@ class Domain:
 
     @property
     def is_listed(self) -> bool:
-        """Whether `values` are all there are."""
+        """Whether `values` holds all possible values."""
         return self.kind in ("grid", "choice")
 
     def draw(self, source: random.Random) -> Any:
-        """One value of what is not a grid."""
+        """One random value; not for a grid."""
         if self.kind == "choice":
             return source.choice(self.values)
         low, high = self.values
@@ -48,14 +48,15 @@ class Domain:
             return source.randint(low, high)
         if self.kind == "uniform":
             return source.uniform(low, high)
-        return min(max(math.exp(source.uniform(math.log(low), math.log(high))), low), high)
+        value = math.exp(source.uniform(math.log(low), math.log(high)))
+        return min(max(value, low), high)  # exp may round to just outside
 
 
 def read_space(space: dict[str, Any]) -> list[Domain]:
     """The domains of `sweep.space`, in its order.
 
     Raises:
-        BadInput: a key that trials share or of another form, an empty range, or something that is no range.
+        BadInput: a key of SHARED or of another form, an empty range, or something that is no range.
     """
     return [_domain(str(key), value) for key, value in space.items()]
 
@@ -95,7 +96,7 @@ def _ends(key: str, kind: str, ends: Any) -> tuple[Any, ...]:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    """A list of finite numbers, also as text: YAML reads 1e-4 so; () where it is anything else."""
+    """Finite numbers of a list, also from text, as which YAML reads 1e-4; () for anything else."""
     if not isinstance(values, list | tuple):
         return ()
     try:
@@ -106,7 +107,7 @@ def _numbers(values: Any) -> tuple[float, ...]:
 
 
 def points(domains: list[Domain], samples: int, seed: int) -> list[dict[str, Any]]:
-    """Every grid point, `samples` times where something is drawn besides; the same for equal arguments."""
+    """Every grid point; `samples` times, with new draws, where other keys are random. Deterministic."""
     grid = [domain for domain in domains if domain.kind == "grid"]
     drawn = [domain for domain in domains if domain.kind != "grid"]
     source, made = random.Random(seed), []
@@ -128,8 +129,8 @@ def read_cuts(config: Config) -> dict[str, tuple[float, ...]]:
     """Cut rules and their thresholds, in order: `sweep.cuts`, else `filter.rule` at `evaluate.thresholds`.
 
     Raises:
-        BadInput: there is none, or something that is no list or range of numbers. Whether a threshold is within the
-            range of its rule is seen when the rule's evaluation is configured.
+        BadInput: no threshold, or something that is no list or range of numbers. `SweepPlan.evaluation_of` checks
+            whether a threshold is within the range of its rule.
     """
     cuts = config.sweep.cuts or {config.filter.rule: list(config.evaluate.thresholds)}
     if not any(cuts.values()) and not config.sweep.cuts:

@@ -18,7 +18,7 @@ from pipeline.sweeps.trials import CHECKPOINT, Ledger, SweepPlan, Trial
 from pipeline.tracking import Tracker, check_model_name, check_store, check_tracking
 from pipeline.training import train as training
 
-PARENT_SECONDS = 600.0  # how long a new database may take on a busy machine: children name their parent
+PARENT_SECONDS = 600.0  # wait for the MLflow run, which child runs refer to: a new database may take that long
 
 
 def check(config: Config) -> None:
@@ -82,7 +82,7 @@ def default_name(config: Config) -> str:
 
 
 def run(run: Run) -> None:
-    """Run the trials that are missing, then compare all."""
+    """Run the trials that have not ended, then compare all."""
     from pipeline.sweeps.driver import TrialSearcher
     from pipeline.sweeps.report import conclude
 
@@ -101,7 +101,7 @@ def run(run: Run) -> None:
     room = find_room(configs, plan.total, *_resources(run.config))
     say(room.sentence)
     tags = {"data_fingerprint": manifest.fingerprint, "threshold": plan.cuts_in_words}
-    # The configuration of a sweep names one number of global tokens, which its trials need not have.
+    # `run.config` has one number of global tokens, but trials may have others.
     global_tokens = ", ".join(map(str, sorted({config.tokenizer.global_tokens for config in configs})))
     with Tracker.start(run, {**tags, "global_tokens": global_tokens}) as tracker:
         TrialSearcher(run, plan, ledger, tracker.run_id(PARENT_SECONDS), tags).work(room.at_once)
@@ -109,7 +109,7 @@ def run(run: Run) -> None:
 
 
 def check_control(config: Config, manifest: Manifest) -> None:
-    """Refuse a control that was measured on other pictures than the trials will be.
+    """Refuse a `sweep.control`, the evaluation that trials are compared with, of other pictures than theirs.
 
     Raises:
         BadInput: other shards, or another number of pictures.
@@ -128,31 +128,31 @@ def check_control(config: Config, manifest: Manifest) -> None:
 
 
 def _resources(config: Config) -> tuple[float, float]:
-    """CPUs and GPUs of the cluster. Without Ray's dashboard, workers of trials that ASHA stops keep what they hold."""
+    """CPUs and GPUs of the cluster. Only with Ray's dashboard do workers of trials stopped by ASHA free theirs."""
     resources = most_resources(connect(dashboard=config.sweep.scheduler == "asha" and config.train.num_workers > 0))
     return resources.get("CPU", 0.0), resources.get("GPU", 0.0)
 
 
-# How many trials run at once: arithmetic before launch, because Ray would wait without end for what does not fit.
+# How many trials run at once: computed before launch, because Ray waits forever for resources that do not exist.
 
 
 @dataclass(frozen=True)
 class Room:
-    """What there is room for."""
+    """How many trials fit."""
 
     at_once: int
     sentence: str  # for people: what will run at once, and why
 
 
 def find_room(configs: list[Config], total: int, cpus: float, gpus: float) -> Room:
-    """How many of `total` trials run at once; the most demanding of their configurations counts.
+    """How many of `total` trials run at once, by the configuration that needs most CPUs.
 
-    A trial takes what the larger of its stages takes: training `num_workers` x `cpus_per_worker` CPUs (one CPU, in the
-    trial's own process, with no workers), evaluation a CPU for each of its workers. GPUs are shared out likewise where
+    A trial takes the CPUs of its larger stage: training `num_workers` x `cpus_per_worker` CPUs (one CPU, in the
+    trial's own process, with no workers), evaluation a CPU for each of its workers. GPUs are divided likewise where
     trials may use them; trials that train in their own process all use the first GPU, so that one runs at a time.
 
     Raises:
-        BadInput: not even one fits.
+        BadInput: not even one trial fits.
     """
     needs = {
         max(float(c.evaluate.num_workers), c.train.num_workers * c.train.cpus_per_worker or 1.0): c for c in configs

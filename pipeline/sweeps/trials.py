@@ -1,4 +1,4 @@
-"""The trials of a sweep, how each of their stages is configured, and the ledger of how they stand. No torch, no Ray.
+"""The trials of a sweep, the configurations of their stages, and the ledger of their status. No torch, no Ray.
 
 A sweep's folder holds, for the trial `trial-00-global_tokens-2`:
 
@@ -32,11 +32,11 @@ class Trial:
     """One model that is measured at every cut."""
 
     number: int  # from 0, in the order in which trials were planned
-    values: dict[str, Any]  # of the space, by `section.key`; of kind thresholds the checkpoint
+    values: dict[str, Any]  # of the space, by `section.key`; in a sweep of kind thresholds, the checkpoint
 
     @property
     def name(self) -> str:
-        """Of its run folder and its child run."""
+        """Name of its run folder and of its child run in MLflow."""
         parts = [f"trial-{self.number:02d}"]
         for key, value in self.values.items():
             if key == CHECKPOINT:  # `cifar10-train` of `runs/cifar10-train/checkpoint`
@@ -50,7 +50,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """How trials are configured."""
+    """Which trials there are, and the configuration of each of their stages."""
 
     config: Config  # of the sweep, with `data.shards` once they exist
     folder: Path  # of the sweep
@@ -68,7 +68,7 @@ class SweepPlan:
 
     @property
     def searches(self) -> bool:
-        """Whether trials learn from those before, so that they cannot be listed."""
+        """Whether values depend on the results of earlier trials, so that trials cannot be listed."""
         return self.trains and self.config.sweep.search == "optuna"
 
     @property
@@ -82,7 +82,7 @@ class SweepPlan:
         return "; ".join(f"{rule} {', '.join(f'{value:g}' for value in values)}" for rule, values in self.cuts.items())
 
     def trials(self) -> list[Trial]:
-        """All of them; empty where they cannot be listed."""
+        """All trials; empty for a search, whose trials are not known in advance."""
         if self.searches:
             return []
         sweep = self.config.sweep
@@ -92,16 +92,16 @@ class SweepPlan:
         return [Trial(i, values) for i, values in enumerate(points(read_space(sweep.space), sweep.samples, sweep.seed))]
 
     def samples(self) -> list[Trial]:
-        """Trials whose configurations show whether all can be configured: all, or those at the ends of the ranges."""
+        """Trials to check before the sweep: all, or for a search those at the ends of the ranges."""
         if not self.searches:
             return self.trials()
         return [Trial(i, values) for i, values in enumerate(corner_points(read_space(self.config.sweep.space)))]
 
     def config_of(self, trial: Trial) -> Config:
-        """The configuration of a trial, as the child run shows it and best.yaml is made of.
+        """The configuration of a trial, shown by its child run and written to best.yaml.
 
         Raises:
-            BadInput: an unknown key, or a value that cannot be.
+            BadInput: an unknown key, or an invalid value.
         """
         values = self.config.to_dict()
         for key, value in trial.values.items():
@@ -110,13 +110,13 @@ class SweepPlan:
                 raise BadInput(f"sweep.space has {key!r}; expected section.key, e.g. tokenizer.global_tokens")
             values[section] = {**values[section], name: value}
         path = trial.values.get(CHECKPOINT, "")
-        if not self.trains and path and not is_hub_id(path):  # models may differ: each has its own architecture
+        if not self.trains and path and not is_hub_id(path):  # each checkpoint has its own architecture
             values["tokenizer"] |= dataclasses.asdict(read_architecture(path))
-        values["evaluate"]["thresholds"] = []  # of the rule that filters; what is evaluated is set beside its rule
+        values["evaluate"]["thresholds"] = []  # `evaluation_of` sets those of each rule
         return config_from_dict(values)
 
     def training_of(self, trial: Trial) -> Config:
-        """The configuration of the trial's training; stages name their folders after the preset: it is the trial's."""
+        """The configuration of the trial's training, with the trial's name as preset, from which folders are named."""
         return self._inside(self.config_of(trial), trial.name)
 
     def evaluation_of(self, trial: Trial, rule: str, checkpoint: str) -> Config:
@@ -136,41 +136,41 @@ class SweepPlan:
             raise BadInput(f"sweep.cuts of the rule {rule}: {error}") from None
 
     def task_of(self, trial: Trial) -> dict[str, Any]:
-        """All that a worker has to know of a trial, as plain values; `training` is None where a checkpoint is given.
+        """A trial as plain values for a worker; `training` is None where a checkpoint is given.
 
         Raises:
-            BadInput: values that cannot be configured.
+            BadInput: invalid values.
         """
         checkpoint = "" if self.trains else trial.values[CHECKPOINT]
         return {
-            "folder": str(self.folder / trial.name),  # a worker of Tune keeps there what the stages print
+            "folder": str(self.folder / trial.name),  # where a Tune worker writes the output of the stages
             "training": None if checkpoint else self.training_of(trial).to_dict(),
             "evaluations": [self.evaluation_of(trial, rule, checkpoint).to_dict() for rule in self.cuts],
         }
 
     def evaluation_folder(self, trial: Trial, rule: str) -> Path:
-        """Where the evaluation's run folder is."""
+        """The evaluation's run folder."""
         return self.folder / f"{trial.name}-{rule}-evaluate"
 
     def training_folder(self, trial: Trial) -> Path:
-        """Where the training's run folder is."""
+        """The training's run folder."""
         return self.folder / f"{trial.name}-train"
 
     def _inside(self, config: Config, preset: str) -> Config:
-        """A stage of a trial: inside the sweep's folder, and not tracked, because the child run shows it."""
+        """A stage of a trial: in the sweep's folder, and not tracked, because the trial's child run is."""
         config = dataclasses.replace(config, preset=preset, sweep=type(config.sweep)())
         return config.with_values(
             "run", output=str(self.folder), name="", make=self.trains or config.run.make
         ).with_values("tracking", uri="")
 
 
-# Which trials there are and how they stand: `trials.json` in the sweep's folder, written before others rely on it.
+# The ledger: `trials.json` in the sweep's folder, written before every start and after every end of a trial.
 
 FORMAT, VERSION = "tatok-trials", 1
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
-INTERRUPTED = "interrupted"  # an end after which a trial still counts as running: a resumed sweep goes on with it
-SECTIONS = ("tokenizer", "losses", "kept_sets", "train", "filter")  # decide what a trial is worth
-DECIDES = (  # of other sections
+INTERRUPTED = "interrupted"  # such a trial still counts as running: a resumed sweep continues it
+SECTIONS = ("tokenizer", "losses", "kept_sets", "train", "filter")  # decide the results of a trial
+DECIDES = (  # so do these keys of other sections
     "sweep.kind", "sweep.checkpoints", "sweep.space", "sweep.search", "sweep.samples", "sweep.seed", "sweep.objective",
     "sweep.budget_tokens", "sweep.rate", "sweep.control", "data.source", "data.heldout_source", "data.shards",
     "train.max_steps", "train.max_minutes", "evaluate.extractor", "evaluate.max_images",
@@ -179,7 +179,7 @@ DECIDES = (  # of other sections
 
 @dataclass
 class Entry:
-    """One trial that was begun."""
+    """A started trial and its status."""
 
     trial: Trial
     status: str = RUNNING
@@ -188,10 +188,10 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """All trials that were begun."""
+    """All started trials."""
 
     path: Path
-    begun: dict[str, Any]  # what decides which trials there are and what they are worth
+    begun: dict[str, Any]  # the settings that decide trials and results, as of the sweep's first start
     entries: list[Entry] = field(default_factory=list)
 
     @classmethod
@@ -199,7 +199,7 @@ class Ledger:
         """The ledger in the plan's folder, or a new one.
 
         Raises:
-            BadInput: the sweep was begun with other trials in mind, or the file is not a ledger.
+            BadInput: the sweep was started with other settings, or the file is not a ledger.
         """
         path, begun = plan.folder / "trials.json", _begun(plan)
         if not path.exists():
@@ -209,26 +209,26 @@ class Ledger:
             if (read["format"], read["version"]) != (FORMAT, VERSION):
                 raise ValueError(read["format"])
             entries = [Entry(Trial(e["number"], e["values"]), e["status"], e["reason"]) for e in read["trials"]]
-            before = dict(read["begun"])
+            first_settings = dict(read["begun"])
         except (KeyError, TypeError, ValueError):
             raise BadInput(f"{str(path)!r} is damaged; expected a file of format {FORMAT} version {VERSION}") from None
-        check_unchanged(before, begun)
+        check_unchanged(first_settings, begun)
         return cls(path, begun, entries)
 
     def begin(self, trial: Trial) -> None:
-        """Note that a trial begins or goes on."""
+        """Record that a trial starts or continues."""
         if not any(entry.trial.number == trial.number for entry in self.entries):
             self.entries.append(Entry(trial))
         self._save()
 
     def end(self, number: int, status: str, reason: str = "") -> None:
-        """Note how a trial ended."""
+        """Record how a trial ended."""
         entry = next(entry for entry in self.entries if entry.trial.number == number)
         entry.status, entry.reason = status, reason
         self._save()
 
     def of(self, *statuses: str) -> list[Entry]:
-        """Trials that stand so, in the order of their numbers."""
+        """Trials with one of these statuses, in the order of their numbers."""
         return sorted((e for e in self.entries if e.status in statuses), key=lambda entry: entry.trial.number)
 
     @property

@@ -1,8 +1,7 @@
-"""Ray Tune around the trials: it places them, runs them side by side and, with ASHA, stops those that fall behind.
+"""Running trials on Ray Tune: it places them, runs several at once and, with ASHA, stops the worst early.
 
-A trial trains, then evaluates at every cut; stages that are finished are not repeated. It does not talk to MLflow: what
-its stages leave in their run folders is read by the driver. Tune's own state is not used to resume, the ledger
-is (see trials.py).
+A trial trains, then evaluates at every cut; finished stages are not repeated. The driver, not the trial, sends the
+results to MLflow, from the run folders. A resumed sweep uses the ledger of trials.py, not Tune's own state.
 """
 
 import logging
@@ -30,10 +29,10 @@ from pipeline.sweeps.trials import FAILED, FINISHED, INTERRUPTED, SweepPlan, Tri
 
 METRIC, STEP = "psnr", "step"  # reported to Tune while a trial trains
 VALIDATED = "validation/psnr"  # as training logs it
-LOOK_SECONDS = 0.5  # between looks at the metrics of a training
+POLL_SECONDS = 0.5  # between reads of the metrics of a training
 LOCK_SECONDS = 60.0  # how long a run folder may still be held by a worker of a sweep that was killed
 STDERR = 2  # file descriptor
-SHARE = {"memory": 2**20}  # bytes; what a trial itself takes. A CPU for it would be one less for its workers
+TRIAL_RESOURCES = {"memory": 2**20}  # bytes; no CPU, so that the workers of its stages can have them all
 
 
 class LookCallback(tune.Callback):
@@ -47,31 +46,31 @@ class LookCallback(tune.Callback):
         self._look()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune saves what it is given."""
+        """No state: Tune pickles its callbacks, and nothing of this one needs saving."""
         return {}
 
 
 def run_tune(
     config: Config, folder: Path, total: int, at_once: int, searcher: Searcher, look: Callable[[], None]
 ) -> None:
-    """Run at most `total` trials, `at_once` side by side, until the searcher has none left and all have ended.
+    """Run at most `total` trials, `at_once` at a time, until the searcher has none left and all have ended.
 
-    Calls `look` meanwhile, several times a second.
+    Calls `look` several times a second.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our run folders hold all of it
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # our run folders hold the same
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # a job's orderly stop needs SIGINT
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its state is not used
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one announces an experiment whatever `verbose` is
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it would miss the files that are switched off above
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its state is not used, so hardly ever save it
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints even with verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns of the files that are switched off above
     _make_actors_of_ray_data()
     tune.Tuner(
-        tune.with_resources(in_tune, tune.PlacementGroupFactory([SHARE])),
+        tune.with_resources(in_tune, tune.PlacementGroupFactory([TRIAL_RESOURCES])),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=_scheduler(config),
             num_samples=total,
             max_concurrent_trials=at_once,
-            trial_dirname_creator=lambda trial: trial.trial_id,  # else made of the whole configuration
+            trial_dirname_creator=lambda trial: trial.trial_id,  # the default contains the whole configuration
         ),
         run_config=tune.RunConfig(
             name=f"{folder.name}-{int(time.time())}",
@@ -84,9 +83,9 @@ def run_tune(
 
 
 def _make_actors_of_ray_data() -> None:
-    """Made by a trial, they would lie in its placement group and end with it, while the trial beside it uses them.
+    """Make Ray Data's shared actors here: made by a trial, they would end with its placement group.
 
-    That one then fails with ActorUnschedulableError (seen with Ray 2.60); Ray Data has no public call for this.
+    Other trials would then fail with ActorUnschedulableError (seen with Ray 2.60). There is no public call for this.
     """
     from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
     from ray.data._internal.stats import get_or_create_stats_actor
@@ -96,22 +95,23 @@ def _make_actors_of_ray_data() -> None:
 
 
 def _scheduler(config: Config) -> Any:
+    """ASHA as configured, which stops trials with a low validation PSNR early; None: nothing is stopped."""
     if config.sweep.scheduler == "none":
         return None
     return AsyncHyperBandScheduler(
         time_attr=STEP,
         metric=METRIC,
         mode="max",
-        max_t=config.train.max_steps + 1,  # it stops what reaches max_t, and evaluation comes after the last step
+        max_t=config.train.max_steps + 1,  # Tune stops a trial at max_t, but evaluation comes after the last step
         grace_period=config.sweep.grace_steps or config.train.validate_every,
         reduction_factor=config.sweep.reduction,
     )
 
 
 class OptunaProposals:
-    """Values of trials that learn from those before, by Tune's `OptunaSearch` with a Parzen estimator.
+    """Proposes values of trials from the results of earlier ones: Tune's `OptunaSearch` with TPE.
 
-    `first` is the number of the trial that is proposed first: after a resume the draws are others than before.
+    `first`, the number of the first trial to propose, is part of the seed, so that a resumed sweep draws new values.
     """
 
     def __init__(self, plan: SweepPlan, first: int) -> None:
@@ -126,7 +126,7 @@ class OptunaProposals:
                 return kinds.IntDistribution(*domain.values)
             if domain.kind in ("uniform", "log_uniform"):
                 return kinds.FloatDistribution(*domain.values, log=domain.kind == "log_uniform")
-            return kinds.CategoricalDistribution(range(len(domain.values)))  # Optuna takes no lists as values
+            return kinds.CategoricalDistribution(range(len(domain.values)))  # indices: Optuna takes no lists as values
 
         startup = min(10, max(sweep.samples // 2, 2))
         sampler = optuna.samplers.TPESampler(seed=sweep.seed + first, n_startup_trials=startup)
@@ -141,7 +141,7 @@ class OptunaProposals:
         return {d.key: d.values[drawn[d.key]] if d.is_listed else drawn[d.key] for d in self._domains}
 
     def learn(self, trial: Trial, loss: float | None) -> None:
-        """A trial finished; `loss` is less the better it is. One without a finite loss says nothing."""
+        """Add the result of a trial, a `loss` to minimise; one that is not finite is ignored."""
         if loss is not None and math.isfinite(loss):
             values = trial.values  # also of trials that another process proposed, before a resume
             point = {d.key: d.values.index(values[d.key]) if d.is_listed else values[d.key] for d in self._domains}
@@ -152,7 +152,7 @@ class OptunaProposals:
 
 
 def work(task: dict[str, Any]) -> None:
-    """Do all that a trial has to do and was not done before; `TrialSearcher` makes the task.
+    """Run all stages of a trial that are not finished; `TrialSearcher` makes the task.
 
     Raises:
         BadInput, Stopped: as the stages.
@@ -168,7 +168,7 @@ def work(task: dict[str, Any]) -> None:
 
 
 def _once(stage: str, config: Config) -> None:
-    """Run a stage, or go on with it, unless it is finished."""
+    """Run or resume a stage, unless it is finished."""
     folder = _folder(stage, config)
     with suppress(OSError, ValueError):
         if read_summary(folder)["status"] == "finished":
@@ -190,14 +190,14 @@ def outcome_of(problem: BaseException) -> dict[str, str]:
 
 
 def in_tune(task: dict[str, Any]) -> None:
-    """The function that Tune runs: works in a thread of its own and reports what its training validates meanwhile."""
+    """The function that Tune runs: `work` in a thread, while this one reports the training's validations."""
     outcome = {"outcome": FINISHED, "reason": ""}
 
     def do() -> None:
         with _output_to(Path(task["folder"]) / "output.txt"):
             try:
                 work(task)
-            except BaseException as problem:  # noqa: BLE001 - whatever it was, it is reported and ends this trial only
+            except BaseException as problem:  # noqa: BLE001 - any error is reported and ends this trial only
                 traceback.print_exc()
                 outcome.update(outcome_of(problem))
 
@@ -206,7 +206,7 @@ def in_tune(task: dict[str, Any]) -> None:
     last = {STEP: 0, METRIC: -math.inf}
     lines = GrowingMetrics(_folder("train", config_from_dict(task["training"]))) if task["training"] else None
     while thread.is_alive():
-        thread.join(LOOK_SECONDS)
+        thread.join(POLL_SECONDS)
         for line in lines.new() if lines else ():
             value = line.metrics.get(VALIDATED, math.nan)
             if line.step > last[STEP] and not math.isnan(value):
@@ -216,13 +216,13 @@ def in_tune(task: dict[str, Any]) -> None:
 
 
 class GrowingMetrics:
-    """The whole lines of a run's `metrics.jsonl` that grows, or that is written anew by a training that goes on."""
+    """Follows a run's `metrics.jsonl`, to which lines are appended and which a resumed training rewrites."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._read = folder / METRICS, b""
 
     def new(self) -> list[LoggedLine]:
-        """Lines since the last call, all of them where the file does not begin as it did."""
+        """Complete lines since the last call; all lines if the file was rewritten."""
         data = self._path.read_bytes() if self._path.exists() else b""
         data = data[: data.rfind(b"\n") + 1]
         fresh = data[len(self._read) :] if data.startswith(self._read) else data
@@ -232,9 +232,9 @@ class GrowingMetrics:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """What is printed goes into a file: of several trials side by side, people could not tell whose it is.
+    """Redirect all output to a file, because that of several trials would be mixed.
 
-    Ray's C++ part writes to the file descriptor itself.
+    Also the file descriptor of stderr, to which Ray's C++ part writes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     before = os.dup(STDERR)

@@ -1,7 +1,7 @@
 """Tokens as Arrow tables and Parquet files: the full ranked stream, which can be cut again at every threshold.
 
-A row holds an image's patch tokens in the order of its ranking. Scores are whole numbers of score units and stored in
-the score's unit, which the metadata name: exact in float32 up to 2^24 of them.
+A row holds an image's patch tokens in the order of its ranking. Scores are whole numbers of score units, but stored
+in the score's unit, which the metadata name; up to 2^24 score units are exact in float32.
 
 Shapes: B images, M global tokens, N patch positions, K codebook entries.
 """
@@ -31,29 +31,30 @@ SCHEMA = pa.schema(
         "label": pa.int32(),  # -1: none
         "global_indices": INTEGERS,  # M codebook entries
         "patch_indices": INTEGERS,  # N codebook entries, the most informative first
-        "patch_positions": INTEGERS,  # their places in raster order
-        "scores": NUMBERS,  # what each step of the ranking adds, in the score's unit
+        "patch_positions": INTEGERS,  # their positions in raster order
+        "scores": NUMBERS,  # theirs, in the score's unit
     }
 )
 
 
 def to_table(tokens: Tokens, ids: Sequence[str], labels: np.ndarray, stream: Stream) -> pa.Table:
-    """Rows of `SCHEMA` with the stream's facts in the metadata.
+    """Rows of `SCHEMA`, with `stream` in the metadata.
 
     Args:
         tokens: B images as `TaTok.rank` returns them, or as `TaTok.encode` does where there are no patch tokens.
-        ids: B of them.
+        ids: B names of pictures.
         labels: (B,) class indices, -1 where there is none.
-        stream: what the tokens are.
+        stream: describes the tokens.
 
     Raises:
-        ValueError: tokens that are cut, or ranked otherwise than the stream says.
+        ValueError: tokens that are cut, or ranked otherwise than in the stream.
     """
     ranking = tokens.ranking
     ranked = (ranking.score, ranking.rounds) if ranking else ("", 0)
     if ranked != (stream.score, stream.rounds):
         raise ValueError(f"tokens are ranked by {ranked}; expected {(stream.score, stream.rounds)}, as the stream says")
-    if tokens.global_counts is not None or bool((tokens.kept_mask != (ranking is not None)).any()):
+    whole = bool((tokens.kept_mask == (ranking is not None)).all())  # without patch tokens the mask is all False
+    if tokens.global_counts is not None or not whole:
         raise ValueError("tokens are cut; expected all of them: a stream holds the full ranking")
     if ranking is None:
         codes = order = units = torch.zeros(len(tokens), 0, dtype=torch.int64)
@@ -71,10 +72,10 @@ def to_table(tokens: Tokens, ids: Sequence[str], labels: np.ndarray, stream: Str
 
 
 def from_table(table: pa.Table) -> tuple[Tokens, list[str], np.ndarray]:
-    """What `to_table` was given: tokens with their ranking and every patch token kept, ids, (B,) int32 labels.
+    """Inverse of `to_table`: tokens with their ranking and every patch token kept, ids, (B,) int32 labels.
 
     Raises:
-        BadInput: other columns, no or foreign metadata, or values that no tokenizer of such a stream gives.
+        BadInput: other columns, missing or foreign metadata, or values that such a stream cannot have.
     """
     stream = stream_in(table, "the table")
     if "score_bits" in table.column_names:  # version 1
@@ -153,7 +154,7 @@ def read_token_file(folder: str, file: TokenFile, stream: Stream) -> pa.Table:
 def _tokens(
     stream: Stream, globals_: torch.Tensor, codes: torch.Tensor, order: torch.Tensor, units: torch.Tensor
 ) -> Tokens:
-    """(B, M) entries; (B, N) entries, positions and score units in the order of ranking, or (B, 0)."""
+    """Tokens from (B, M) entries and (B, N) entries, positions and score units in ranking order, or (B, 0)."""
     shape = (len(globals_), stream.patch_positions)
     patches = torch.zeros(shape, dtype=torch.int64)
     if not stream.score:
@@ -163,18 +164,18 @@ def _tokens(
 
 
 def lists(values: np.ndarray, lengths: np.ndarray, kind: pa.DataType = INTEGERS) -> pa.Array:
-    """Numbers, one row after the other, as lists of those lengths."""
+    """An Arrow array of lists with these lengths from their concatenated numbers."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values).cast(kind.value_type), type=kind)
 
 
 def _lists(values: torch.Tensor, kind: pa.DataType) -> pa.Array:
-    """(B, L) numbers as B lists."""
+    """(B, L) numbers as an Arrow array of B lists."""
     return lists(values.cpu().numpy().ravel(), np.full(len(values), values.shape[1]), kind)
 
 
 def _matrix(table: pa.Table, name: str, length: int) -> np.ndarray:
-    """B lists as (B, length) numbers."""
+    """A column of B lists as (B, length) numbers."""
     column = table.column(name).combine_chunks()
     sizes = column.value_lengths().to_numpy(zero_copy_only=False)
     if column.null_count or not (sizes == length).all():

@@ -1,4 +1,4 @@
-"""`tokens.json`: what a folder of ranked token streams holds, and how rows are dealt out to files.
+"""`tokens.json`, the manifest of a folder of ranked tokens; and how rows are divided into files.
 
 docs/architecture.md has the format. Imports neither torch nor ray, so that a stage's `check` answers at once.
 
@@ -26,12 +26,12 @@ FORMAT, VERSION, OLDEST = "tatok-tokens", 2, 1  # version 1 had scores in bits a
 NAME, WRITER = "tokens.json", "jobs/tokenize_images.py"
 METADATA = b"tatok_tokens"  # the key in a file's schema metadata
 RANGE_ROWS = 1024  # rows per range: seconds of work, a few megabytes of tokens
-SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # of the tokenizer section and of a stream
+SHAPING = ("global_tokens", "codebook_size", "image_size", "patch_size")  # in the tokenizer section and in `Stream`
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Without this, rows of tokens mean nothing: every file carries it in its metadata."""
+    """Describes rows of tokens, which mean nothing without it: it is in the metadata of every file."""
 
     score: str  # a key of `filtering_rules.SCORES`; "" without patch tokens: there is nothing to rank
     rounds: int  # R of the ranking; 0 without patch tokens
@@ -41,15 +41,15 @@ class Stream:
     codebook_size: int  # K
     image_size: int  # pixels, square
     patch_size: int  # pixels, square
-    line: QualityLine | None = None  # from what a cut leaves unsaid to dB, for the rule `quality`
+    line: QualityLine | None = None  # from the score that a cut drops to dB, for the rule `quality`
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the metadata of a file and at the beginning of `tokens.json`."""
+        """Plain values for the metadata of a file and the beginning of `tokens.json`."""
         unit = SCORES[self.score].unit if self.score else ""
         return {"format": FORMAT, "version": VERSION, **asdict(self), "unit": unit}
 
     def metadata(self) -> dict[bytes, bytes]:
-        """Of an Arrow schema."""
+        """The metadata of an Arrow schema."""
         return {METADATA: json.dumps(self.to_dict(), sort_keys=True).encode()}
 
 
@@ -73,7 +73,7 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class TokenManifest:
-    """What was made, from what, and its checksums."""
+    """All token files of a folder, their stream and origin, and checksums."""
 
     stream: Stream
     config: dict[str, Any]  # the keys of the tokens section that decide rows
@@ -83,21 +83,21 @@ class TokenManifest:
     fingerprint: str  # of the tokens: sha256 over the file checksums
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the file: what the stream is stands beside the rest."""
+        """Plain values for the file, those of the stream beside the others."""
         values = asdict(self)
         del values["stream"]
         return {**self.stream.to_dict(), **values}
 
 
 def stream_of(config: Config, tokenizer_sha256: str, lines: Iterable[QualityLine] = ()) -> Stream:
-    """The stream that a configuration asks for, of a tokenizer with these weights and quality lines."""
-    section, ranked = config.tokenizer, config.tokenizer.patch_tokens
+    """The `Stream` that a configuration makes with a tokenizer of these weights and quality lines."""
+    section, has_patches = config.tokenizer, config.tokenizer.patch_tokens  # only patch tokens are ranked
     return Stream(
-        score=config.filter.score if ranked else "",
-        rounds=config.filter.rounds if ranked else 0,
+        score=config.filter.score if has_patches else "",
+        rounds=config.filter.rounds if has_patches else 0,
         tokenizer_sha256=tokenizer_sha256,
         patch_positions=section.patch_positions,
-        line=line_of(lines, config.filter.score, config.filter.rounds) if ranked else None,
+        line=line_of(lines, config.filter.score, config.filter.rounds) if has_patches else None,
         **{name: getattr(section, name) for name in SHAPING},
     )
 
@@ -109,14 +109,14 @@ def fingerprint(splits: dict[str, TokenSplit]) -> str:
 
 
 def stream_from_dict(values: Any, what: str) -> Stream:
-    """The stream that `Stream.to_dict` made plain.
+    """Inverse of `Stream.to_dict`.
 
     Args:
         values: as read from JSON.
-        what: they are of, for messages.
+        what: where they were read, for messages.
 
     Raises:
-        BadInput: another program's, of another version, or damaged.
+        BadInput: values of another program or version, or damaged ones.
     """
     check_format(values, what, (FORMAT, VERSION), WRITER, OLDEST)
     stream = parse_values(Stream, values, what)
@@ -134,7 +134,7 @@ def read_token_manifest(folder: str | Path) -> TokenManifest:
     """The manifest of the tokens in `folder`, a path or URL.
 
     Raises:
-        BadInput: there is none, or it is another program's, of another version, or damaged.
+        BadInput: there is no manifest, or one of another program or version, or a damaged one.
     """
     what = f"{NAME} in {str(folder)!r}"
     values = read_described(folder, NAME, WRITER, "tokens.path")
@@ -146,12 +146,12 @@ def read_token_manifest(folder: str | Path) -> TokenManifest:
 
 
 def check_stream(config: Config, stream: Stream) -> None:
-    """Refuse a stream that this configuration cannot decode: of another tokenizer, score or R, or without dB.
+    """Refuse a stream of another tokenizer, score or R than configured, or one that the rule `quality` cannot cut.
 
-    A tokenizer of the hub is compared once it is here, see `check_tokenizer`.
+    A tokenizer on the hub is compared by `check_tokenizer` once it is downloaded.
 
     Raises:
-        BadInput: naming the first thing that differs.
+        BadInput: naming the first difference.
     """
     wanted = stream_of(config, stream.tokenizer_sha256)
     path = config.tokens.path
@@ -197,17 +197,17 @@ def check_tokenizer(config: Config, stream: Stream, sha256: str) -> None:
         )
 
 
-# Which pictures or rows go into which file: decided by how many there are and by the batch size, never by how many
-# workers there are, so that a range becomes the same bytes whoever makes it.
+# Which pictures or rows go into which file depends on their number and the batch size, never on the number of workers,
+# so that every worker would write the same bytes for a range.
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at a picture."""
+    """A picture or an augmented copy of it, each a row of its own."""
 
     name: str  # at the end of the row's id; empty: the picture itself
-    mirrored: bool = False  # left for right
-    copy: int = 0  # 1, 2, ...: shifted and mirrored at random, by this number; 0: neither
+    mirrored: bool = False  # left to right
+    copy: int = 0  # 1, 2, ...: shifted and mirrored at random, seeded by this number; 0: not
 
 
 def views_of(split: str, config: TokensConfig) -> list[View]:
@@ -221,9 +221,9 @@ def views_of(split: str, config: TokensConfig) -> list[View]:
 
 @dataclass(frozen=True)
 class RowRange:
-    """Some of the rows that were chosen of a split, which are numbered 0 to count - 1; see `ranges.Range`.
+    """Consecutive rows of those chosen from a split, numbered 0 to count - 1; see `ranges.Range`.
 
-    A picture is one row for each of its views; all of them are in one range.
+    A picture has one row for each of its views; all of them are in one range.
     """
 
     number: int  # over both splits; names the part
@@ -231,26 +231,26 @@ class RowRange:
     index: int  # within the split; names the file
     start: int  # number of the first row
     stop: int  # one past the last
-    count: int  # rows chosen of the split
+    count: int  # rows chosen from the split
     total: int  # rows in the split
-    views: int = 1  # rows of a picture that is to become tokens
+    views: int = 1  # rows of each picture
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """How many rows."""
         return self.stop - self.start
 
     def places(self) -> np.ndarray:
-        """In the split, of rows that exist: spread evenly over it, because shards may be sorted by class."""
+        """(rows,) indices of the rows in the split: spread evenly over it, because shards may be sorted by class."""
         return np.arange(self.start, self.stop) * self.total // self.count
 
     def pictures(self) -> np.ndarray:
-        """Places in the split of the pictures whose views become rows, spread likewise."""
+        """(rows / views,) indices of the pictures in the split, spread evenly like `places`."""
         return np.arange(self.start // self.views, self.stop // self.views) * self.total // self.count
 
     @property
     def name(self) -> str:
-        """Of the file, without folder and ending."""
+        """Name of the file, without folder and extension."""
         return f"{self.split}-{self.index:05d}"
 
 
@@ -262,13 +262,13 @@ def ranges_of_pictures(rows: dict[str, int], config: TokensConfig) -> list[RowRa
         config: which splits, how many of each, in which batches, with which views.
 
     Raises:
-        BadInput: there is no picture in the splits that are wanted.
+        BadInput: there is no picture in the configured splits.
     """
     ranges: list[RowRange] = []
     for split, total, count in _chosen(rows, config):
         views = len(views_of(split, config))
         batch, rows_chosen = config.batch_size * views, count * views
-        size = -(-RANGE_ROWS // batch) * batch
+        size = -(-RANGE_ROWS // batch) * batch  # rounded up to whole batches
         for index, start in enumerate(range(0, rows_chosen, size)):
             stop = min(start + size, rows_chosen)
             ranges.append(RowRange(len(ranges), split, index, start, stop, rows_chosen, total * views, views))
@@ -282,7 +282,7 @@ def ranges_of_files(manifest: TokenManifest, config: TokensConfig) -> list[RowRa
     for split, total, count in _chosen(rows, config):
         for index, file in enumerate(manifest.splits[split].files):
             first, end = file.first_row, file.first_row + file.rows
-            start, stop = (-(-row * count // total) for row in (first, end))  # the inverse of `places`
+            start, stop = (-(-row * count // total) for row in (first, end))  # inverse of `places`, rounded up
             if start < stop:
                 ranges.append(RowRange(len(ranges), split, index, start, stop, count, total))
     return ranges

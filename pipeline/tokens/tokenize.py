@@ -31,7 +31,7 @@ from pipeline.tokens.token_manifest import (
 )
 from pipeline.tracking import Tracker, check_tracking
 
-DECIDING = ("split", "max_images", "batch_size", "flip", "crops")  # keys of the tokens section that decide rows
+ROW_KEYS = ("split", "max_images", "batch_size", "flip", "crops")  # keys of the tokens section that decide rows
 
 
 def check(config: Config) -> None:
@@ -62,7 +62,7 @@ def made_of(config: Config) -> dict[str, Any]:
 
 
 def run(run: Run) -> None:
-    """Make the token files in the run folder, or what is missing of them.
+    """Make the token files in the run folder that are not there yet.
 
     Raises:
         BadInput: the run was begun with another configuration, or there is no picture.
@@ -93,42 +93,42 @@ def run(run: Run) -> None:
 def _write_manifest(
     run: Run, stream: Stream, shards: Manifest, ranges: list[RowRange], parts: list[Part]
 ) -> TokenManifest:
-    """Write `tokens.json` over the files of all ranges."""
+    """Write `tokens.json`, which lists the files of all ranges."""
     splits = {}
     for name in SPLITS:
-        made = [(task.start, part.file) for task, part in zip(ranges, parts, strict=True) if task.split == name]
-        files = tuple(TokenFile(file.file, file.rows, file.sha256, start) for start, file in made)
+        written = [(task.start, part.file) for task, part in zip(ranges, parts, strict=True) if task.split == name]
+        files = tuple(TokenFile(file.file, file.rows, file.sha256, start) for start, file in written)
         splits[name] = TokenSplit(sum(file.rows for file in files), files)
-    decides = {key.removeprefix("tokens."): value for key, value in _decides(run.config).items()}
-    manifest = TokenManifest(stream, decides, shards.fingerprint, shards.classes, splits, fingerprint(splits))
+    settings = {key.removeprefix("tokens."): value for key, value in _row_settings(run.config).items()}
+    manifest = TokenManifest(stream, settings, shards.fingerprint, shards.classes, splits, fingerprint(splits))
     write_json(run.folder / NAME, manifest.to_dict())
     return manifest
 
 
 def _facts(config: Config, stream: Stream, shards: Manifest) -> dict[str, Any]:
-    """Everything that decides bytes."""
+    """Everything that decides the bytes of the token files, by key."""
     return {
         "data.shards": shards.fingerprint,
         "tokenizer.checkpoint": stream.tokenizer_sha256,
         "filter.score": stream.score,
         "filter.rounds": stream.rounds,
         **({"quality line": asdict(stream.line)} if stream.line else {}),
-        **_decides(config),
+        **_row_settings(config),
     }
 
 
-def _decides(config: Config) -> dict[str, Any]:
-    """What decides rows, by key; the seed only where copies are shifted at random."""
-    decides: dict[str, Any] = {f"tokens.{key}": getattr(config.tokens, key) for key in DECIDING}
-    return decides | ({"train.seed": config.train.seed} if config.tokens.crops else {})
+def _row_settings(config: Config) -> dict[str, Any]:
+    """What decides the rows, by key; the seed only where copies are shifted at random."""
+    settings: dict[str, Any] = {f"tokens.{key}": getattr(config.tokens, key) for key in ROW_KEYS}
+    return settings | ({"train.seed": config.train.seed} if config.tokens.crops else {})
 
 
 def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker: Tracker) -> None:
-    """Lengths at the configured cut, as numbers and as a picture."""
+    """Log token counts at the configured cut, draw their histogram, and print a summary."""
     from pipeline.tokens.decoder import draw_lengths, measure_lengths
 
-    everything = ranges_of_files(manifest, TokensConfig())
-    counts, lengths = measure_lengths(run.folder, manifest, everything, run.config)
+    all_rows = ranges_of_files(manifest, TokensConfig())
+    counts, lengths = measure_lengths(run.folder, manifest, all_rows, run.config)
     rows = {f"rows_{name}": manifest.splits[name].rows for name in SPLITS}
     run.results = {"images": sum(rows.values()), **rows, **lengths, **speed}
     run.rewind_metrics(-1)  # a resumed run measures anew
@@ -136,7 +136,7 @@ def _report(run: Run, manifest: TokenManifest, speed: dict[str, float], tracker:
     run.outputs = {"tokens": str(run.folder), "manifest": str(run.folder / NAME)}
     draw_lengths(run, counts, tracker)
     tracker.artifact(Path(run.outputs["manifest"]))
-    rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # none: all was there already
+    rate = f", {speed['images_per_second']:.0f} images/s a worker" if speed else ""  # "" if nothing was left to do
     say(f"tokenize: {run.results['images']} images, {_lengths(run)}{rate}")
 
 

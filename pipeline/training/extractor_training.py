@@ -1,7 +1,7 @@
-"""Labelled pictures, the loop that trains a feature network on them, and how it is measured.
+"""Training a feature network on labelled pictures: reading them, the loop, and measuring accuracy.
 
 SGD with Nesterov momentum, one cycle of the learning rate, label smoothing, random shift and flip, in one process.
-What decides the weights is in `extractor.*`, `train.seed`, `train.precision` and the pictures.
+Only `extractor.*`, `train.seed`, `train.precision` and the pictures decide the weights.
 
 Shapes: B pictures of a batch.
 """
@@ -33,12 +33,12 @@ from pipeline.tracking import Tracker
 from tatok_model.metrics.extractors.extractor import TrainableExtractor
 
 MAX_SHIFT = 4  # pixels
-READ = 256  # pictures of shards read at a time
+READ = 256  # pictures read from shards at a time
 MOMENTUM = 0.9
 LABEL_SMOOTHING = 0.1
-RISING = 0.2  # share of the steps in which the learning rate rises; it falls to 0 in the rest
-VALIDATION_SHARE = 0.04  # of the training pictures, chosen by seed: choices are made on these, never on the test file
-LAST_EPOCH = "last_epoch.safetensors"  # where a stopped run goes on
+WARM_UP = 0.2  # share of the steps in which the learning rate rises; it falls to 0 in the rest
+VALIDATION_SHARE = 0.04  # of the training pictures, chosen by seed, so that no choice is made on the test file
+LAST_EPOCH = "last_epoch.safetensors"  # from which a stopped run resumes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Labelled:
 
     @property
     def classes(self) -> int:
-        """How many there are, as far as the labels tell."""
+        """Number of classes: the largest label + 1."""
         return int(self.labels.max()) + 1
 
     def take(self, indices: Tensor) -> "Labelled":
@@ -62,18 +62,18 @@ class Labelled:
         return Labelled(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device) -> "Labelled":
-        """The same on another device."""
+        """The same pictures on another device."""
         return Labelled(self.images.to(device), self.labels.to(device))
 
 
 def read_labelled(path: str, data: DataConfig, split: str = "train", classes: int | None = None) -> Labelled:
     """Every picture of a Parquet file, made square as in a shard, or of a split of shards, with its class.
 
-    Labels are 0 to `classes` - 1, or any from 0.
+    Labels are 0 to `classes` - 1; without `classes`, any integer from 0.
 
     Raises:
-        BadInput: neither shards nor a Parquet file with a column of pictures, no rows, a row that is not a picture, a
-            label that is no class.
+        BadInput: neither shards nor a Parquet file with a column of pictures, no rows, a row that is not a picture, an
+            invalid label.
     """
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -113,39 +113,39 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: (B, side, side, 3) uint8.
-        generator: decides the shifts; one on the CPU serves every device.
+        generator: of the random shifts; on the CPU, whatever the device of the images.
     """
     count, side = images.shape[:2]
     shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, count, 1), generator=generator)
-    rows, columns = (_reflect(offset + torch.arange(side), side) for offset in shift)  # (B, side) each
+    rows, columns = (_reflect(offset + torch.arange(side), side) for offset in shift)  # (B, side) source indices
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
-    each, rows, columns = (indices.to(images.device) for indices in (torch.arange(count), rows, columns))
-    return images[each[:, None, None], rows[:, :, None], columns[:, None, :]]
+    batch, rows, columns = (indices.to(images.device) for indices in (torch.arange(count), rows, columns))
+    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def _reflect(indices: Tensor, side: int) -> Tensor:
-    """Indices beyond a border, counted back from it."""
+    """Indices reflected at 0 and at side - 1, so that all lie between them."""
     last = side - 1
     return last - (last - indices.abs()).abs()
 
 
 def train(run: Run, network: TrainableExtractor, pictures: Labelled, tracker: Tracker) -> int:
-    """All epochs, or those that an earlier attempt left; the state is kept after each. Returns the number of steps.
+    """Train to the last epoch, from the state after the last whole one if there is any. Returns the number of steps.
 
     Raises:
-        BadInput: fewer training pictures than one batch, or a state to go on from that was configured differently.
-        Stopped: asked to stop.
+        BadInput: fewer training pictures than one batch, or a saved state of another configuration.
+        Stopped: the run was asked to stop; it resumes from the last whole epoch.
     """
     extractor = run.config.extractor
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(run.config.train.seed))
-    share = max(1, round(VALIDATION_SHARE * len(pictures)))
-    validation, training = pictures.take(order[:share]), pictures.take(order[share:])
-    steps = len(training) // extractor.batch_size  # of an epoch; a last, smaller batch is left out
+    held_out = max(1, round(VALIDATION_SHARE * len(pictures)))
+    validation, training = pictures.take(order[:held_out]), pictures.take(order[held_out:])
+    steps = len(training) // extractor.batch_size  # per epoch; a last, smaller batch is left out
     if steps == 0:
         raise BadInput(
             f"extractor.batch_size is {extractor.batch_size}; expected at most {len(training)}, the number of training "
-            f"pictures without the {share} for validation"
+            f"pictures without the {held_out} for validation"
         )
     optimizer = _optimizer(network, extractor.weight_decay)
     first = _restore(run, network, optimizer)
@@ -165,9 +165,9 @@ def train(run: Run, network: TrainableExtractor, pictures: Labelled, tracker: Tr
 
 
 def measure(network: TrainableExtractor, pictures: Labelled, batch_size: int = 250) -> tuple[float, float]:
-    """The share of pictures that get their label, and how many pictures a second went through the network.
+    """Accuracy from 0 to 1, and pictures per second.
 
-    The network is left in evaluation mode.
+    Leaves the network in evaluation mode.
     """
     network.eval()
     started, right = time.perf_counter(), 0
@@ -180,14 +180,14 @@ def measure(network: TrainableExtractor, pictures: Labelled, batch_size: int = 2
 
 
 def one_cycle(done: float) -> float:
-    """The learning rate as a share of its peak after a share `done` of all steps: straight up, then straight down."""
-    return done / RISING if done < RISING else (1 - done) / (1 - RISING)
+    """Learning rate as a share of its peak after the share `done` of all steps: linear warm-up, then linear decay."""
+    return done / WARM_UP if done < WARM_UP else (1 - done) / (1 - WARM_UP)
 
 
 def _train_epoch(
     run: Run, network: TrainableExtractor, optimizer: Optimizer, training: Labelled, epoch: int, bar: Progress
 ) -> float:
-    """One pass, whose order, shifts and flips depend on seed and epoch alone; returns the mean loss."""
+    """One epoch, whose order, shifts and flips depend on seed and epoch only; returns the mean loss."""
     extractor, total = run.config.extractor, 0.0
     generator = torch.Generator().manual_seed(run.config.train.seed * 1_000_003 + epoch + 1)
     steps = len(training) // extractor.batch_size
@@ -213,7 +213,7 @@ def _train_epoch(
 
 
 def _optimizer(network: TrainableExtractor, weight_decay: float) -> Optimizer:
-    """SGD; biases and normalisation are not decayed. The loop sets the learning rate at every step."""
+    """SGD without weight decay on biases and normalisation. The loop sets the learning rate at every step."""
     kernels = [value for value in network.parameters() if value.ndim > 1]
     others = [value for value in network.parameters() if value.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -221,7 +221,7 @@ def _optimizer(network: TrainableExtractor, weight_decay: float) -> Optimizer:
 
 
 def _keep(run: Run, network: TrainableExtractor, optimizer: Optimizer, epochs: int) -> None:
-    """Write what the next epoch starts from: the network, the momentum, and what was configured."""
+    """Save the state for the next epoch: network, momentum, and the settings that decide the weights."""
     momentum = {name: optimizer.state[value]["momentum_buffer"] for name, value in network.named_parameters()}
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     tensors |= {f"momentum.{name}": value for name, value in momentum.items()}
@@ -230,7 +230,7 @@ def _keep(run: Run, network: TrainableExtractor, optimizer: Optimizer, epochs: i
 
 
 def _restore(run: Run, network: TrainableExtractor, optimizer: Optimizer) -> int:
-    """Load what `_keep` wrote, if anything, and return how many epochs it has seen."""
+    """Load what `_keep` wrote, if anything, and return the number of finished epochs."""
     path = run.folder / LAST_EPOCH
     if not path.exists():
         return 0
@@ -250,7 +250,7 @@ def _restore(run: Run, network: TrainableExtractor, optimizer: Optimizer) -> int
 
 
 def settings(run: Run) -> str:
-    """What decides the weights, as JSON: where the pictures lie does not."""
+    """The settings that decide the weights, as JSON: checksums of pictures instead of paths."""
     extractor, train = run.config.extractor, run.config.train
     names = ("architecture", "epochs", "batch_size", "learning_rate", "weight_decay")
     values = {name: getattr(extractor, name) for name in names} | {"image_size": run.config.data.image_size}

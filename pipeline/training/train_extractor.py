@@ -1,7 +1,7 @@
-"""Train a feature network on labelled pictures and measure its accuracy: the compact one, or a small ResNet.
+"""The stage behind `jobs/train_extractor.py`: train a feature network on labelled pictures and measure its accuracy.
 
-Picture size and classes are the data's. Of the section `train` only seed, precision and device are read. The weights in
-the package were made by `configs/extractor_cifar10.yaml`.
+Of the section `train` only seed, precision and device are used. The weights in the package were made by
+`configs/extractor_cifar10.yaml`.
 """
 
 import shlex
@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
     from pipeline.training.extractor_training import Labelled
     from tatok_model.metrics.extractors.extractor import TrainableExtractor
 
-SMALLEST = 16  # pixels a side: the networks halve pictures down to 4 by 4 places
+SMALLEST = 16  # pixels a side: the networks halve it down to 4
 
 
 def check(config: Config) -> None:
-    """Refuse pictures that are not there, too small or of another size, and a tracking address that makes no sense."""
+    """Refuse pictures that are missing, too small or of another size, and a tracking address of unknown form."""
     check_device("train", config.train.device)
     check_tracking(config)
     if config.data.image_size < SMALLEST:
@@ -52,11 +52,11 @@ def default_name(config: Config) -> str:
 
 
 def run(run: Run) -> None:
-    """Train, write `extractor.safetensors`, and measure what was written once on the test pictures.
+    """Train, write `extractor.safetensors`, and measure the written weights on the test pictures.
 
     Raises:
-        BadInput: pictures that are not what is expected (see `read_labelled`), or see `extractor_training.train`.
-        Stopped: asked to stop; the state after the last whole epoch is in the run folder.
+        BadInput: as `read_labelled` and `extractor_training.train`.
+        Stopped: the run was asked to stop; the state after the last whole epoch is in the run folder.
     """
     import torch
 
@@ -69,7 +69,7 @@ def run(run: Run) -> None:
     test = read_labelled(test_source, config.data, test_split, training.classes)
     for name, path in (("train", source), ("test", test_source)):
         run.inputs[name] = {"path": path, "sha256": _fingerprint(path)}
-    origin = _origin(run)  # now: the clone may move on while the run lasts
+    origin = _origin(run)  # before training: the checkout may change meanwhile
     torch.manual_seed(config.train.seed)
     device = pick_device("train", config.train.device)
     network = ARCHITECTURES[config.extractor.architecture](training.classes, config.data.image_size).to(device)
@@ -80,12 +80,12 @@ def run(run: Run) -> None:
 
 
 def _fingerprint(source: str) -> str:
-    """Of a file, or of a folder of shards."""
+    """Checksum of a file, or of a folder of shards."""
     return read_manifest(source).fingerprint if Path(source).is_dir() else sha256_file(Path(source))
 
 
 def _origin(run: Run) -> dict[str, str]:
-    """Where the weights come from, as the weight file says it."""
+    """Origin of the weights, for the metadata of the weight file."""
     from pipeline.training.extractor_training import settings
 
     code = commit()
@@ -98,7 +98,7 @@ def _origin(run: Run) -> dict[str, str]:
 
 
 def _export(run: Run, network: "TrainableExtractor", test: "Labelled", origin: dict[str, str]) -> None:
-    """Write the weights, then measure the written ones, which were rounded, and add to the file what they reach."""
+    """Write the weights, measure them as written, in float16, and add the accuracy to the file's metadata."""
     from pipeline.training.extractor_training import measure
     from tatok_model.metrics.extractors.small_networks import load_trained
 

@@ -1,6 +1,6 @@
-"""Validation while a tokenizer trains, on some held-out pictures: PSNR, a Frechet distance, codebook use.
+"""Validation while a tokenizer trains, on some held-out pictures: PSNR, a Frechet distance, codebook usage.
 
-With an entropy model also what makes the tokenizer adaptive: whether the global tokens are used, and what q knows.
+With an entropy model also the adaptive part: whether the decoder uses the global tokens, and how well q predicts.
 """
 
 import math
@@ -23,28 +23,28 @@ from tatok_model.tokens import Tokens
 
 BATCH = 64  # pictures per forward pass
 ORDER_SEED = 0  # of the order in which pictures are measured
-IMAGES = 256  # at most, of those that a validation looks at: the entropy model runs some twenty times on each
-ROUNDS = 8  # in which the codes of an image are predicted from one another
-SEED = 0  # of whose global tokens an image gets
-LEAST_GAIN = 0.3  # dB; a loss of less by wrong global tokens means that they are ignored
+IMAGES = 256  # at most, for the adaptive part: the entropy model runs some twenty times on each
+ROUNDS = 8  # in which the codes of an image are predicted, each from the rounds before
+SEED = 0  # of the exchange of global tokens between images
+LEAST_GAIN = 0.3  # dB; if wrong global tokens cost less than this, the decoder ignores them
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """(min(count, total),) int64, numbers from 0 to total - 1 at even distances."""
+    """(min(count, total),) int64, evenly spaced from 0 to below `total`."""
     count = min(count, total)
     return np.arange(count) * total // max(count, 1)
 
 
 def quarter(model: TaTok, tokens: Tokens) -> Tokens:
-    """The quarter of the patch tokens that the filter keeps first."""
+    """Tokens cut to the most important quarter of the patch tokens."""
     return model.rank(tokens, "distortion").cut("count", model.config.patch_positions // 4)
 
 
 def measure(model: TaTok, images: Tensor) -> dict[str, float]:
-    """Sums over (B, 3, H, W) uint8 images, B at least 2, drawn at random; the tokenizer has an entropy model."""
+    """Sums of the adaptive part over B >= 2 random images, (B, 3, H, W) uint8; needs an entropy model."""
     tokens = model.encode(images)
     some = quarter(model, tokens)
-    everyone = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    hidden = torch.ones(len(images), dtype=torch.bool, device=images.device)  # global tokens, of every image
     schedule = grid_schedule(tokens.kept_mask, ROUNDS)
     sums = {
         "images": float(len(images)),
@@ -55,7 +55,7 @@ def measure(model: TaTok, images: Tensor) -> dict[str, float]:
         "bits_chain": float(model.code_lengths(tokens, schedule).sum()),
     }
     if model.config.global_tokens and model.config.entropy_globals:
-        sums["bits_blind"] = float(model.code_lengths(tokens, schedule, everyone).sum())
+        sums["bits_blind"] = float(model.code_lengths(tokens, schedule, hidden).sum())
     return sums
 
 
@@ -65,11 +65,11 @@ def exchanged(tokens: Tokens) -> Tokens:
 
 
 def metrics(sums: dict[str, float], unigram_bits: float) -> dict[str, float]:
-    """By their logged names.
+    """Metrics of the adaptive part by their logged names.
 
     Args:
         sums: of `measure`, over all images.
-        unigram_bits: of the patch codes of an image, if each is coded by how often its entry is used.
+        unigram_bits: per image, of the patch codes coded by the frequencies of the entries.
     """
     means = {name: value / sums["images"] for name, value in sums.items() if name != "images"}
     means["bits_unigram"] = unigram_bits
@@ -80,12 +80,12 @@ def metrics(sums: dict[str, float], unigram_bits: float) -> dict[str, float]:
 
 
 def warnings(metrics: dict[str, float], globals_exist: bool) -> list[str]:
-    """What a reader of the log should look into, given logged metrics."""
+    """Warnings that the model does not learn to be adaptive, from metrics by their logged names."""
     texts = []
-    lost = metrics["validation/psnr_quarter"] - metrics["validation/psnr_quarter_shuffled"]
-    if globals_exist and lost < LEAST_GAIN:
+    loss_db = metrics["validation/psnr_quarter"] - metrics["validation/psnr_quarter_shuffled"]
+    if globals_exist and loss_db < LEAST_GAIN:
         texts.append(
-            f"global tokens are ignored: those of other images cost {lost:.2f} dB at a quarter of the patch tokens; "
+            f"global tokens are ignored: those of other images cost {loss_db:.2f} dB at a quarter of the patch tokens; "
             f"expected at least {LEAST_GAIN} dB"
         )
     one_pass, unigram = metrics["validation/bits_one_pass"], metrics["validation/bits_unigram"]
@@ -98,9 +98,9 @@ def warnings(metrics: dict[str, float], globals_exist: bool) -> list[str]:
 
 
 def distortion_maps(model: TaTok, tokens: Tokens) -> Tensor:
-    """(B, 3, H, W) uint8: at each patch black where q expects just its code, white where it knows no better.
+    """(B, 3, H, W) uint8 maps of the `distortion` score of each patch: black where q predicts its code vector exactly.
 
-    White is the mean squared distance of the codebook's vectors from their own mean.
+    White is the variance of the codebook: what a q would score that knows nothing.
     """
     ranking, codes = model.rank(tokens, "distortion").ranking, model.code_vectors()[1]
     if ranking is None or codes is None:
@@ -118,17 +118,17 @@ def _psnr(model: TaTok, images: Tensor, tokens: Tokens) -> float:
 
 
 class TokenizerValidator:
-    """Measures a tokenizer on `count` held-out pictures, evenly spread over the split, shared out over the workers.
+    """Measures a tokenizer on `count` held-out pictures, evenly spread over the split, divided among the workers.
 
-    Evenly, because a split in the order of its classes would otherwise show one class only; in an order drawn at
-    random, because what is measured on a batch exchanges global tokens within it.
+    Evenly, because the split may be sorted by class; in random order, because `measure` exchanges global tokens within
+    a batch.
 
     Args:
         pictures: the held-out split.
         count: how many of its pictures to use.
         grid: how many of them to show.
         extractor: the network behind the Frechet distance.
-        device: where models live.
+        device: of the models.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class TokenizerValidator:
         usage = {kind: CodeUsage(model.config.codebook_size) for kind in ("global", "patch")}
         adaptive: list[dict[str, float]] = []
         for images in self._batches():
-            # How many the adaptive part has seen, as if every worker had seen as many as this one.
-            looked_at = sum(part["images"] for part in adaptive) * distributed.world_size()
-            if model.entropy_model is not None and len(images) > 1 and looked_at < IMAGES:
+            # Images of the adaptive part on all workers, if each has measured as many as this one.
+            measured = sum(part["images"] for part in adaptive) * distributed.world_size()
+            if model.entropy_model is not None and len(images) > 1 and measured < IMAGES:
                 adaptive.append(measure(model, images))
             tokens = model.encode(images)
             pictures = to_uint8(model.decode(tokens))
@@ -182,7 +182,7 @@ class TokenizerValidator:
         return values
 
     def warnings(self, model: TaTok, latest: dict[str, float]) -> list[str]:
-        """What a reader of the log should look into, given the latest metrics by their logged names."""
+        """As the function `warnings`, where `latest` has the adaptive part."""
         return warnings(latest, model.config.global_tokens > 0) if "validation/psnr_quarter" in latest else []
 
     def examples(self, model: TaTok) -> list[np.ndarray]:

@@ -1,12 +1,12 @@
-"""Tokens as bytes: one cut of one image, versioned, checked, as short as its information.
+"""Tokens as bytes: one cut of one image, with version and checksum, about as short as its information content.
 
     codec = Codec(tokenizer)
     streams = codec.to_bytes(tokens.cut("residual", 60.0), entropy_coded=True)     # one bytes object an image
     tokens = codec.from_bytes(streams)                                             # the same cut; no ranking
 
-`Codec` has a tokenizer at hand; `to_bytes` and `from_bytes` below it do the same with anything that predicts codes.
-`header.py` has the layout of a stream, `payload.py` what it says. Payload and checksum have at most `bits_fixed` + 64
-bits an image; entropy-coded, 1.02 times the ideal code length of the patch codes, the rest as it is fixed, + 64.
+`Codec` uses a tokenizer's entropy model; `to_bytes` and `from_bytes` below it work with any `CodeModel`. `header.py`
+and `payload.py` describe the format. Payload and checksum have at most `bits_fixed` + 64 bits an image, where
+entropy-coded patch codes count as 1.02 times their ideal code length.
 
 Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens, n positions asked for.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tatok_model.codec.header import Format, Header, check_format, seal, unseal
-from tatok_model.codec.payload import CodeModel, Image, check_bits, grid_schedule, hash_of, pass_image
+from tatok_model.codec.payload import CodeModel, Image, check_bits, code_image, grid_schedule, hash_of
 from tatok_model.codec.range_coder import RangeDecoder, RangeEncoder
 from tatok_model.filtering import conditional_entropy, to_units
 from tatok_model.ranking import best_open
@@ -31,11 +31,11 @@ CODING_ROUNDS = 8
 
 
 class Codec:
-    """Writes and reads the streams of one tokenizer; where the tokenizer computes decides where they can be read.
+    """Writes and reads streams of one tokenizer; predicted ones need hardware that computes the same numbers.
 
     Args:
-        tokenizer: whose weights and device name and predict the codes.
-        coding_rounds: in how many rounds entropy-coded codes are predicted from one another.
+        tokenizer: predicts the codes, on its device; a hash of its weights is in every stream.
+        coding_rounds: in how many rounds codes are entropy-coded, each predicted from the rounds before.
     """
 
     def __init__(self, tokenizer: TaTok, coding_rounds: int = CODING_ROUNDS) -> None:
@@ -49,7 +49,7 @@ class Codec:
 
         Args:
             tokens: one cut; positions are sent, derived or replayed as its `side` says.
-            entropy_coded: spend what q says on each patch code, instead of log2 K.
+            entropy_coded: a patch code costs -log2 q bits instead of log2 K.
 
         Raises:
             ValueError: as the function `to_bytes`, or an entropy model is needed that this tokenizer does not have.
@@ -71,7 +71,7 @@ class Codec:
 
 
 class _OneImage:
-    """The entropy model on one image, as a `CodeModel`: asked at every position, so that shapes are always the same."""
+    """The entropy model on one image, as a `CodeModel`; always at all N positions, because a shape can change bits."""
 
     def __init__(self, tokenizer: TaTok, coding_rounds: int) -> None:
         self.coding_rounds = coding_rounds
@@ -87,16 +87,16 @@ class _OneImage:
         self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
         """(n, K) float32 at (n,) positions."""
-        return self._ask(global_indices, patch_indices, known)[positions].cpu().numpy()
+        return self._all_logits(global_indices, patch_indices, known)[positions].cpu().numpy()
 
     def next_positions(
         self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, count: int
     ) -> np.ndarray:
-        """The `count` open positions of highest entropy, (count,) int64."""
-        units = to_units(conditional_entropy(self._ask(global_indices, patch_indices, known))).cpu()
+        """The `count` unplaced positions of highest entropy, (count,) int64."""
+        units = to_units(conditional_entropy(self._all_logits(global_indices, patch_indices, known))).cpu()
         return best_open(units[None], torch.from_numpy(known)[None], count)[1][0].numpy()
 
-    def _ask(self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray) -> Tensor:
+    def _all_logits(self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray) -> Tensor:
         """(N, K) logits."""
         globals_, patches, given = (
             torch.from_numpy(values)[None].to(self.device) for values in (global_indices, patch_indices, known)
@@ -123,18 +123,18 @@ def to_bytes(
 ) -> list[bytes]:
     """One stream for each image of a batch.
 
-    An image whose replay does not lead to its kept set has its positions sent instead.
+    Where replaying the ranking does not give an image's kept set, its positions are sent instead.
 
     Args:
-        tokens: one cut; `side` decides how length and positions travel.
+        tokens: one cut; `side` decides how length and positions are transmitted.
         form: sizes and identity of the tokenizer.
         model: needed if codes are entropy-coded or positions replayed.
-        entropy_coded: patch codes cost what the model says; else log2 K bits each.
+        entropy_coded: patch codes cost -log2 of the model's probability; else log2 K bits each.
         ranked_by: score and rounds; None: those of `tokens.ranking`.
 
     Raises:
-        ValueError: tokens of other sizes or with entries beyond the codebook, lengths that differ where the side says
-            they do not, positions that a reader could not derive, or a missing model.
+        ValueError: tokens of other sizes or with entries beyond the codebook, lengths that differ although
+            none is sent, positions that a reader could not derive, or a missing model.
     """
     images = _images_of(tokens)
     _check_tokens(tokens, images, form)
@@ -157,7 +157,7 @@ def to_bytes(
 
 
 def from_bytes(streams: list[bytes], form: Format, model: CodeModel | None = None) -> Tokens:
-    """The tokens of streams that one call of `to_bytes`, or several like it, wrote.
+    """The tokens of streams that `to_bytes` wrote, in one call or several with the same arguments.
 
     Args:
         streams: one an image.
@@ -169,7 +169,7 @@ def from_bytes(streams: list[bytes], form: Format, model: CodeModel | None = Non
 
     Raises:
         ValueError: a stream that is damaged, foreign, of another version, model or size, or of another cut than the
-            first; a missing model, or one that does not say what the writer's said.
+            first; a missing model, or one that predicts otherwise than the writer's.
     """
     if isinstance(streams, bytes | str):
         raise ValueError(f"streams are a {type(streams).__name__}; expected a list with the bytes of each image")
@@ -193,10 +193,11 @@ def from_bytes(streams: list[bytes], form: Format, model: CodeModel | None = Non
 
 
 def _write(image: Image, header: Header, model: CodeModel | None) -> bytes:
+    """One stream; sends the positions where replaying the ranking does not give the image's kept set."""
     if not header.side.length:
         header = replace(header, count=int(image.kept_mask.sum()))
     coder = RangeEncoder()
-    written = pass_image(coder, image, header, model)
+    written = code_image(coder, image, header, model)
     if np.array_equal(written.kept_mask, image.kept_mask):
         return seal(header, coder.finish())
     if header.side.positions != "replayed":
@@ -209,10 +210,11 @@ def _write(image: Image, header: Header, model: CodeModel | None) -> bytes:
 
 
 def _read(payload: bytes, header: Header, model: CodeModel | None) -> Image:
+    """Decode one payload; ValueError where its hash shows that the writer's model computed otherwise."""
     form, coder = header.form, RangeDecoder(payload)
-    blank = np.zeros(form.patch_positions, dtype=np.int64)
-    empty = Image(np.zeros(form.global_tokens, dtype=np.int64), 0, blank, blank.astype(bool), 0)
-    image = pass_image(coder, empty, header, model)
+    no_codes = np.zeros(form.patch_positions, dtype=np.int64)
+    blank = Image(np.zeros(form.global_tokens, dtype=np.int64), 0, no_codes, no_codes.astype(bool))
+    image = code_image(coder, blank, header, model)
     check = hash_of(image.patch_indices, image.kept_mask, check_bits(header))
     if image.check != check:
         raise ValueError(
@@ -224,13 +226,13 @@ def _read(payload: bytes, header: Header, model: CodeModel | None) -> Image:
 
 
 def _images_of(tokens: Tokens) -> list[Image]:
-    """What is not part of a sequence becomes 0: a reader sees nothing else there."""
+    """One `Image` per image; indices of lost and dropped tokens become 0, as a reader will have them."""
     b, m = tokens.global_indices.shape
     counts = [m] * b if tokens.global_counts is None else tokens.global_counts.tolist()
     kept = tokens.kept_mask.cpu().numpy()
     patch_indices = np.where(kept, tokens.patch_indices.cpu().numpy(), 0)
     global_indices = np.where(np.arange(m) < np.array(counts).reshape(b, 1), tokens.global_indices.cpu().numpy(), 0)
-    return [Image(global_indices[i], counts[i], patch_indices[i], kept[i], 0) for i in range(b)]
+    return [Image(global_indices[i], counts[i], patch_indices[i], kept[i]) for i in range(b)]
 
 
 def _check_tokens(tokens: Tokens, images: list[Image], form: Format) -> None:
@@ -253,7 +255,7 @@ def _check_tokens(tokens: Tokens, images: list[Image], form: Format) -> None:
 
 
 def _check_alike(header: Header, first: Header) -> None:
-    """Streams of one batch come from one cut; only what a failed replay changes may differ."""
+    """Streams of one batch come from one cut: only fields that a failed replay changes may differ."""
     for name in ("count", "coded", "counted_globals", "score", "rounds"):
         if getattr(header, name) != getattr(first, name):
             raise ValueError(
@@ -269,5 +271,5 @@ def _check_alike(header: Header, first: Header) -> None:
 
 
 def _stack(rows: list[np.ndarray], width: int) -> Tensor:
-    """(B, width) int64, also of no rows."""
+    """(B, width) int64; B may be 0."""
     return torch.from_numpy(np.array(rows).reshape(len(rows), width).astype(np.int64))

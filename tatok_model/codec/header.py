@@ -1,9 +1,9 @@
-"""What stands before and after the payload of a token stream: who wrote it, how it is laid out, whether it is whole.
+"""Header and checksum of a token stream: which tokenizer wrote it, how it is laid out, whether it is intact.
 
     magic "TaTk" | version | flags | positions | model id (8) | M (2) | N (2) | K (4) | T (2) | rounds (2) |
     coding rounds (2) | score, one byte of length and its name | payload | CRC-32 of all before (4)
 
-Integers are little-endian. `payload.py` knows what the payload says.
+Integers are little-endian. `payload.py` describes the payload.
 
 Shapes: M global tokens, N patch positions, K codebook entries, T kept patch tokens.
 """
@@ -25,13 +25,13 @@ CHECKSUM = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Format:
-    """What writer and reader have to agree on.
+    """The tokenizer of a stream, the same for writer and reader.
 
     Attributes:
         global_tokens: M.
         patch_positions: N.
         codebook_size: K, of global and patch tokens.
-        model_id: the first 8 bytes of the SHA-256 of the tokenizer's weights: codes mean nothing to another one.
+        model_id: the first 8 bytes of the SHA-256 of the tokenizer's weights: no other tokenizer can decode the codes.
     """
 
     global_tokens: int
@@ -54,12 +54,12 @@ class Header:
 
     Attributes:
         form: of the tokenizer.
-        side: what the payload says besides codes.
-        count: T; 0 when the payload says it.
+        side: whether the payload holds T, and how the kept positions are known.
+        count: T; 0 when the payload holds it.
         coded: patch codes are entropy-coded; else every code costs log2 K bits.
-        counted_globals: the payload says how many of the global tokens it holds; else all M.
-        score: what the patch tokens were ranked by, a key of `filtering_rules.SCORES`; "" when nobody knows.
-        rounds: R, in how many rounds they were ranked; 0 when nobody knows.
+        counted_globals: the payload holds how many global tokens follow; else all M do.
+        score: what the patch tokens were ranked by, a key of `filtering_rules.SCORES`; "" when unknown.
+        rounds: R, in how many rounds they were ranked; 0 when unknown.
         coding_rounds: in how many rounds patch codes are coded; 0 when the replay decides or nothing is coded.
     """
 
@@ -90,7 +90,7 @@ class Header:
 
 
 def seal(header: Header, payload: bytes) -> bytes:
-    """One stream."""
+    """The bytes of one stream."""
     form, score = header.form, header.score.encode("ascii")
     flags = LENGTH * header.side.length | CODED * header.coded | COUNTED_GLOBALS * header.counted_globals
     fixed = FIXED.pack(
@@ -124,15 +124,15 @@ def unseal(data: bytes) -> tuple[Header, bytes]:
         raise ValueError(
             f"stream's checksum is {checksum:08x}; expected {zlib.crc32(body):08x}: it is damaged or cut short"
         )
-    _, _, flags, place, model_id, m, n, k, count, rounds, coding_rounds, length = FIXED.unpack_from(body)
-    if flags >= 2 * COUNTED_GLOBALS or place >= len(POSITIONS) or len(body) < FIXED.size + length:
+    _, _, flags, positions, model_id, m, n, k, count, rounds, coding_rounds, length = FIXED.unpack_from(body)
+    if flags >= 2 * COUNTED_GLOBALS or positions >= len(POSITIONS) or len(body) < FIXED.size + length:
         raise ValueError(
-            f"stream has flags {flags}, positions {place} and {length} bytes of score; "
+            f"stream has flags {flags}, positions {positions} and {length} bytes of score; "
             f"expected flags below {2 * COUNTED_GLOBALS}, positions below {len(POSITIONS)} and a score that fits"
         )
     header = Header(
         Format(m, n, k, model_id),
-        Side(length=bool(flags & LENGTH), positions=POSITIONS[place]),
+        Side(length=bool(flags & LENGTH), positions=POSITIONS[positions]),
         count,
         bool(flags & CODED),
         bool(flags & COUNTED_GLOBALS),
@@ -144,7 +144,7 @@ def unseal(data: bytes) -> tuple[Header, bytes]:
 
 
 def payload_bits(data: bytes) -> int:
-    """Bits of a stream without its header: payload and checksum, which `Tokens.bits` has to answer for."""
+    """Bits of a stream without its header: payload and checksum, to compare with `Tokens.bits`."""
     return 8 * (len(unseal(data)[1]) + CHECKSUM.size)
 
 

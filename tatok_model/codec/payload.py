@@ -1,17 +1,17 @@
-"""What a token stream says of one image, between header and checksum, by the arithmetic coder of `range_coder.py`.
+"""The payload of a token stream: one image, coded by `range_coder.py` as numbers out of so many equally likely ones.
 
-    1. T, of N + 1, if `side.length`; else the header says it.
-    2. How many global tokens follow, of M + 1, if `Tokens.global_counts` is known.
-    3. The global codes, of K each.
-    4. The rank of the kept set, of C(N, T), if positions are sent. Derived ones follow from T and the global codes.
+    1. T, out of N + 1, if `side.length`; else the header holds it.
+    2. How many global tokens follow, out of M + 1, if `Tokens.global_counts` is known.
+    3. The global codes, out of K each.
+    4. The rank of the kept set, out of C(N, T), if positions are sent. Derived ones follow from T and the global codes.
     5. A hash of kept set and codes: 32 bits if positions are replayed; else 16 bits if codes are entropy-coded. Both
-       need a model to compute the same on both sides, and this notices when it did not.
-    6. The kept patch codes, of K each, or by the frequencies of a model.
+       need a model that computes the same for writer and reader, and the hash detects where it did not.
+    6. The kept patch codes, out of K each, or by the probabilities of a model.
 
 Patch codes come in rounds, within a round in raster order: one round if the kept set is known and codes have a fixed
 length, the model's rounds if they are entropy-coded, the ranking's if positions are replayed. In a replay the reader
-asks for the next positions, reads their codes, and asks again; only *which* positions a round has matters, so that two
-nearly equal entropies that change places within a round do no harm.
+repeats the ranking: it computes the positions of a round, reads their codes, and goes on. Only the *set* of positions
+of a round matters, so that two nearly equal entropies may swap places within it.
 
 Shapes: B images, M global tokens, N patch positions, K codebook entries, T kept patch tokens, n of one round.
 """
@@ -36,7 +36,7 @@ CODED_CHECK_BITS = 16  # what the 64 bits of slack leave beside the checksum and
 
 
 class CodeModel(Protocol):
-    """q and the ranking by it: has to give the same numbers to writer and reader.
+    """The entropy model q and the ranking by it; it must give writer and reader the same numbers.
 
     Codes are (M,) and (N,) int64, the latter 0 where the (N,) bool `known` is False.
 
@@ -57,30 +57,30 @@ class CodeModel(Protocol):
     def next_positions(
         self, global_indices: np.ndarray, patch_indices: np.ndarray, known: np.ndarray, count: int
     ) -> np.ndarray:
-        """Of replayed positions: the (count,) positions to come; writer and reader ignore their order."""
+        """Of replayed positions: the (count,) positions of the next round, in any order."""
 
 
 class Image(NamedTuple):
-    """One image's tokens; what is not part of the sequence is 0."""
+    """One image's tokens; indices of lost or dropped tokens are 0."""
 
     global_indices: np.ndarray  # (M,) int64
-    global_count: int  # how many leading global tokens are said
+    global_count: int  # how many leading global tokens are in the stream
     patch_indices: np.ndarray  # (N,) int64
     kept_mask: np.ndarray  # (N,) bool
-    check: int  # hash as written
+    check: int = 0  # hash that the stream holds
 
 
-def pass_image(coder: Coder, image: Image, header: Header, model: CodeModel | None) -> Image:
-    """Write an image, or read one: the same lines, so that they cannot disagree. A reader's `image` is blank.
+def code_image(coder: Coder, image: Image, header: Header, model: CodeModel | None) -> Image:
+    """Encode an image, or decode one into a copy of a blank `image`: one code path, so that both always agree.
 
     Raises:
         ValueError: the model that the header asks for is missing, has other rounds, or names impossible positions.
     """
     m, n, k = header.form.global_tokens, header.form.patch_positions, header.form.codebook_size
     count = coder.number(n + 1, int(image.kept_mask.sum())) if header.side.length else header.count
-    globals_said = coder.number(m + 1, image.global_count) if header.counted_globals else m
+    global_count = coder.number(m + 1, image.global_count) if header.counted_globals else m
     global_indices = np.zeros(m, dtype=np.int64)
-    for place in range(globals_said):
+    for place in range(global_count):
         global_indices[place] = coder.number(k, int(image.global_indices[place]))
     kept_mask = None
     if header.side.positions == "sent":
@@ -90,7 +90,7 @@ def pass_image(coder: Coder, image: Image, header: Header, model: CodeModel | No
     bits = check_bits(header)
     check = coder.number(2**bits, hash_of(image.patch_indices, image.kept_mask, bits))
 
-    so_far = Image(global_indices, globals_said, np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), check)
+    so_far = Image(global_indices, global_count, np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), check)
     codes, known = so_far.patch_indices, so_far.kept_mask
     for positions in _rounds(kept_mask, count, header, model, so_far):
         if header.coded and model is not None:
@@ -109,9 +109,9 @@ def pass_image(coder: Coder, image: Image, header: Header, model: CodeModel | No
 def _rounds(
     kept_mask: np.ndarray | None, count: int, header: Header, model: CodeModel | None, so_far: Image
 ) -> Iterator[np.ndarray]:
-    """The positions of each round, (n,) int64 in raster order; looks at `so_far` as it is when the round is asked for.
+    """Yields the positions of each round, (n,) int64 in raster order.
 
-    A `kept_mask` of None is to be found by replay.
+    `code_image` fills `so_far` between rounds. A `kept_mask` of None is found by replaying the ranking.
     """
     known = so_far.kept_mask
     if header.coded and model is None:
@@ -122,8 +122,8 @@ def _rounds(
         bounds = [min(bound, count) for bound in round_bounds(header.form.patch_positions, header.rounds)]
         for start, stop in pairwise(bounds):
             if start < stop:
-                said = so_far.global_indices.copy(), so_far.patch_indices.copy(), known.copy()
-                yield _checked(model.next_positions(*said, stop - start), ~known, stop - start, "replay")
+                given = so_far.global_indices.copy(), so_far.patch_indices.copy(), known.copy()
+                yield _checked(model.next_positions(*given, stop - start), ~known, stop - start, "replay")
     elif header.coded and model is not None:
         if header.coding_rounds != model.coding_rounds:
             raise ValueError(
@@ -140,7 +140,7 @@ def _rounds(
 
 
 def _checked(positions: np.ndarray, allowed: np.ndarray, count: int, who: str) -> np.ndarray:
-    """(count,) int64, sorted: distinct positions of the (N,) bool `allowed`."""
+    """The (count,) int64 positions, sorted; ValueError unless they are distinct and True in the (N,) bool `allowed`."""
     named = np.sort(np.asarray(positions).astype(np.int64))
     inside = len(named) == 0 or (named[0] >= 0 and named[-1] < len(allowed))
     if len(named) != count or len(np.unique(named)) != count or not inside or not allowed[named].all():
@@ -149,7 +149,7 @@ def _checked(positions: np.ndarray, allowed: np.ndarray, count: int, who: str) -
 
 
 def _derived(header: Header, count: int, global_indices: np.ndarray) -> np.ndarray:
-    """(N,) bool, the kept set that follows from T and an order that everybody knows."""
+    """(N,) bool, the first T positions of an order that the reader can compute without the image."""
     n = header.form.patch_positions
     if count in (0, n):
         return np.full(n, bool(count))
@@ -158,14 +158,12 @@ def _derived(header: Header, count: int, global_indices: np.ndarray) -> np.ndarr
             f"positions of {count} of {n} patch tokens are derived with score {header.score!r}; "
             "expected an order that a reader knows, or positions sent"
         )
-    keyed_by = torch.from_numpy(global_indices)[None]
-    orders = {"grid": lambda: grid_order(n), "random": lambda: random_order(keyed_by, n)[0]}
-    order = orders[header.score]()
+    order = grid_order(n) if header.score == "grid" else random_order(torch.from_numpy(global_indices)[None], n)[0]
     return np.isin(np.arange(n), order[:count].numpy())
 
 
 def check_bits(header: Header) -> int:
-    """Length of the hash that a stream carries, 0 to 32 bits."""
+    """Length of the hash in a stream, 0 to 32 bits."""
     if header.side.positions == "replayed":
         return CHECK_BITS
     return CODED_CHECK_BITS if header.coded else 0
@@ -174,25 +172,26 @@ def check_bits(header: Header) -> int:
 def hash_of(patch_indices: np.ndarray, kept_mask: np.ndarray, bits: int) -> int:
     """The lowest bits of the CRC-32 of kept positions and their codes, each four bytes, in raster order."""
     places = kept_mask.nonzero()[0]
-    said = places.astype("<u4").tobytes() + patch_indices[places].astype("<u4").tobytes()
-    return zlib.crc32(said) % 2**bits
+    data = places.astype("<u4").tobytes() + patch_indices[places].astype("<u4").tobytes()
+    return zlib.crc32(data) % 2**bits
 
 
 def grid_schedule(kept_mask: Tensor, rounds: int) -> Tensor:
-    """(B, N) int64: in which round each kept code is coded, spread evenly over the grid, T / rounds of them in each.
+    """(B, N) int64: in which round each kept code is coded: T / rounds of them in each, spread evenly over the grid.
 
     Args:
-        kept_mask: (B, N) bool; what stands at dropped positions means nothing.
+        kept_mask: (B, N) bool; the result means nothing at dropped positions.
         rounds: at least 1; an image with fewer kept tokens has as many rounds as tokens.
     """
-    order = grid_order(kept_mask.shape[1]).to(kept_mask.device)
+    order = grid_order(kept_mask.shape[1]).to(kept_mask.device)  # (N,)
     kept = kept_mask[:, order].long()
+    # In grid order, the t-th of T kept codes (t from 0) goes into round t * rounds // T.
     numbers = (kept.cumsum(1) - 1) * rounds // kept.sum(1, keepdim=True).clamp(min=1)
     return torch.zeros_like(numbers).scatter(1, order.expand_as(numbers), numbers)
 
 
 def ranking_schedule(ranking: Ranking) -> Tensor:
-    """(B, N) int64: the round of the ranking in which each position was placed; what a replaying decoder does."""
+    """(B, N) int64: the round of the ranking that placed each position, in which a replaying decoder reads its code."""
     bounds = round_bounds(ranking.order.shape[1], ranking.rounds)
     numbers = torch.cat([torch.full((stop - start,), i) for i, (start, stop) in enumerate(pairwise(bounds))])
     rounds = numbers.to(ranking.order.device).expand_as(ranking.order)
@@ -203,8 +202,8 @@ def rank_of(kept_mask: np.ndarray) -> int:
     """The number of a kept set among all sets of as many positions, from 0 to C(N, T) - 1.
 
     The combinatorial number system: kept positions p_1 < ... < p_T have the rank C(p_1, 1) + ... + C(p_T, T). This and
-    `kept_of` walk from the last position to the first with the one binomial they need; a multiplication and a division
-    by small numbers turn it into the next one. No table, so that N = 4096 costs milliseconds and no memory.
+    `kept_of` go from the last position to the first and derive each binomial from the one before, by one
+    multiplication and one division by small numbers. No table, so that N = 4096 costs milliseconds and no memory.
 
     Raises:
         ValueError: `kept_mask` is not (N,) bool.
@@ -215,7 +214,7 @@ def rank_of(kept_mask: np.ndarray) -> int:
         raise ValueError(f"kept_mask is {kept_mask.dtype} {kept_mask.shape}; expected bool (N,)")
     kept = kept_mask.tolist()
     left, rank = sum(kept), 0
-    binomial = math.comb(len(kept) - 1, left) if kept else 0  # C(position, left) all along
+    binomial = math.comb(len(kept) - 1, left) if kept else 0  # always C(position, left)
     for position in range(len(kept) - 1, 0, -1):
         if kept[position]:
             rank += binomial
@@ -227,7 +226,7 @@ def rank_of(kept_mask: np.ndarray) -> int:
 
 
 def kept_of(rank: int, positions: int, count: int) -> np.ndarray:
-    """(N,) bool, the set of T of N positions that has a rank; undoes `rank_of`.
+    """(N,) bool, the set of T of N positions with this rank; inverse of `rank_of`.
 
     Raises:
         ValueError: T is not from 0 to N, or there are not so many sets.

@@ -5,8 +5,8 @@ kept in whole numbers without bound: nothing is rounded, no carry can be lost, a
 A code of K = 1000 entries costs log2 1000 bits, a rank log2 C(N, T). The price is time quadratic in the length: about a
 millisecond for a picture's hundreds of tokens, and wrong for megabytes.
 
-`RangeEncoder` and `RangeDecoder` have the same methods, so that one function can be both writer and reader
-(`payload.pass_image`).
+`RangeEncoder` and `RangeDecoder` have the same methods, so that one function both writes and reads
+(`payload.code_image`).
 
 Shapes: n numbers, K codebook entries.
 
@@ -25,10 +25,10 @@ class Coder(Protocol):
     """What `RangeEncoder` and `RangeDecoder` have in common."""
 
     def number(self, total: int, value: int) -> int:
-        """Pass one of `total` equally likely numbers: what was written, whatever `value` a decoder is given."""
+        """Code one of `total` equally likely numbers; a decoder ignores `value` and returns what was written."""
 
     def symbol(self, bounds: np.ndarray, value: int) -> int:
-        """Pass one of K numbers; (K + 1,) `bounds` are the running sums of their frequencies, from 0 to the total."""
+        """Code one of K numbers; (K + 1,) `bounds` are the running sums of their frequencies, from 0 to the total."""
 
 
 class RangeEncoder:
@@ -38,7 +38,7 @@ class RangeEncoder:
         self._low, self._width, self._total = 0, 1, 1  # the interval [low, low + width) / total
 
     def put(self, low: int, frequency: int, total: int) -> None:
-        """Write what has the share [low, low + frequency) of `total`; ValueError for an empty share or one outside."""
+        """Narrow the interval to [low, low + frequency) / total of it; ValueError for an empty share or one outside."""
         if frequency < 1 or not 0 <= low <= total - frequency:
             raise ValueError(f"share is {low} to {low + frequency} of {total}; expected a part of it that is not empty")
         self._low = self._low * total + low * self._width
@@ -57,7 +57,7 @@ class RangeEncoder:
         return value
 
     def finish(self) -> bytes:
-        """All that was written, in less than 8 bits over its ideal code length, of which the length is a function."""
+        """The shortest bytes that name a point of the interval: less than 8 bits over the ideal code length."""
         length = max(0, self._total.bit_length() - self._width.bit_length() - 1) // 8
         while self._width << 8 * length < self._total:
             length += 1
@@ -78,7 +78,7 @@ class RangeDecoder:
         return self._point * total // self._total
 
     def take(self, low: int, frequency: int, total: int) -> None:
-        """Go past what has the share [low, low + frequency) of `total`, in which `where` lies."""
+        """Consume the number with the share [low, low + frequency) of `total`, in which `where` lies."""
         self._point = self._point * total - low * self._total
         self._total *= frequency
         self._again.put(low, frequency, total)

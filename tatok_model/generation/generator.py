@@ -4,10 +4,10 @@
     bits = generator(Sequences.from_tokens(tokens), labels)          # what each token costs, in bits
     sequences = sample(generator, labels, numbers, seed=0, config=SamplingConfig())    # sampling.py
 
-One step per token. After a step the hidden state says which patch position comes next, or that the sequence ends
-(position head); with the position known, one more attention layer asks all hidden states from that place on the grid
-and names the code there (code head). Global tokens have no position: their code head asks with the number of the
-token. Patch tokens come in raster order, so the position head chooses among what lies after the last position.
+One step per token. The position head predicts from the last hidden state which patch position comes next, or that the
+sequence ends. With the position known, one more attention layer attends from an embedding of that position (the target)
+to all hidden states, and the code head predicts the code there. Global tokens have no position: their target is an
+embedding of the token's number. Patch tokens come in raster order, so that only later positions can follow.
 
 Shapes: B sequences, M global tokens, T patch tokens of the longest one, L = 1 + M + T embeddings, D width, N patch
 positions, K codebook entries.
@@ -27,7 +27,7 @@ from tatok_model.generation.layers import EPS, Cache, CausalBlock, Rotation, ini
 from tatok_model.generation.sequences import Sequences
 from tatok_model.pretrained import Pretrained
 
-NO_CLASS = -1  # a label: none, or not told
+NO_CLASS = -1  # label of pictures without a class, and of rows whose class is dropped
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Bits:
 
     Attributes:
         globals_: (B, M) float32.
-        positions: (B, T + 1) float32; an image's last one is the end. (B, 0) where positions are derived.
+        positions: (B, T + 1) float32, the end of a sequence last. (B, 0) where positions are derived.
         codes: (B, T) float32.
     """
 
@@ -89,51 +89,51 @@ class Generator(Pretrained, library_name="tatok", tags=["image-generation"]):
 
         Raises:
             ValueError: on the CPU, labels, codes, positions or lengths that this generator was not made for. On a GPU
-                values are not looked at, because the host would wait for them at every step: `check` them before.
+                nothing is checked, because the host would wait for the values at every step: call `check` before.
         """
         if labels.device.type == "cpu":
             self.check(sequences, labels)
         m, counts = self.config.global_tokens, sequences.counts
-        inputs, turns = self._inputs(sequences, labels)  # (B, L, D), (B, L)
-        hidden = self.read(inputs, turns)  # (B, L, D)
-        targets, target_turns = self._targets(sequences)  # (B, M + T, D), (B, M + T)
+        inputs, rotary = self._inputs(sequences, labels)  # (B, L, D), (B, L)
+        hidden = self.read(inputs, rotary)  # (B, L, D)
+        targets, target_rotary = self._targets(sequences)  # (B, M + T, D), (B, M + T)
         last = m + sequences.codes.shape[1]
-        asked = self.ask(hidden[:, :last], turns[:, :last], targets, target_turns)  # (B, M + T, D)
+        attended = self.attend(hidden[:, :last], rotary[:, :last], targets, target_rotary)  # (B, M + T, D)
         globals_ = hidden.new_zeros(len(sequences), 0, dtype=torch.float32)
         positions = codes = globals_
         if m:
-            globals_ = _bits(self.to_global_codes(asked[:, :m]), sequences.global_indices)
+            globals_ = _bits(self.to_global_codes(attended[:, :m]), sequences.global_indices)
         if self.config.patch_tokens:
             real = sequences.real
-            codes = _bits(self.to_patch_codes(asked[:, m:]), sequences.codes) * real
+            codes = _bits(self.to_patch_codes(attended[:, m:]), sequences.codes) * real
             if self.config.positions == "generated":
                 positions = self._position_bits(hidden[:, m:], sequences.places, counts)
         return Bits(globals_, positions, codes)
 
     @torch.no_grad()
     def start_from_codes(self, global_codes: Tensor | None, patch_codes: Tensor | None) -> None:
-        """Begin with the tokenizer's geometry: entries whose (K, d) code vectors are alike are read and scored alike.
+        """Initialise from the tokenizer's (K, d) codebooks: codes with similar vectors get similar weights.
 
-        Embeddings and scores of a code start as a random projection of its vector, at the scale of the usual random
-        start. Training moves them freely afterwards. A short training gains much by it: docs/experiments.md. None for
-        a kind of token that there is not.
+        The embedding and the output weights of a code start as a random projection of its vector, at the usual scale
+        of initial weights, and are trained like all others. A short training gains much by it: docs/experiments.md.
+        None for a kind of token that the sequences do not have.
         """
         if global_codes is not None and self.config.global_tokens:
             _project(global_codes, self.global_codes.weight, self.to_global_codes.weight)
         if patch_codes is not None and self.config.patch_tokens:
             _project(patch_codes, self.patch_codes.weight, self.to_patch_codes.weight)
 
-    # `forward` does for all steps at once with these what sampling.py does one step at a time.
+    # Used by `forward` for all steps at once, and by sampling.py one step at a time.
 
-    def read(self, inputs: Tensor, turns: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states of embeddings, each from itself and those before it, normalised: (B, L, D) -> (B, L, D).
+    def read(self, inputs: Tensor, rotary: Tensor, cache: Cache | None = None) -> Tensor:
+        """Normalised hidden states under causal attention: (B, L, D) -> (B, L, D).
 
         Args:
-            inputs: with a cache the newest one alone, L = 1.
-            turns: (B, L) int64, how they rotate.
-            cache: what was read before; the new one is added.
+            inputs: embeddings; with a cache the newest one alone, L = 1.
+            rotary: (B, L) int64 rotary positions: 0 for class and global tokens, else patch position + 1.
+            cache: keys and values of earlier inputs; those of the new one are added.
         """
-        rotation = self.rotation.of(turns)
+        rotation = self.rotation.of(rotary)
         x = inputs
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, None if cache is None else (cache, layer, cache.length))
@@ -141,47 +141,47 @@ class Generator(Pretrained, library_name="tatok", tags=["image-generation"]):
             cache.length += 1
         return self.norm(x)
 
-    def ask(
-        self, hidden: Tensor, turns: Tensor, targets: Tensor, target_turns: Tensor, cache: Cache | None = None
+    def attend(
+        self, hidden: Tensor, rotary: Tensor, targets: Tensor, target_rotary: Tensor, cache: Cache | None = None
     ) -> Tensor:
-        """What hidden states say of the code that comes next at a named place.
+        """Attend from targets to hidden states, to predict the code at each target.
 
         Args:
-            hidden: (B, L, D) of `read`; with a cache the newest one alone.
-            turns: (B, L) theirs.
-            targets: (B, L, D) embeddings of what is asked for, or (B, 1, D) for the newest place alone.
-            target_turns: (B, L) or (B, 1).
-            cache: of `read`, after it.
+            hidden: (B, L, D) from `read`; with a cache the newest one alone.
+            rotary: (B, L) rotary positions of `hidden`.
+            targets: (B, L, D) embeddings of global token numbers or patch positions, or (B, 1, D) for the newest alone.
+            target_rotary: (B, L) or (B, 1) rotary positions of `targets`.
+            cache: as `read` left it.
 
         Returns:
-            (B, L, D) or (B, 1, D), what `to_global_codes` and `to_patch_codes` want.
+            (B, L, D) or (B, 1, D), the input of `to_global_codes` and `to_patch_codes`.
         """
         x = hidden[:, -targets.shape[1] :] + targets if targets.shape[1] else targets
         memory = None if cache is None else (cache, len(self.blocks), cache.length - 1)
-        asked = self.code_block(x, self.rotation.of(target_turns), memory, hidden, self.rotation.of(turns))
-        return self.code_norm(asked)
+        attended = self.code_block(x, self.rotation.of(target_rotary), memory, hidden, self.rotation.of(rotary))
+        return self.code_norm(attended)
 
     def class_input(self, labels: Tensor) -> Tensor:
-        """(B, D) of (B,) labels."""
+        """(B, D) embeddings of (B,) labels."""
         return self.class_embedding(labels.where(labels != NO_CLASS, self.config.classes))
 
     def global_input(self, codes: Tensor, numbers: Tensor) -> Tensor:
-        """(..., D) of global tokens' codebook entries and their numbers 0 to M - 1."""
+        """(..., D) embeddings of global tokens, by codebook entry and number 0 to M - 1."""
         return self.global_codes(codes) + self.global_numbers(numbers)
 
     def patch_input(self, codes: Tensor, places: Tensor) -> Tensor:
-        """(..., D) of patch tokens' codebook entries and positions."""
+        """(..., D) embeddings of patch tokens, by codebook entry and position."""
         return self.patch_codes(codes) + self.patch_places(places)
 
     def place_logits(self, hidden: Tensor, last: Tensor) -> Tensor:
-        """Scores of the next position, or the end.
+        """Logits of the next position, or the end.
 
         Args:
             hidden: (..., D).
-            last: (...) int64, the position before, -1 for none.
+            last: (...) int64, the latest position, -1 for none.
 
         Returns:
-            (..., N + 1) float; -inf at positions that are not after `last`; the end stands last.
+            (..., N + 1) float; -inf at positions up to `last`; the end is entry N.
         """
         logits = self.to_places(hidden).float() if hidden.dtype != torch.float64 else self.to_places(hidden)
         passed = torch.arange(logits.shape[-1] - 1, device=hidden.device) <= last[..., None]  # (..., N)
@@ -192,35 +192,35 @@ class Generator(Pretrained, library_name="tatok", tags=["image-generation"]):
         return Cache(len(self.blocks) + 1, self.config.max_length)
 
     def _inputs(self, sequences: Sequences, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) of class, global and patch tokens, and their turns (B, L)."""
+        """Embeddings (B, L, D) of class, global and patch tokens, and their (B, L) rotary positions."""
         parts = [self.class_input(labels)[:, None]]
-        turns = [labels.new_zeros(len(labels), 1 + self.config.global_tokens)]
+        rotary = [labels.new_zeros(len(labels), 1 + self.config.global_tokens)]
         if self.config.global_tokens:
             parts.append(self.global_input(sequences.global_indices, self._numbers(labels)))
         if self.config.patch_tokens:
             parts.append(self.patch_input(sequences.codes, sequences.places))
-            turns.append(sequences.places + 1)
-        return torch.cat(parts, 1), torch.cat(turns, 1)
+            rotary.append(sequences.places + 1)
+        return torch.cat(parts, 1), torch.cat(rotary, 1)
 
     def _targets(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, M + T, D) of what comes next at each step, and their turns."""
+        """Targets (B, M + T, D), the place of the next token at each step, and their (B, M + T) rotary positions."""
         batch, m = len(sequences), self.config.global_tokens
-        parts, turns = [], [sequences.counts.new_zeros(batch, m)]
+        parts, rotary = [], [sequences.counts.new_zeros(batch, m)]
         if m:
             parts.append(self.global_targets(self._numbers(sequences.counts)).expand(batch, -1, -1))
         if self.config.patch_tokens:
             parts.append(self.patch_targets(sequences.places))
-            turns.append(sequences.places + 1)
-        return torch.cat(parts, 1), torch.cat(turns, 1)
+            rotary.append(sequences.places + 1)
+        return torch.cat(parts, 1), torch.cat(rotary, 1)
 
     def _numbers(self, like: Tensor) -> Tensor:
         return torch.arange(self.config.global_tokens, device=like.device)
 
     def _position_bits(self, hidden: Tensor, places: Tensor, counts: Tensor) -> Tensor:
-        """(B, T + 1): of every position, then of the end."""
+        """(B, T + 1) bits of every position, then of the end."""
         steps = torch.arange(places.shape[1] + 1, device=places.device)
         last = F.pad(places, (1, 0), value=-1)  # (B, T + 1)
-        # Places after an image's end are padding: there the end stands for a target that is allowed.
+        # After an image's end is padding: the end is a target there that `place_logits` does not mask.
         target = F.pad(places, (0, 1)).where(steps < counts[:, None], self.config.patch_positions)
         return _bits(self.place_logits(hidden, last), target) * (steps <= counts[:, None])
 
@@ -280,7 +280,7 @@ class Generator(Pretrained, library_name="tatok", tags=["image-generation"]):
 
 
 def _project(codes: Tensor, *weights: Tensor) -> None:
-    """Fill (K, D) weights with random projections of (K, d) code vectors, deviation 0.02."""
+    """Fill (K, D) weights with random projections of (K, d) code vectors, standard deviation 0.02."""
     if codes.shape[0] != weights[0].shape[0]:
         raise ValueError(f"codes are {codes.shape[0]}; expected {weights[0].shape[0]}, the codebook size")
     spread = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6) / codes.shape[1] ** 0.5
@@ -296,7 +296,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 def _bits(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, S) of (B, S, C) scores and (B, S) targets, in float32 at least."""
+    """(B, S) cross-entropies in bits of (B, S, C) logits and (B, S) targets, in float32 at least."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none")
     return nats.unflatten(0, targets.shape) / math.log(2)

@@ -1,7 +1,7 @@
 """The transformer of the generator: RMS norms, rotary positions in two dimensions, SwiGLU, attention with a cache.
 
-`turns` says how each embedding of a sequence is rotated: 0 is not at all (class and global tokens), p + 1 by the row
-and column of patch position p.
+`rotary` is the rotary position of each embedding: 0, no rotation, for class and global tokens, and p + 1, rotation by
+row and column, for patch position p.
 
 Shapes: B sequences, L embeddings of each, D width, H heads, E = D / H, N patch positions.
 """
@@ -16,7 +16,7 @@ EPS = 1e-6
 
 
 class Rotation(nn.Module):
-    """Rotary positions: the first half of each head turns with the row, the second with the column.
+    """Rotary positions: the first half of each head rotates by the row, the second by the column.
 
     Source: RoFormer (arXiv 2104.09864), its axial form in two dimensions.
     """
@@ -36,28 +36,28 @@ class Rotation(nn.Module):
         self.register_buffer("cos", angles.cos().to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sin", angles.sin().to(torch.get_default_dtype()), persistent=False)
 
-    def of(self, turns: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (B, 1, L, E/2) both, of (B, L) turns."""
-        return self.cos[turns][:, None], self.sin[turns][:, None]
+    def of(self, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (B, 1, L, E/2) both, of (B, L) rotary positions."""
+        return self.cos[rotary][:, None], self.sin[rotary][:, None]
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, H, L, E) turned by `Rotation.of`."""
+    """(B, H, L, E) rotated by the angles of `Rotation.of`."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Cache:
-    """Keys and values of the embeddings that were read, for every layer, in storage of one size for the whole run."""
+    """Keys and values of all embeddings so far, for every layer, in memory allocated once for `capacity` of them."""
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.layers, self.capacity = layers, capacity
-        self.length = 0  # embeddings that every layer has
+        self.length = 0  # embeddings stored in every layer
         self._stored: Tensor | None = None  # (layers, 2, B, H, capacity, E)
 
     def put(self, layer: int, at: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, 1, E) keys and values at a place, and give back those up to it, (B, H, at + 1, E) both."""
+        """Store (B, H, 1, E) keys and values at index `at`, and return those up to it, (B, H, at + 1, E) both."""
         if self._stored is None:
             batch, heads, _, width = keys.shape
             self._stored = keys.new_zeros(self.layers, 2, batch, heads, self.capacity, width)
@@ -66,13 +66,13 @@ class Cache:
         return stored[0, :, :, : at + 1], stored[1, :, :, : at + 1]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the sequences only."""
+        """Remove all sequences but `rows`, indices into the batch."""
         if self._stored is not None:
             self._stored = self._stored[:, :, rows]
 
 
 class CausalAttention(nn.Module):
-    """Causal attention of queries to keys, which may come from another stream of the same length."""
+    """Causal attention of queries to keys, which may come from another sequence of the same length."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -89,14 +89,14 @@ class CausalAttention(nn.Module):
         source_rotation: tuple[Tensor, Tensor],
         memory: tuple[Cache, int, int] | None,
     ) -> Tensor:
-        """Mixed values of each query.
+        """The attention output for each query.
 
         Args:
-            x: (B, L, D) what asks; with L = 1 it sees the whole source, else its own place and those before.
-            source: (B, L', D) what is asked; L' = 1 with a memory.
-            x_rotation: of `Rotation.of`.
+            x: (B, L, D) for the queries; with L = 1 it attends to the whole source, else causally.
+            source: (B, L', D) for keys and values; L' = 1 with a memory.
+            x_rotation: from `Rotation.of`.
             source_rotation: likewise.
-            memory: cache, layer and place where the source's one embedding belongs; None: the source is everything.
+            memory: cache, layer, and the index at which the source's one embedding is stored; None: no cache.
 
         Returns:
             (B, L, D).
@@ -112,11 +112,11 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP of about the parameters of a four times wider plain one (arXiv 2002.05202)."""
+    """A gated MLP with about as many parameters as a plain one of hidden width 4 D (arXiv 2002.05202)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        hidden = -(-8 * width // 3 // 32) * 32
+        hidden = -(-8 * width // 3 // 32) * 32  # 8 / 3 D, rounded up to a multiple of 32
         self.to_gate = nn.Linear(width, hidden, bias=False)
         self.to_hidden = nn.Linear(width, hidden, bias=False)
         self.to_out = nn.Linear(hidden, width, bias=False)
@@ -127,7 +127,7 @@ class SwiGLU(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """Attention and a SwiGLU, each normalised before and added after."""
+    """A pre-norm transformer block: attention and a SwiGLU, both residual."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -147,14 +147,14 @@ class CausalBlock(nn.Module):
     ) -> Tensor:
         """(B, L, D) -> (B, L, D); without a source the sequence attends to itself. See `CausalAttention`."""
         normed = self.norm1(x)
-        asked = normed if source is None else source
+        source = normed if source is None else source
         rotation = x_rotation if source_rotation is None else source_rotation
-        x = x + self.dropout(self.attention(normed, asked, x_rotation, rotation, memory))
+        x = x + self.dropout(self.attention(normed, source, x_rotation, rotation, memory))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 def init_weights(module: nn.Module, layers: int) -> None:
-    """Normal weights of deviation 0.02, smaller at the end of residual branches so that depth does not add up."""
+    """Normal weights of standard deviation 0.02, scaled down by depth at the end of residual branches (as GPT-2)."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if name.endswith("to_out.weight") else 0.02)

@@ -1,11 +1,11 @@
-"""Sampling from a generator: one step per token, with a cache of keys and values, or without to check it.
+"""Sampling from a generator: one step per token, with a key-value cache, or without one to test the cache.
 
-`sample` draws whole sequences. A `Stepper` is a batch of them in the middle of being written: it asks the generator
-what comes next and takes what was chosen. Under guidance every sequence has a second row without its class; both are
-combined before anybody sees a score. Draws are functions of (seed, number of the sample, step): `uniforms`.
+`sample` draws whole sequences. A `Stepper` holds a batch of unfinished ones: it returns the logits of the next token
+and appends the token that was drawn. Under classifier-free guidance every sequence has a second row without its class,
+and the logits of both are combined. Random numbers depend on (seed, number of the sample, step) only: `uniforms`.
 
-Shapes: A sequences in the batch, R rows that are computed (A, or 2 A under guidance), L embeddings read, D width,
-N patch positions, K codebook entries.
+Shapes: B sequences, A of them unfinished, R rows that are computed (A, or 2 A under guidance), L embeddings so far,
+T patch tokens of the longest one, D width, N patch positions, K codebook entries.
 """
 
 import torch
@@ -16,15 +16,15 @@ from tatok_model.config import GENERATOR_SIZES, GeneratorConfig, SamplingConfig
 from tatok_model.generation.generator import NO_CLASS, Generator, check_labels
 from tatok_model.generation.sequences import Sequences
 
-LEAVE_SHARE = 1 / 8  # ended sequences leave once they are that share of the batch: leaving copies the cache
+LEAVE_SHARE = 1 / 8  # ended sequences are removed once they are this share of the batch: removal copies the cache
 
 
 def uniforms(seed: int, numbers: Tensor, count: int) -> Tensor:
-    """(B, S) float64 in [0, 1), multiples of 2^-32: `count` for each (seed, number), the same on every device.
+    """Random (B, S) float64 in [0, 1), multiples of 2^-32: S for each (seed, number), the same on every device.
 
     Args:
         seed: any integer.
-        numbers: (B,) int64.
+        numbers: (B,) int64 sample numbers.
         count: S.
 
     Source: the splitmix64 finaliser over the keys (Steele et al. 2014), in int64 arithmetic that wraps around.
@@ -57,103 +57,104 @@ def _signed(value: int) -> int:
 
 
 class Stepper:
-    """The state of a batch.
+    """A batch of unfinished sequences.
 
     Args:
         generator: in evaluation mode.
-        labels: (A,) int64.
-        config: its guidance.
-        use_cache: keep keys and values; else read everything again at every step.
+        labels: (A,) int64 classes, -1 for no class.
+        config: its guidance scales.
+        use_cache: keep keys and values; else every step computes all embeddings again.
     """
 
     def __init__(self, generator: Generator, labels: Tensor, config: SamplingConfig, use_cache: bool = True) -> None:
         self._generator, self._config = generator, config
         self._cache = generator.new_cache() if use_cache else None
-        self._inputs: list[Tensor] = []  # (R, D) each: everything read, or the newest alone where there is a cache
-        self._turns: list[Tensor] = []  # (R,) each
+        self._inputs: list[Tensor] = []  # (R, D) each: all so far, or the newest alone with a cache
+        self._rotary: list[Tensor] = []  # (R,) each, rotary positions of the inputs
         self._steps = 0
-        self._hidden: Tensor  # (R, L, D) of what was read; L = 1 where there is a cache
+        self._hidden: Tensor  # (R, L, D) of the inputs; L = 1 with a cache
         rows = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if config.guided else labels
         self._read(generator.class_input(rows), torch.zeros_like(rows))
 
     @property
     def derived(self) -> bool:
-        """Whether positions are known."""
+        """Whether patch tokens stand at 0, 1, ..., N - 1, so that no position is drawn."""
         return self._generator.config.positions == "derived"
 
     @property
     def end(self) -> int:
-        """What `place_logits` has last: no further position."""
+        """N, the last entry of `place_logits`: no further position."""
         return self._generator.config.patch_positions
 
     def global_logits(self, number: int) -> Tensor:
-        """(A, K) scores of global token `number`'s code."""
+        """(A, K) logits of the code of global token `number`."""
         generator = self._generator
         target = generator.global_targets.weight[number].expand(len(self._hidden), 1, -1)
-        asked = self._ask(target, torch.zeros_like(self._turns[-1])[:, None])
-        return self._guided(generator.to_global_codes(asked), self._config.guidance)
+        attended = self._attend(target, torch.zeros_like(self._rotary[-1])[:, None])
+        return self._guided(generator.to_global_codes(attended), self._config.guidance)
 
     def place_logits(self, last: Tensor) -> Tensor:
-        """(A, N + 1) scores of the next position or the end, after (A,) positions; -1: none yet."""
+        """(A, N + 1) logits of the next position or the end, after the (A,) `last` ones; -1: none yet."""
         logits = self._generator.place_logits(self._hidden[:, -1], self._rows(last))
         return self._guided(logits, self._config.position_guidance)
 
     def code_logits(self, places: Tensor) -> Tensor:
-        """(A, K) scores of the codes at (A,) positions."""
+        """(A, K) logits of the codes at (A,) positions."""
         rows = self._rows(places)
-        asked = self._ask(self._generator.patch_targets(rows)[:, None], rows[:, None] + 1)
-        return self._guided(self._generator.to_patch_codes(asked), self._config.guidance)
+        attended = self._attend(self._generator.patch_targets(rows)[:, None], rows[:, None] + 1)
+        return self._guided(self._generator.to_patch_codes(attended), self._config.guidance)
 
     def take_global(self, codes: Tensor, number: int) -> None:
-        """Go on with (A,) codes of global token `number`."""
+        """Append (A,) codes of global token `number`."""
         rows = self._rows(codes)
         self._read(self._generator.global_input(rows, torch.full_like(rows, number)), torch.zeros_like(rows))
 
     def take_patch(self, codes: Tensor, places: Tensor) -> None:
-        """Go on with (A,) codes at (A,) positions."""
+        """Append (A,) codes at (A,) positions."""
         places = self._rows(places)
         self._read(self._generator.patch_input(self._rows(codes), places), places + 1)
 
     def keep(self, stay: Tensor) -> None:
-        """Go on with some of the sequences: (A',) numbers of those that stay."""
+        """Remove all sequences but `stay`, (A',) indices into the batch."""
         rows = torch.cat([stay, stay + len(self._hidden) // 2]) if self._config.guided else stay
         self._hidden = self._hidden[rows]
-        self._inputs, self._turns = ([part[rows] for part in parts] for parts in (self._inputs, self._turns))
+        self._inputs, self._rotary = ([part[rows] for part in parts] for parts in (self._inputs, self._rotary))
         if self._cache is not None:
             self._cache.keep(rows)
 
     def _rows(self, values: Tensor) -> Tensor:
-        """(A,) -> (R,)."""
+        """(A,) -> (R,): repeated for the rows without a class."""
         return values.repeat(2) if self._config.guided else values
 
-    def _read(self, newest: Tensor, turns: Tensor) -> None:
-        """(R, D) and (R,): what the next token depends on most of all."""
+    def _read(self, newest: Tensor, rotary: Tensor) -> None:
+        """Append (R, D) inputs at (R,) rotary positions and compute their hidden states."""
         if self._steps >= self._generator.config.max_length:
             raise ValueError(f"a sequence has {self._steps} embeddings; expected at most that, as trained")
         if self._cache is not None:
-            self._inputs, self._turns = [], []
+            self._inputs, self._rotary = [], []
         self._inputs.append(newest)
-        self._turns.append(turns)
+        self._rotary.append(rotary)
         self._steps += 1
-        inputs, all_turns = torch.stack(self._inputs, 1), torch.stack(self._turns, 1)
-        self._hidden = self._generator.read(inputs, all_turns, self._cache)
+        inputs, all_rotary = torch.stack(self._inputs, 1), torch.stack(self._rotary, 1)
+        self._hidden = self._generator.read(inputs, all_rotary, self._cache)
 
-    def _ask(self, target: Tensor, target_turns: Tensor) -> Tensor:
-        """(R, D) of a (R, 1, D) target."""
-        turns = torch.stack(self._turns, 1)
-        return self._generator.ask(self._hidden, turns, target, target_turns, self._cache)[:, 0]
+    def _attend(self, target: Tensor, target_rotary: Tensor) -> Tensor:
+        """(R, D) output of the code layer for a (R, 1, D) target."""
+        rotary = torch.stack(self._rotary, 1)
+        return self._generator.attend(self._hidden, rotary, target, target_rotary, self._cache)[:, 0]
 
     def _guided(self, logits: Tensor, scale: float) -> Tensor:
-        """(R, C) -> (A, C): away from what is likely without the class, by the schedule's scale."""
+        """Classifier-free guidance by the schedule's scale: (R, C) logits -> (A, C)."""
         wide = logits if logits.dtype == torch.float64 else logits.float()  # autocast may have left bfloat16
         if not self._config.guided:
             return wide
-        told, untold = wide.chunk(2)
+        conditional, unconditional = wide.chunk(2)
         scale = self._config.scale_at(scale, self._steps / self._generator.config.max_length)
         if scale == 1:
-            return told
+            return conditional
         # Where both are -inf their difference is NaN.
-        return torch.where(told.isinf(), told, untold + scale * (told - untold))
+        guided = unconditional + scale * (conditional - unconditional)
+        return torch.where(conditional.isinf(), conditional, guided)
 
 
 DEFAULTS = SamplingConfig()
@@ -174,15 +175,15 @@ def sample(
     Args:
         generator: in evaluation mode.
         labels: (B,) int64 classes, -1 for no class.
-        numbers: (B,) int64, which sample this is: it keys the draws; None: 0 to B - 1.
-        seed: keys the draws too.
+        numbers: (B,) int64 sample numbers; with the seed they fix the random numbers of a sample. None: 0 to B - 1.
+        seed: any integer.
         config: temperature, guidance, ...
         use_cache: False computes every step from the beginning: slow, the reference that the cache is tested against.
-        places: (B, T) int64, where each sequence is to have its patch tokens, ascending, -1 after the last; None: the
-            generator chooses.
+        places: (B, T) int64 positions of the patch tokens, ascending, -1 after the last; None: the generator draws
+            them.
 
     Raises:
-        ValueError: a class that does not exist, or places that cannot be.
+        ValueError: a class that does not exist, or places out of range or not ascending.
     """
     labels = torch.as_tensor(labels, dtype=torch.int64, device=generator.device)
     if labels.ndim != 1:
@@ -193,18 +194,18 @@ def sample(
     if places is not None:
         _check_places(places, generator.config, len(labels))
         places = F.pad(places.to(labels), (0, most - places.shape[1]), value=-1)
-    draws = uniforms(seed, numbers, m + 2 * most)  # of each global token, then of each position and its code
-    rows = Stepper(generator, labels, config, use_cache)
+    draws = uniforms(seed, numbers, m + 2 * most)  # a column per global token, then position, code, position, code, ...
+    stepper = Stepper(generator, labels, config, use_cache)
     global_indices = labels.new_zeros(len(labels), m)
     for number in range(m):
-        code = draw(rows.global_logits(number), draws[:, number], config.temperature, config.top_k, config.top_p)
+        code = draw(stepper.global_logits(number), draws[:, number], config.temperature, config.top_k, config.top_p)
         global_indices[:, number] = code
-        rows.take_global(code, number)
-    codes, written = labels.new_full((len(labels), most), 0), labels.new_full((len(labels), most), -1)
-    _draw_patches(rows, config, draws[:, m::2], draws[:, m + 1 :: 2], codes, written, places)
-    counts = (written >= 0).sum(1)
+        stepper.take_global(code, number)
+    codes, drawn = labels.new_full((len(labels), most), 0), labels.new_full((len(labels), most), -1)
+    _draw_patches(stepper, config, draws[:, m::2], draws[:, m + 1 :: 2], codes, drawn, places)
+    counts = (drawn >= 0).sum(1)
     longest = int(counts.max()) if len(counts) else 0
-    return Sequences(global_indices, codes[:, :longest], written[:, :longest].clamp(min=0), counts)
+    return Sequences(global_indices, codes[:, :longest], drawn[:, :longest].clamp(min=0), counts)
 
 
 def _check_places(places: Tensor, config: GeneratorConfig, batch: int) -> None:
@@ -220,7 +221,7 @@ def _check_places(places: Tensor, config: GeneratorConfig, batch: int) -> None:
 
 
 def _draw_patches(
-    rows: Stepper,
+    stepper: Stepper,
     config: SamplingConfig,
     place_draws: Tensor,
     code_draws: Tensor,
@@ -228,41 +229,41 @@ def _draw_patches(
     places: Tensor,
     given: Tensor | None,
 ) -> None:
-    """Fill (B, T) codes and places, given ones if there are; what stays -1 is beyond the end of its sequence."""
-    active = torch.arange(len(codes), device=codes.device)  # (A,) sequences in the batch, ended ones before they leave
+    """Draw patch tokens, at `given` positions if any, into (B, T) `codes` and `places`; unchanged after the end."""
+    active = torch.arange(len(codes), device=codes.device)  # (A,) rows of `codes` that are still in the batch
     last = torch.full_like(active, -1)
     for step in range(codes.shape[1]):
-        if rows.derived:
+        if stepper.derived:
             place, ended = torch.full_like(active, step), torch.zeros_like(active, dtype=torch.bool)
         else:
-            place = draw(rows.place_logits(last), place_draws[active, step], config.position_temperature)
+            place = draw(stepper.place_logits(last), place_draws[active, step], config.position_temperature)
             if given is not None:
                 wanted = given[active, step]
-                place = wanted.where(wanted >= 0, rows.end)
-            ended = place == rows.end
+                place = wanted.where(wanted >= 0, stepper.end)
+            ended = place == stepper.end
             if ended.float().mean() >= LEAVE_SHARE:
                 stay = (~ended).nonzero()[:, 0]
-                rows.keep(stay)
+                stepper.keep(stay)
                 active, place, ended = active[stay], place[stay], ended[stay]
             if not len(active):
                 return
         at = place.where(~ended, 0)
-        code = draw(rows.code_logits(at), code_draws[active, step], config.temperature, config.top_k, config.top_p)
-        # Not by a mask: how many go on is known on the device only, and the host would wait for it.
+        code = draw(stepper.code_logits(at), code_draws[active, step], config.temperature, config.top_k, config.top_p)
+        # `where` instead of a boolean index, whose size the host would have to wait for.
         codes[active, step], places[active, step] = code.where(~ended, 0), place.where(~ended, -1)
-        rows.take_patch(code, at)
-        last = place.where(~ended, rows.end - 1)  # nothing lies after it: who ended ends again
+        stepper.take_patch(code, at)
+        last = place.where(~ended, stepper.end - 1)  # after the last position only the end can follow again
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(A,) int64, one choice of each row, by the inverse of its distribution function.
+    """(A,) int64, one draw per row by inverse transform sampling.
 
     Args:
         logits: (A, C); -inf is never drawn.
-        uniform: (A,) float64 in [0, 1), multiples of 2^-32: a product with the total stays below it.
+        uniform: (A,) float64 in [0, 1), multiples of 2^-32, so that uniform * total rounds to less than the total.
         temperature: 0 takes the likeliest.
-        top_k: only the k likeliest, and what equals the last of them; 0: all.
-        top_p: only the likeliest, until they make up this share.
+        top_k: only the k likeliest and those equal to the k-th; 0: all.
+        top_p: only the likeliest whose probabilities sum to this share (nucleus sampling).
     """
     if temperature == 0:
         return logits.argmax(1)
@@ -272,13 +273,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int =
     shares = scores.softmax(1)
     if top_p < 1:
         sorted_, order = shares.sort(dim=1, descending=True, stable=True)
-        beyond = sorted_.cumsum(1) - sorted_ >= top_p  # what comes before it is enough
+        beyond = sorted_.cumsum(1) - sorted_ >= top_p  # likelier ones already sum to top_p
         shares = shares.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), 0)
-    below = shares.cumsum(1)
-    return torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True)[:, 0]
+    cumulative = shares.cumsum(1)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def kv_cache_bytes(config: GeneratorConfig, batch: int, dtype: torch.dtype, guided: bool) -> int:
-    """Bytes of keys and values for a batch of sequences of the longest kind; guidance keeps a second set."""
+    """Bytes of the key-value cache for a batch of longest sequences; guidance doubles it."""
     width, layers, _ = GENERATOR_SIZES[config.size]
     return (2 if guided else 1) * batch * 2 * (layers + 1) * config.max_length * width * dtype.itemsize

@@ -41,7 +41,7 @@ class Sequences:
 
     @classmethod
     def from_tokens(cls, tokens: Tokens) -> "Sequences":
-        """Of tokens at one cut; ValueError where some images have lost more of their global tokens than others."""
+        """From tokens at one cut; ValueError unless all images have the same number of global tokens."""
         counts = tokens.patch_counts
         longest = int(counts.max()) if len(tokens) else 0
         # Kept positions first, each kind in raster order.
@@ -57,15 +57,14 @@ class Sequences:
         return cls(global_indices, codes, places, counts)
 
     def to_tokens(self, patch_positions: int, global_tokens: int) -> Tokens:
-        """What a tokenizer of N and M tokens decodes; global tokens that the sequences lack count as a lost tail."""
-        batch, own = self.global_indices.shape
-        wide = self.codes.new_zeros(batch, patch_positions + 1)  # padding goes to the last column, which is cut off
-        at = self.places.where(self.real, patch_positions)
-        patch_indices = wide.scatter(1, at, self.codes)[:, :patch_positions]
-        kept_mask = wide.bool().scatter(1, at, True)[:, :patch_positions]
-        globals_ = F.pad(self.global_indices, (0, global_tokens - own))
-        counts = None if own == global_tokens else torch.full_like(self.counts, own)
-        return Tokens(globals_, patch_indices, kept_mask, global_counts=counts)
+        """`Tokens` for a tokenizer of N patch positions and M global tokens; missing global ones are marked as lost."""
+        batch, present = self.global_indices.shape
+        at = self.places.where(self.real, patch_positions)  # padding goes to column N, which is cut off below
+        codes = self.codes.new_zeros(batch, patch_positions + 1).scatter(1, at, self.codes)
+        kept = torch.zeros_like(codes, dtype=torch.bool).scatter(1, at, True)
+        global_indices = F.pad(self.global_indices, (0, global_tokens - present))
+        counts = None if present == global_tokens else torch.full_like(self.counts, present)
+        return Tokens(global_indices, codes[:, :patch_positions], kept[:, :patch_positions], global_counts=counts)
 
     @property
     def real(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""Scores that compare with no originals: of pictures by a classifier, and of codes by their use and code lengths.
+"""Scores without reference images: of pictures by a classifier, and of codes by their use and code lengths.
 
-The Inception score says how sure and how varied a classifier finds pictures, `CodeUsage` how many codebook entries do
-any work; both are sums that add up across processes. The functions at the end say what global and patch codes tell of
-one another, in bits, from code lengths under entropy models.
+The Inception score rewards pictures that a classifier is sure of and that vary, `CodeUsage` counts how often codebook
+entries are used; both hold sums that add up across processes. The functions at the end estimate the information between
+global and patch codes, in bits, from code lengths under entropy models.
 
 Shapes: B images, C classes, K codebook entries, N patch positions, O orders.
 """
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from tatok_model.metrics.rate_distortion import bootstrap_mean_interval
 
-CHAIN_ORDERS = 4  # O, orders over which a chain of code lengths is averaged
+CHAIN_ORDERS = 4  # O, coding orders over which code lengths by the chain rule are averaged
 
 
 class InceptionScore:
     """exp of the mean KL(p(y|x) || p(y)), over one or several splits.
 
     Per split it keeps n, sum p (C,) and sum p log p. ADM scores its bias-free logits in splits of 5,000, torch-fidelity
-    in 10 splits after a shuffle with seed 2020: say with the number which was done.
+    in 10 splits after a shuffle with seed 2020: report the protocol with the number.
 
     Args:
         classes: C, the width of the logits.
-        splits: how many groups are scored apart and then averaged.
+        splits: how many groups are scored separately and then averaged.
     """
 
     def __init__(self, classes: int, splits: int = 1) -> None:
@@ -43,8 +43,8 @@ class InceptionScore:
 
         Args:
             logits: of a batch.
-            split: (B,) integers, the split of each image, from its place in the whole set, so that it does not depend
-                on who processes it; None: all in split 0.
+            split: (B,) integers, the split of each image, set by its place in the whole set, so that it does not
+                depend on which process measures it; None: all in split 0.
 
         Raises:
             ValueError: shapes do not fit, a logit is not finite, or a split number is outside 0 to splits - 1.
@@ -64,7 +64,7 @@ class InceptionScore:
         self._p_log_p.index_add_(0, rows, (log_p.exp() * log_p).sum(1))
 
     def merge(self, other: "InceptionScore") -> None:
-        """Add what another process has seen; ValueError where classes or splits differ."""
+        """Add the sums of another process; ValueError where classes or splits differ."""
         if (other.classes, other.splits) != (self.classes, self.splits):
             raise ValueError(
                 f"cannot merge {other.classes} classes in {other.splits} splits "
@@ -102,7 +102,7 @@ class InceptionScore:
 
 
 def inception_score(logits: Tensor, splits: int = 1) -> float:
-    """The score of (B, C) logits in memory, cut in order into groups whose sizes differ by one at most.
+    """The score of (B, C) logits, divided in order into splits whose sizes differ by at most one.
 
     Raises:
         ValueError: as `InceptionScore`, and where there are more splits than images.
@@ -134,7 +134,7 @@ class CodeUsage:
         self.counts += flat.bincount(minlength=len(self.counts))
 
     def merge(self, other: "CodeUsage") -> None:
-        """Add what another process has seen; ValueError where the codebook sizes differ."""
+        """Add the counts of another process; ValueError where the codebook sizes differ."""
         if len(other.counts) != len(self.counts):
             raise ValueError(f"cannot merge a codebook of {len(other.counts)} into one of {len(self.counts)}")
         self.counts += other.counts
@@ -146,7 +146,7 @@ class CodeUsage:
 
     @property
     def perplexity(self) -> float:
-        """2 to the entropy of the choices in bits: from 1 (one entry) to K (all alike); 0 before the first index."""
+        """2 to the entropy of the choices in bits: from 1 (one entry) to K (uniform); 0 before the first index."""
         total = self.counts.sum()
         if total == 0:
             return 0.0
@@ -172,10 +172,10 @@ def chain_orders(positions: int, seed: int) -> np.ndarray:
 
 
 def partners(images: int, seed: int) -> np.ndarray:
-    """(B,) int64: for each image another one, drawn from all of them, as the null of what its own global codes tell.
+    """(B,) int64: for each image another random one, whose global codes replace its own as the null hypothesis.
 
-    One random cycle through all images, so that each gives its codes once: neighbours may be of one class. ValueError
-    below two images.
+    One random cycle through all images, so that each is used once; images next to each other may be of one class.
+    ValueError below two images.
     """
     if images < 2:
         raise ValueError(f"images is {images}; expected at least 2 to exchange global codes")
@@ -186,11 +186,11 @@ def partners(images: int, seed: int) -> np.ndarray:
 
 
 def redundancy(one_pass: np.ndarray, chain: np.ndarray) -> float:
-    """Total correlation of the patch codes given what both lengths were given, in bits an image.
+    """Total correlation of the patch codes in bits an image, conditional on what both code lengths are.
 
     Args:
-        one_pass: (B,) sum of the code lengths of all positions, none given.
-        chain: (B, O) code lengths of the chain, by order.
+        one_pass: (B,) code lengths, every position predicted without the other patch codes.
+        chain: (B, O) code lengths by the chain rule: every position given those before it, in each order.
     """
     return float(one_pass.mean() - chain.mean())
 
@@ -199,8 +199,8 @@ def mutual_information(blind: np.ndarray, seeing: np.ndarray, seed: int) -> tupl
     """I(c; g) in bits an image, and the ends of its 95% bootstrap interval over images.
 
     Args:
-        blind: (B, O) chain lengths under a model that does not see g.
-        seeing: (B, O) the same images and orders, under a model of equal compute that does.
+        blind: (B, O) chain-rule code lengths under a model that does not get g.
+        seeing: (B, O) the same images and orders, under a model of equal compute that gets g.
         seed: of the bootstrap.
 
     Raises:
@@ -214,12 +214,12 @@ def mutual_information(blind: np.ndarray, seeing: np.ndarray, seed: int) -> tupl
 
 
 def unigram_bits(indices: np.ndarray, codebook_size: int) -> float:
-    """Bits of an image of (B, N) int64 codes that are coded by how often each of K entries is used among them all."""
+    """Bits per image if (B, N) int64 codes are coded by the frequencies of the K entries over all of them."""
     shares = np.bincount(indices.ravel(), minlength=codebook_size) / indices.size
     used = shares[shares > 0]
     return float(-(used * np.log2(used)).sum() * indices.shape[1])
 
 
 def limit(global_tokens: int, codebook_size: int) -> float:
-    """M log2 K, the most that global codes can tell."""
+    """M log2 K, the most bits that the global codes can hold."""
     return global_tokens * math.log2(codebook_size)

@@ -1,7 +1,7 @@
-"""Feature networks behind a Frechet distance, from outside; and the frame of those that this project trains.
+"""Base classes of feature networks for a Frechet distance: of any, and of those that this project trains.
 
-A file is in safetensors format and says in its metadata which network it is for. Distances over such a network compare
-tokenizers within this project and with nothing published.
+Weights of the latter are in safetensors files whose metadata name the network. Distances over such a network compare
+tokenizers within this project only, never with published numbers.
 
 Shapes: B images, F features, C classes.
 """
@@ -23,7 +23,7 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 class FeatureExtractor(nn.Module):
-    """Base of the feature networks; a subclass names itself and implements `forward`.
+    """Base class of all; a subclass sets `name`, sizes and class names, and implements `forward`.
 
     `name` goes into the metric's name (`rfd_<name>`) and into the key of cached reference statistics.
     """
@@ -49,7 +49,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 def check_images(images: Tensor) -> None:
-    """ValueError for anything but (B, 3, H, W) uint8: a float batch would be scaled twice without a word."""
+    """ValueError for anything but (B, 3, H, W) uint8: a float batch would silently be scaled twice."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
 
@@ -65,17 +65,17 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's 
 
 
 class TrainableExtractor(FeatureExtractor):
-    """Layers that a subclass brings, the mean over positions, and a linear layer to the classes.
+    """The layers of a subclass, global average pooling, and a linear classifier.
 
     Args:
-        layers: (B, 3, side, side) to (B, F, h, w).
+        layers: (B, 3, image_size, image_size) -> (B, F, h, w).
         classes: C.
-        image_size: side of the pictures that the layers see, pixels.
+        image_size: side in pixels, to which pictures are resized before the layers.
     """
 
     architecture: ClassVar[str]  # as in the key `extractor.architecture`
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # (3, 1, 1), of uint8 pixels
+    std: Tensor  # likewise
 
     def __init__(self, layers: nn.Module, classes: int, image_size: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class TrainableExtractor(FeatureExtractor):
         self.head = nn.Linear(self.feature_dim, classes)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.weights_sha256 = ""  # of the file that the weights came from
+        self.weights_sha256 = ""  # of the weight file, once loaded
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features and logits; see `FeatureExtractor`. Images of another size are `resized`.
@@ -99,7 +99,7 @@ class TrainableExtractor(FeatureExtractor):
         return features, self.head(features).float()
 
     def load_file(self, path: str | Path) -> Self:
-        """Take the weights of a file that `save` wrote; the network is in evaluation mode and without gradients then.
+        """Load a file that `save` wrote, and put the network into evaluation mode without gradients.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -128,13 +128,13 @@ class TrainableExtractor(FeatureExtractor):
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself; SafetensorError where it is none."""
+    """The metadata of a safetensors file; SafetensorError where it is none."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def stem(outputs: int, image_size: int, wanted: int) -> list[nn.Sequential]:
-    """First convolutions, from pictures to maps of about `wanted` pixels a side: each halves it, or one keeps it."""
+    """First convolutions, to feature maps of about `wanted` pixels a side: each halves it, or one keeps it."""
     halvings = max(0, round(log2(image_size / wanted)))
     first = convolution(3, outputs, stride=2 if halvings else 1)
     return [first, *(convolution(outputs, outputs, stride=2) for _ in range(halvings - 1))]

@@ -23,7 +23,7 @@ SIDE = 299
 
 
 class Inception2015(FeatureExtractor):
-    """2048 pooled features, and the logits without their bias that ADM's evaluator scores."""
+    """(B, 2048) pooled features, and (B, 1008) logits without bias, from which ADM's evaluator computes the score."""
 
     name = "inception2015"
     feature_dim = 2048
@@ -52,7 +52,7 @@ class Inception2015(FeatureExtractor):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Load the public weight file; FileNotFoundError without one, ValueError for any other."""
+        """Load the public weight file; FileNotFoundError where it is missing, ValueError for any other file."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no Inception weights at {path}: expected pt_inception-2015-12-05-6726825d.pth")
@@ -132,12 +132,12 @@ class ConvUnit(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their channels one after the other.
+    """Parallel branches whose outputs are concatenated along the channels.
 
     Args:
-        pool: what the branch that begins with a pool does to the input.
-        units: by their names in the weight file, what each one reads: `x`, `pool` or another unit, and the unit.
-        outputs: names whose results make up the output, in order.
+        pool: the pooling of the input, itself an output or the first step of a branch.
+        units: name in the weight file -> (its input: `x`, `pool` or the name of another unit, the unit).
+        outputs: names of the units that are concatenated, in order.
     """
 
     def __init__(
@@ -145,14 +145,14 @@ class Mixed(nn.Module):
     ) -> None:
         super().__init__()
         self.pool, self.outputs = pool, outputs
-        self.reads = {name: source for name, (source, _) in units.items()}
+        self.inputs = {name: source for name, (source, _) in units.items()}
         for name, (_, unit) in units.items():
             self.add_module(name, unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, sum of the outputs' channels, H', W')."""
         maps = {"x": x, "pool": self.pool(x)}
-        for name, source in self.reads.items():
+        for name, source in self.inputs.items():
             maps[name] = self.get_submodule(name)(maps[source])
         return torch.cat([maps[name] for name in self.outputs], 1)
 

@@ -11,7 +11,7 @@ from pipeline.benchmarks.evaluate_speed import bare, evaluator_rate, findings, p
 from pipeline.benchmarks.harness import Spread
 from pipeline.core.errors import BadInput, Stopped
 from pipeline.core.run import Run
-from pipeline.evaluation.evaluator import Bench, Evaluator
+from pipeline.evaluation.evaluator import EvaluationSetup, Evaluator
 from pipeline.evaluation.measurements import EvaluationPlan
 from tatok_model.tokenizer import TaTok
 
@@ -38,24 +38,24 @@ def test_too_few_pictures_are_refused():
 def test_the_bare_computation_sees_each_picture_of_a_range_and_codes_lengths_when_asked(
     config, tmp_path, monkeypatch, ray_session
 ):
-    bench = Bench.set_up(Run("benchmark", config, tmp_path))
-    bench = dataclasses.replace(bench, plan=plan_of(bench.plan, 8))
-    assert (bench.plan.count, bench.plan.range_size) == (24, 8)
+    setup = EvaluationSetup.of(Run("benchmark", config, tmp_path))
+    setup = dataclasses.replace(setup, plan=plan_of(setup.plan, 8))
+    assert (setup.plan.count, setup.plan.range_size) == (24, 8)
     evaluator = Evaluator(
-        TaTok(config.tokenizer.architecture()), bench.instruments, bench.plan, False, "cpu", bench.cuts
+        TaTok(config.tokenizer.architecture()), setup.instruments, setup.plan, False, "cpu", setup.cuts
     )
     seen, coded = [], []
-    original = type(bench.cuts).bits_coded
-    monkeypatch.setattr(type(bench.cuts), "bits_coded", lambda *given: coded.append(len(given[2])) or original(*given))
+    original = type(setup.cuts).bits_coded
+    monkeypatch.setattr(type(setup.cuts), "bits_coded", lambda *given: coded.append(len(given[2])) or original(*given))
     encode = evaluator.codec.encode
     monkeypatch.setattr(evaluator.codec, "encode", lambda images: seen.append(images) or encode(images))
-    assert bare(bench, evaluator, torch.device("cpu"))() > 0
+    assert bare(setup, evaluator, torch.device("cpu"))() > 0
     assert coded == []
-    assert bare(bench, evaluator, torch.device("cpu"), bits=True)() > 0
+    assert bare(setup, evaluator, torch.device("cpu"), bits=True)() > 0
     assert sum(coded) == 8
-    pictures = bench.pictures.images(bench.plan.indices(np.arange(8)).tolist())
+    pictures = setup.pictures.images(setup.plan.indices(np.arange(8)).tolist())
     assert np.array_equal(torch.cat(seen[:2]).permute(0, 2, 3, 1).numpy(), pictures)
-    assert evaluator_rate(evaluator, bench) > 0
+    assert evaluator_rate(evaluator, setup) > 0
 
 
 def test_the_stages_start_is_told_apart():

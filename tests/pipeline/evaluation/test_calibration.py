@@ -125,7 +125,7 @@ def test_a_wanted_psnr_is_measured_at_the_threshold(calibrating: Any, rule: str)
     """The untrained tokenizer's pictures get worse with every token: wanted is what half of them give."""
     start = ["filter.score=error", f"filter.rule={rule}", "filter.threshold=0"]
     by_tokens = calibrating(*start, "filter.mean_tokens=10")
-    pictures = calibrate._Ranked(by_tokens, load_tokenizer(by_tokens.config)[0])
+    pictures = calibrate._RankedImages(by_tokens, load_tokenizer(by_tokens.config)[0])
     wanted = float(pictures.decibels("count", 16).mean())
     run = calibrating(*start, f"filter.mean_psnr={wanted - 1e-9!r}")
     calibrate.run(run)

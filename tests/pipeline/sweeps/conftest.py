@@ -116,7 +116,7 @@ def fake_tune(monkeypatch: pytest.MonkeyPatch) -> FakeTune:
     """In the place of Ray Tune, and of a cluster with two CPUs."""
     fake = FakeTune()
     monkeypatch.setattr("pipeline.sweeps.driver.run_tune", fake)
-    monkeypatch.setattr("pipeline.sweeps.driver.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("pipeline.sweeps.driver.POLL_SECONDS", 0.01)
     monkeypatch.setattr("pipeline.sweeps.sweep._resources", lambda config: (2.0, 0.0))
     return fake
 

@@ -252,7 +252,7 @@ def test_a_given_checkpoint_is_evaluated_and_nothing_trained(stages, task):
 def reports(monkeypatch):
     found = []
     monkeypatch.setattr(tune.tune, "report", found.append)
-    monkeypatch.setattr(tune, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(tune, "POLL_SECONDS", 0.01)
     return found
 
 
