@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tatok_model.filtering_rules import SCORES
+
 C = TypeVar("C")  # a configuration
 
 SIZES = {  # name: (width D, encoder layers, decoder layers, heads)
@@ -28,8 +30,12 @@ GENERATOR_SIZES = {  # name: (width D, layers, heads)
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
-ORDERS = ("distortion", "surprisal", "entropy", "filter", "error", "grid", "pixel_entropy")
-BY_MODEL = ORDERS[:4]  # need an entropy model
+ORDERS = (*(name for name in SCORES if name != "random"), "filter")  # a random set is a kind of its own
+BY_MODEL = (*(name for name, score in SCORES.items() if score.asks_entropy_model), "filter")
+QUANTIZERS: dict[str, Callable[["TokenizerConfig"], int]] = {  # name: d, numbers in a code vector
+    "vq": lambda config: config.codebook_dim,
+    "fsq": lambda config: len(config.fsq_levels),
+}
 SCHEDULES = ("constant", "linear", "power-cosine")
 
 
@@ -58,7 +64,7 @@ class TokenizerConfig:
     size: str = "tiny"  # a key of SIZES
     global_tokens: int = 8  # M, learnable tokens that carry what patches share
     patch_tokens: bool = True  # False: the patches are read but only global tokens are written
-    quantizer: str = "vq"  # vq | fsq
+    quantizer: str = "vq"  # vq | fsq, a key of QUANTIZERS
     codebook_size: int = 1000  # K; for fsq the product of fsq_levels
     codebook_dim: int = 16  # width of a code vector (vq)
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)  # levels per dimension (fsq)
@@ -92,7 +98,7 @@ class TokenizerConfig:
                 f"entropy_layers is {self.entropy_layers} and entropy_width {self.entropy_width}; "
                 "expected 0 or more, and a multiple of 32"
             )
-        _expect(self, "quantizer", ("vq", "fsq").__contains__, "vq or fsq")
+        _expect(self, "quantizer", QUANTIZERS.__contains__, " or ".join(QUANTIZERS))
         if self.codebook_size < 2 or self.codebook_dim < 1:
             raise ValueError(
                 f"codebook_size is {self.codebook_size} and codebook_dim {self.codebook_dim}; expected at least 2 and 1"
@@ -124,6 +130,11 @@ class TokenizerConfig:
     def max_tokens(self) -> int:
         """Tokens of an image of which everything is kept."""
         return self.global_tokens + (self.patch_positions if self.patch_tokens else 0)
+
+    @property
+    def code_dim(self) -> int:
+        """d, numbers in a code vector."""
+        return QUANTIZERS[self.quantizer](self)
 
     @property
     def bits_per_token(self) -> float:

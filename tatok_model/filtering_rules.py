@@ -33,7 +33,7 @@ class Score:
     resolution: int = UNITS  # score units in one unit
     in_rounds: bool = False  # scores depend on the tokens placed before: R rounds may rank otherwise than one
     asks_entropy_model: bool = False
-    needs_image: bool = True  # False: the decoder can compute the order itself
+    known_to_decoder: bool = False  # it can work the order out from the global tokens, so that no positions are sent
     in_signal: bool = False  # a squared error of what is dropped, which a picture's quality can be predicted from
 
 
@@ -49,9 +49,9 @@ SCORES = {
     # of the patch's grey levels
     "pixel_entropy": Score("bits"),
     # keyed by the global tokens
-    "random": Score(needs_image=False),
+    "random": Score(known_to_decoder=True),
     # the same for every image, evenly spread
-    "grid": Score(needs_image=False),
+    "grid": Score(known_to_decoder=True),
 }
 
 

@@ -165,6 +165,10 @@ class FiniteScalar(nn.Module):
         return self.quantize.implicit_codebook.detach()
 
 
-def build_quantizer(width: int, config: TokenizerConfig) -> VQ | FiniteScalar:
+Quantizer = VQ | FiniteScalar
+CLASSES: dict[str, type[Quantizer]] = {"vq": VQ, "fsq": FiniteScalar}  # the names of `QUANTIZERS`
+
+
+def build_quantizer(width: int, config: TokenizerConfig) -> Quantizer:
     """The quantizer that `config.quantizer` names."""
-    return VQ(width, config) if config.quantizer == "vq" else FiniteScalar(width, config)
+    return CLASSES[config.quantizer](width, config)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tatok_model.config import BY_MODEL, KeptSetConfig
+from tatok_model.config import KeptSetConfig
 from tatok_model.entropy import Read, read_distortion, read_entropy, read_surprisal
 from tatok_model.filtering import to_units
 from tatok_model.filtering_rules import SCORES, QualityLine, check_rounds, line_of
@@ -59,18 +59,22 @@ def rank(tokens: Tokens, score: str, rounds: int, models: Models, images: Tensor
         if rounds != 1:
             raise ValueError(f"rounds is {rounds}; expected 1 for the score {score!r}, which nothing kept can change")
         return Ranking(*_fixed_order(tokens, score, models.patch_size, images), score, rounds)
-    if score == "error" and images is None:
-        raise ValueError("score is 'error'; expected the images too, to see how wrong they get")
 
     def units(placed: Tensor) -> Tensor:
-        if score == "error" and images is not None:
-            return to_units(patch_errors(tokens, placed, images, models), SCORES[score].resolution)
-        at = ~placed
-        values = models.predict(tokens, placed, at, _read_score(score, tokens, at, models))
-        return torch.zeros_like(tokens.patch_indices).masked_scatter(at, to_units(values, SCORES[score].resolution))
+        return to_units(_values(tokens, score, placed, models, images), SCORES[score].resolution)
 
     order, score_units = rank_in_rounds(units, batch, positions, rounds, device)
     return Ranking(order, score_units, score, rounds, line_of(models.lines, score, rounds))
+
+
+def _values(tokens: Tokens, score: str, placed: Tensor, models: Models, images: Tensor | None) -> Tensor:
+    """(B, N) float32 of a score in rounds, in its unit; values where (B, N) `placed` is True do not matter."""
+    if score == "error":
+        if images is None:
+            raise ValueError("score is 'error'; expected the images too, to see how wrong they get")
+        return patch_errors(tokens, placed, images, models)
+    values = models.predict(tokens, placed, ~placed, _read_score(score, tokens, ~placed, models))
+    return values.new_zeros(placed.shape).masked_scatter(~placed, values)
 
 
 def _read_score(score: str, tokens: Tokens, at: Tensor, models: Models) -> Read:
@@ -91,19 +95,13 @@ def patch_errors(tokens: Tokens, kept_mask: Tensor, images: Tensor, models: Mode
 
 
 def _fixed_order(tokens: Tokens, score: str, patch_size: int, images: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, N) positions and (B, N) score units of a control, which needs no model."""
-    (batch, positions), device = tokens.patch_indices.shape, tokens.patch_indices.device
-    if score == "pixel_entropy":
-        if images is None:
-            raise ValueError("score is 'pixel_entropy'; expected the images too")
-        units = pixel_entropy_units(images, patch_size)
-        return rank_in_rounds(lambda placed: units, batch, positions, 1, device)
-    orders = {
-        "random": lambda: random_order(tokens.global_indices, positions),
-        "grid": lambda: grid_order(positions).to(device).expand(batch, -1),
-    }
-    order = orders[score]()
-    return order, torch.zeros_like(order)
+    """(B, N) positions and (B, N) score units of a score that asks no model."""
+    batch, positions = tokens.patch_indices.shape
+    if SCORES[score].known_to_decoder:
+        order = KNOWN_ORDERS[score](tokens.global_indices, positions)
+        return order, torch.zeros_like(order)
+    units = FIXED_UNITS[score](tokens, images, patch_size)
+    return rank_in_rounds(lambda placed: units, batch, positions, 1, tokens.patch_indices.device)
 
 
 def rank_in_rounds(
@@ -189,6 +187,21 @@ def pixel_entropy_units(images: Tensor, patch_size: int) -> Tensor:
     return to_units(-(shares * shares.clamp(min=1e-12).log2()).sum(dim=2))
 
 
+def _pixel_entropy(tokens: Tokens, images: Tensor | None, patch_size: int) -> Tensor:
+    if images is None:
+        raise ValueError("score is 'pixel_entropy'; expected the images too")
+    return pixel_entropy_units(images, patch_size)
+
+
+# Scores that ask no model. A writer and every reader work a known order out alike, from (B, M) global tokens and N;
+# others have (B, N) int64 score units, from the tokens, the images, which may be missing, and the patch side.
+KNOWN_ORDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "random": random_order,
+    "grid": lambda given, positions: grid_order(positions).to(given.device).expand(len(given), -1),
+}
+FIXED_UNITS: dict[str, Callable[[Tokens, Tensor | None, int], Tensor]] = {"pixel_entropy": _pixel_entropy}
+
+
 def _mix(key: Tensor) -> Tensor:
     """A hash of 32-bit numbers kept in int64: the finaliser of murmur3, the same on every device."""
     mask = 0xFFFFFFFF
@@ -215,19 +228,16 @@ def training_places(tokens: Tokens, images: Tensor, wanted: Wanted, mix: KeptSet
     needed = wanted.filtered | wanted.own_set
     if not bool(needed.any()):
         return places
-    part = tokens[needed]
-    at, values = torch.ones_like(part.kept_mask), None
-    if mix.order == "error":
-        values = patch_errors(part, ~at, images[needed], models)
-    elif mix.order in BY_MODEL:
-        either = mix.order == "filter"
-        read = _read_either(part, wanted.by_entropy[needed]) if either else _read_score(mix.order, part, at, models)
-        values = models.predict(part, ~at, at, read).view(at.shape)
-    if values is None:
-        order = _fixed_order(part, mix.order, models.patch_size, images[needed])[0]
+    part, score = tokens[needed], "surprisal" if mix.order == "filter" else mix.order
+    none = torch.zeros_like(part.kept_mask)
+    if not SCORES[score].in_rounds:
+        order = _fixed_order(part, score, models.patch_size, images[needed])[0]
     else:
-        units = to_units(values, SCORES["surprisal" if mix.order == "filter" else mix.order].resolution)
-        order = units.argsort(dim=1, descending=True, stable=True)
+        if mix.order == "filter":
+            values = models.predict(part, none, ~none, _read_either(part, wanted.by_entropy[needed])).view(none.shape)
+        else:
+            values = _values(part, score, none, models, images[needed])
+        order = to_units(values, SCORES[score].resolution).argsort(dim=1, descending=True, stable=True)
     places[needed] = order.argsort(dim=1)
     return places
 

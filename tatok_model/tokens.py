@@ -286,6 +286,6 @@ def log2_binomial(n: int, k: Tensor) -> Tensor:
 def _how_positions_travel(score: str, rule: str, threshold: float, replay: bool, positions: int) -> str:
     """All or none at a fixed count needs no word; an order that looks at the picture has to be sent or replayed."""
     all_or_none = fixes_length(rule, threshold) and (rule != "count" or threshold in (0, positions))
-    if not SCORES[score].needs_image or all_or_none:
+    if SCORES[score].known_to_decoder or all_or_none:
         return "derived"
     return "replayed" if replay else "sent"

@@ -141,7 +141,7 @@ def forward_flops(config: TokenizerConfig) -> float:
 def encode_flops(config: TokenizerConfig) -> float:
     """Operations of the way from pixels to codebook entries, for an image."""
     width, layers, _, _ = SIZES[config.size]
-    dim = _code_dim(config)
+    dim = config.code_dim
     total = 2.0 * config.patch_positions * config.patch_size**2 * CHANNELS * width
     total += transformer_flops(config.global_tokens + config.patch_positions, width, layers)
     return total + 2.0 * config.max_tokens * dim * (width + config.codebook_size)  # to code vectors, and the nearest
@@ -152,7 +152,7 @@ def decode_flops(config: TokenizerConfig) -> float:
     width, _, layers, _ = SIZES[config.size]
     total = 2.0 * config.patch_positions * config.patch_size**2 * CHANNELS * width
     total += transformer_flops(config.global_tokens + config.patch_positions, width, layers)
-    return total + 2.0 * config.max_tokens * _code_dim(config) * width
+    return total + 2.0 * config.max_tokens * config.code_dim * width
 
 
 def entropy_flops(config: TokenizerConfig) -> float:
@@ -160,7 +160,7 @@ def entropy_flops(config: TokenizerConfig) -> float:
     if not config.has_entropy_model:
         return 0.0
     seen = config.patch_positions + (config.global_tokens if config.entropy_globals else 0)
-    total = 2.0 * seen * _code_dim(config) * config.entropy_width
+    total = 2.0 * seen * config.code_dim * config.entropy_width
     total += transformer_flops(seen, config.entropy_width, config.entropy_layers)
     return total + 2.0 * config.patch_positions * config.entropy_width * config.codebook_size
 
@@ -173,10 +173,6 @@ def transformer_flops(length: int, width: int, layers: int) -> float:
 def peak_flops(gpu: str) -> float | None:
     """Dense bf16 operations per second of a GPU by its name; None: not in the table."""
     return next((peak for name, peak in DENSE_BF16.items() if name in gpu), None)
-
-
-def _code_dim(config: TokenizerConfig) -> int:
-    return config.codebook_dim if config.quantizer == "vq" else len(config.fsq_levels)
 
 
 # What the worker of Ray Train does.

@@ -84,7 +84,7 @@ def fixed_bits(config: Config) -> float | None:
     positions = tokenizer.patch_positions
     kept = int(section.threshold) if count else positions if keeps_all(section.rule, section.threshold) else 0
     bits = (tokenizer.global_tokens + kept) * each
-    if not SCORES[section.score].needs_image or kept in (0, positions):
+    if SCORES[section.score].known_to_decoder or kept in (0, positions):
         return bits
     return bits + (CHECK_BITS if section.replay else math.log2(math.comb(positions, kept)))
 

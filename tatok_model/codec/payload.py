@@ -29,7 +29,7 @@ from torch import Tensor
 from tatok_model.codec.header import Header
 from tatok_model.codec.range_coder import Coder, bounds_of, quantise
 from tatok_model.filtering_rules import CHECK_BITS, SCORES
-from tatok_model.ranking import grid_order, random_order, round_bounds
+from tatok_model.ranking import KNOWN_ORDERS, grid_order, round_bounds
 from tatok_model.tokens import Ranking
 
 CODED_CHECK_BITS = 16  # what the 64 bits of slack leave beside the checksum and whole bytes
@@ -153,12 +153,12 @@ def _derived(header: Header, count: int, global_indices: np.ndarray) -> np.ndarr
     n = header.form.patch_positions
     if count in (0, n):
         return np.full(n, bool(count))
-    if header.score not in SCORES or SCORES[header.score].needs_image:
+    if header.score not in SCORES or not SCORES[header.score].known_to_decoder:
         raise ValueError(
             f"positions of {count} of {n} patch tokens are derived with score {header.score!r}; "
             "expected an order that a reader knows, or positions sent"
         )
-    order = grid_order(n) if header.score == "grid" else random_order(torch.from_numpy(global_indices)[None], n)[0]
+    order = KNOWN_ORDERS[header.score](torch.from_numpy(global_indices)[None], n)[0]
     return np.isin(np.arange(n), order[:count].numpy())
 
 

@@ -101,51 +101,54 @@ def _check_pair(originals: Tensor, reconstructions: Tensor) -> None:
         raise ValueError(f"expected two uint8 batches of one (B, C, H, W) shape, got {pair[0]} and {pair[1]}")
 
 
+OF_EACH_IMAGE = {"psnr": psnr, "ssim": ssim}  # name of a result: (B,) float64 of a batch, whose mean it is
+
+
 class ImageQuality:
     """PSNR and SSIM over a whole set, mergeable without loss."""
 
     def __init__(self) -> None:
-        self._psnr = np.zeros(0)
-        self._ssim = np.zeros(0)
+        self._of_images = {name: np.zeros(0) for name in OF_EACH_IMAGE}
         self._squared_error = 0  # grey levels squared, exact
         self._values = 0  # how many numbers were compared
 
     def update(self, originals: Tensor, reconstructions: Tensor) -> None:
         """Add a batch; arguments and errors as `ssim_map`."""
-        structure = ssim(originals, reconstructions)
-        self._ssim = np.append(self._ssim, structure.cpu().numpy())
-        self._psnr = np.append(self._psnr, psnr(originals, reconstructions).cpu().numpy())
+        found = {name: measure(originals, reconstructions) for name, measure in OF_EACH_IMAGE.items()}
+        self._append({name: values.cpu().numpy() for name, values in found.items()})
         self._squared_error += int(squared_error(originals, reconstructions).sum())
         self._values += originals.numel()
 
     def merge(self, other: "ImageQuality") -> None:
         """Add what another process has seen."""
-        self._psnr = np.append(self._psnr, other._psnr)
-        self._ssim = np.append(self._ssim, other._ssim)
+        self._append(other._of_images)
         self._squared_error += other._squared_error
         self._values += other._values
+
+    def _append(self, later: dict[str, np.ndarray]) -> None:
+        self._of_images = {name: np.append(values, later[name]) for name, values in self._of_images.items()}
 
     def results(self) -> dict[str, float]:
         """The same to the last bit in whatever order images came; ValueError where none was seen.
 
         psnr is the mean of per-image dB; psnr_pooled the dB of the mean squared error over all images (identical sets
-        count as one value off by one level); psnr_p10 the dB that 90% of images exceed; ssim the mean.
+        count as one value off by one level); psnr_p10 the dB that 90% of images exceed; ssim and any other the mean.
         """
-        n = len(self._psnr)
+        n = len(self._of_images["psnr"])
         if n == 0:
             raise ValueError("image quality needs at least 1 image, got 0")
+        means = {name: math.fsum(values) / n for name, values in self._of_images.items()}
         return {
-            "psnr": math.fsum(self._psnr) / n,
+            "psnr": means.pop("psnr"),
             "psnr_pooled": 10 * math.log10(255**2 * self._values / max(self._squared_error, 1)),
-            "psnr_p10": float(np.quantile(self._psnr, 0.1)),
-            "ssim": math.fsum(self._ssim) / n,
+            "psnr_p10": float(np.quantile(self._of_images["psnr"], 0.1)),
+            **means,
         }
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state: psnr (n,), ssim (n,), squared_error (), values ()."""
+        """The state: (n,) for each of `OF_EACH_IMAGE`, squared_error (), values ()."""
         return {
-            "psnr": self._psnr,
-            "ssim": self._ssim,
+            **self._of_images,
             "squared_error": np.array(self._squared_error),
             "values": np.array(self._values),
         }
@@ -154,6 +157,6 @@ class ImageQuality:
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Self:
         """The inverse of `to_arrays`."""
         quality = cls()
-        quality._psnr, quality._ssim = np.array(arrays["psnr"]), np.array(arrays["ssim"])
+        quality._of_images = {name: np.array(arrays[name]) for name in OF_EACH_IMAGE}
         quality._squared_error, quality._values = int(arrays["squared_error"]), int(arrays["values"])
         return quality

@@ -12,7 +12,7 @@ from tatok_model.filtering_rules import RULES, SCORES, QualityLine
 SCORED = [name for name, score in SCORES.items() if score.unit]
 PAIRS = [(score, rule) for score in SCORED for rule in RULES if rule != "quality" or SCORES[score].in_signal]
 GROWS = {"relative": True, "count": True, "quality": True, "residual": False, "marginal": False}
-RESOLUTIONS = {"distortion": 2**16, "error": 2**20, "surprisal": 1024, "entropy": 1024, "pixel_entropy": 1024}
+RESOLUTIONS = {name: SCORES[name].resolution for name in SCORED}
 
 
 @pytest.fixture(scope="module", params=[0, 2, 3], ids=["no trunk", "trunk of 2", "trunk of 3"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tatok_model import Codec, TaTok, TokenizerConfig, vit
-from tatok_model.quantizer import build_quantizer
+from tatok_model.config import QUANTIZERS
+from tatok_model.quantizer import CLASSES, build_quantizer
 
 FSQ = {"quantizer": "fsq", "codebook_size": 15, "fsq_levels": (5, 3)}
 
@@ -27,6 +28,16 @@ def test_nearest_entries_are_those_that_training_chooses(changes, size, rows, mo
         assert (found.dtype, found.shape) == (torch.int64, (5, 40))
         assert torch.equal(found, quantizer.eval()(x)[1])
         assert torch.equal(found, quantizer.train()(x)[1])
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_has_a_class_and_the_code_width_that_the_configuration_says(name):
+    config = TokenizerConfig(quantizer=name)
+    quantizer = build_quantizer(24, config)
+    assert type(quantizer) is CLASSES[name]
+    assert quantizer.code_dim == config.code_dim
+    assert quantizer.codes().shape == (config.codebook_size, config.code_dim)
+    assert CLASSES.keys() == QUANTIZERS.keys()
 
 
 def test_ties_go_to_the_lowest_entry_as_in_training():

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tatok_model import TaTok
-from tatok_model.config import KeptSetConfig
+from tatok_model.config import BY_MODEL, KeptSetConfig
+from tatok_model.config import ORDERS as CONFIGURED
 from tatok_model.filtering_rules import SCORES, QualityLine
 from tatok_model.kept_sets import draw
-from tatok_model.ranking import Models, rank, training_places
+from tatok_model.ranking import FIXED_UNITS, KNOWN_ORDERS, Models, rank, training_places
 from tatok_model.tokens import Tokens
 
 RESOLUTIONS = {"distortion": 2**16, "error": 2**20, "surprisal": 1024, "entropy": 1024}  # steps in a unit
@@ -41,6 +42,18 @@ def test_a_ranking_holds_every_position_once_and_keeps_all(tokenizer, tokens, im
     assert (found.ranking.score, found.ranking.rounds) == (score, rounds)
     assert found.kept_mask.all()
     assert (found.ranking.score_units >= 0).all()
+
+
+def test_every_score_that_asks_no_model_is_in_the_table_that_its_entry_names():
+    alone = {name: score.known_to_decoder for name, score in SCORES.items() if not score.in_rounds}
+    assert KNOWN_ORDERS.keys() == {name for name, known in alone.items() if known}
+    assert FIXED_UNITS.keys() == {name for name, known in alone.items() if not known}
+    assert not any(SCORES[name].unit for name in KNOWN_ORDERS)
+
+
+def test_training_knows_every_order_that_a_ranking_has_but_random():
+    assert set(ORDERS) == SCORES.keys() - {"random"}
+    assert set(BY_MODEL) == {"distortion", "surprisal", "entropy", "filter"}
 
 
 def what_a_score_is(tokenizer, tokens, images, score, placed):
@@ -297,7 +310,7 @@ def test_nested_dropout_loses_a_tail_of_global_tokens(images, config):
     assert not torch.equal(model.decode(short), model.decode(whole))
 
 
-ORDERS = ["distortion", "error", "surprisal", "entropy", "grid", "pixel_entropy"]
+ORDERS = [order for order in CONFIGURED if order != "filter"]
 
 
 @pytest.mark.parametrize("order", ORDERS)

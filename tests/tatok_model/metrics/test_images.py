@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from tatok_model.metrics import images
 from tatok_model.metrics.images import UINT8_RULE, ImageQuality, psnr, squared_error, ssim, ssim_map, to_uint8
 
 
@@ -146,6 +147,18 @@ def test_however_images_are_shared_out_the_results_are_the_same_to_the_bit(order
     merged = ImageQuality.from_arrays(parts[1].to_arrays())
     merged.merge(parts[0])
     assert merged.results() == whole.results()
+
+
+def test_a_measure_of_each_image_needs_a_line_in_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(images.OF_EACH_IMAGE, "first_value", lambda originals, _: originals[:, 0, 0, 0].double())
+    originals, disturbed = noise(5, 4, 3, 12, 12), noise(6, 4, 3, 12, 12)
+    parts = [ImageQuality(), ImageQuality()]
+    parts[0].update(originals[:1], disturbed[:1])
+    parts[1].update(originals[1:], disturbed[1:])
+    parts[0].merge(ImageQuality.from_arrays(parts[1].to_arrays()))
+    results = parts[0].results()
+    assert list(results) == ["psnr", "psnr_pooled", "psnr_p10", "ssim", "first_value"]
+    assert results["first_value"] == originals[:, 0, 0, 0].double().mean().item()
 
 
 def test_without_images_there_is_no_result() -> None:
