@@ -21,6 +21,13 @@ from pipeline.core.config import Config, DataConfig
 from pipeline.core.errors import BadInput, did_you_mean
 
 POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,2}")  # YAML 1.1 wants a dot and a sign: 1.0e+3
+ELSEWHERE = {  # what other programs call a key of ours
+    "lr": "learning_rate", "bs": "global_batch_size", "batch_size": "global_batch_size", "epochs": "max_steps",
+    "steps": "max_steps", "iterations": "max_steps", "wd": "weight_decay", "workers": "num_workers",
+    "gpus": "num_workers", "path": "source", "root": "source", "dataset": "source", "resolution": "image_size",
+    "res": "image_size", "vocab_size": "codebook_size", "num_codes": "codebook_size", "out": "output",
+    "output_dir": "output", "num_images": "images", "num_samples": "images", "cfg_scale": "guidance",
+}  # fmt: skip
 SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 
 
@@ -189,4 +196,6 @@ def _unknown(section: str, key: str = "") -> str:
     everything = [f"{name}.{each}" for name, names in keys.items() for each in names] if key else list(keys)
     whole = f"{section}.{key}" if key else section
     valid = keys[section] if key else list(keys)
-    return f"unknown key {whole!r}{did_you_mean(whole, everything)}; expected one of {', '.join(valid)}"
+    meant = f"{section}.{ELSEWHERE.get(key, key)}"
+    known = f" (did you mean {meant!r}?)" if meant in everything else did_you_mean(whole, everything)
+    return f"unknown key {whole!r}{known}; expected one of {', '.join(valid)}"

@@ -126,6 +126,9 @@ def test_the_architecture_is_the_section_without_the_checkpoint():
     ("override", "message"),
     [
         ("train.max_stpes=5", "unknown key 'train.max_stpes' (did you mean 'train.max_steps'?)"),
+        ("train.lr=1e-3", "unknown key 'train.lr' (did you mean 'train.learning_rate'?)"),
+        ("train.batch_size=8", "unknown key 'train.batch_size' (did you mean 'train.global_batch_size'?)"),
+        ("data.resolution=64", "unknown key 'data.resolution' (did you mean 'data.image_size'?)"),
         ("tokeniser.size=tiny", "unknown key 'tokeniser' (did you mean 'tokenizer'?)"),
         ("max_steps=5", "override 'max_steps=5' is not understood; expected section.key=value"),
         ("train.max_steps", "override 'train.max_steps' is not understood"),
