@@ -89,6 +89,7 @@ def test_an_address_of_another_form_is_refused_without_asking(monkeypatch, addre
 def test_a_dead_address_is_refused_before_anything_is_made_and_ray_is_not_asked(monkeypatch, silent):
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 2.0)
     monkeypatch.setattr("ray.init", lambda *about, **more: pytest.fail("Ray would ask for minutes"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may share one
     for address, reason in (
         ("127.0.0.1:1", "Connection refused"),
         ("no.such.host.invalid:6379", "not known"),
@@ -142,6 +143,7 @@ def test_a_folder_that_no_ray_can_start_in_is_refused(monkeypatch, variable):
     fits = "/tmp/" + "x" * 36  # and 66 of /ray/session_YYYY-MM-DD_hh-mm-ss_ffffff_12345/sockets/plasma_store
     monkeypatch.setenv(variable, fits)
     check_cluster()
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     for folder, problem in (
         (fits + "x", "too long by 1 for the sockets"),
         ("/tmp/" + "é" * 19, "too long by 2 for the sockets"),
