@@ -149,7 +149,8 @@ def find(path: str, key: str = "tokenizer.checkpoint") -> Path:
         tokenizer = key == "tokenizer.checkpoint"
         others = f", a hub id or one in the box: {', '.join(boxed())}" if tokenizer else ""
         meant = did_you_mean(Path(path).name, boxed()) if tokenizer else ""
-        raise BadInput(f"{key} {path!r} does not exist{meant}; expected a checkpoint folder{others}")
+        problem = "is a file" if Path(path).exists() else f"does not exist{meant}"
+        raise BadInput(f"{key} {path!r} {problem}; expected a checkpoint folder{others}")
     raise BadInput(f"{key} {path!r} holds no config.json; expected a folder that training wrote")
 
 

@@ -72,7 +72,7 @@ def resolve(key: str, value: Any) -> Any:
         return tuple(resolve(key, item) for item in value)
     if key in TOKENIZERS and in_the_box(value):
         return value
-    if value == "" or (value == "samples" and key.endswith("source")) or (key, value) == ("tracking.uri", "databricks"):
+    if value == "" or (value == "samples" and key.endswith("source")) or (key == "tracking.uri" and "//" not in value):
         return value
     if key == "evaluate.extractor" and not value.endswith(".safetensors"):
         return value  # a name

@@ -222,9 +222,7 @@ def own_stdout() -> TextIO:
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
     """Preset, overrides and the two switches; exits after `--help`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     topics = "this page, or what a section (train), a key (train.max_steps) or a preset (smoke) is"
     parser.add_argument("-h", "--help", nargs="?", metavar="TOPIC", action=_Help, help=topics)
     parser.add_argument("preset", nargs="?", default="demo", help="a name in pipeline/configs or a YAML file")
@@ -237,6 +235,13 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
         arguments.overrides.insert(0, arguments.preset)
         arguments.preset = "demo"
     return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(BadInput(f"{message}; expected PRESET, section.key=value without dashes, --dry-run, --resume or --make"))
 
 
 class _Help(argparse.Action):

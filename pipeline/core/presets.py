@@ -172,6 +172,14 @@ EXPECTED = {  # the conditions of `config.py` in words, by pydantic's names for 
     "literal_error": "{expected}",
     "too_short": "at least {min_length}",
     "dataclass_type": "a section with keys",
+    **dict.fromkeys(
+        ("int_parsing", "int_type", "int_from_float", "int_parsing_size", "finite_number"), "a whole number"
+    ),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list, e.g. [1, 2]"),
+    **dict.fromkeys(("dict_type",), "keys with values, e.g. {a: 1}"),
+    **dict.fromkeys(("string_type",), "text"),
 }
 UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 
