@@ -1,3 +1,12 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +111,44 @@ print(found["tokens"].tolist(), found["reconstructions"].shape, int(found["recon
     expected = model.predict(pictures[:2])
     total = int(expected["reconstructions"].sum())
     assert said.stdout.splitlines()[-1:] == [f"[7, 7] (2, 16, 16, 3) {total}"], said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_mlflow_serves_the_champion_over_http(load, pictures, tmp_path):
+    from pipeline.tracking.mlflow_store import save_pyfunc
+
+    expected = load(rule="count", threshold=5).predict(pictures[:2])
+    save_pyfunc(tmp_path / "model", champion.__name__, tmp_path / "data", pictures[:2], expected)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(tmp_path / "model"),
+               "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    with (tmp_path / "said").open("w") as said:
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
+    try:
+        wait_until_it_answers(f"http://127.0.0.1:{port}/ping", server, tmp_path / "said")
+        body = json.dumps({"inputs": pictures[:2].tolist()}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            made = json.load(answer)["predictions"]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)
+    assert made["tokens"] == [7, 7]
+    assert np.array_equal(np.array(made["reconstructions"], dtype=np.uint8), expected["reconstructions"])
+
+
+def wait_until_it_answers(address, process, said):
+    limit = time.monotonic() + 200
+    while True:
+        assert process.poll() is None, said.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            assert time.monotonic() < limit, said.read_text()
+            time.sleep(0.5)
