@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:  # torch is imported inside functions: `check` answers without
 FORMAT, VERSION = "tatok-training-state", 1
 TENSORS, RECORD = "training_state.safetensors", "training_state.json"
 WEIGHED = ("config.json", "model.safetensors", TENSORS)  # what a whole checkpoint has checksums of
-SHAPING = (  # the keys that decide the weights' shapes
-    "image_size", "patch_size", "size", "global_tokens", "patch_tokens", "quantizer", "codebook_size", "codebook_dim",
-    "fsq_levels", "shared_codebook", "entropy_layers", "entropy_width", "entropy_globals", "expected_fill",
-)  # fmt: skip
+OF_TRAINING = ("commitment_weight", "codebook_decay", "dead_code_share")  # may differ from a checkpoint's
+SHAPING = tuple(  # the keys that decide the weights' shapes
+    field.name for field in fields(TokenizerConfig) if field.name not in (*OF_TRAINING, "trunk_layers")
+)
 BROUGHT = (*SHAPING, "trunk_layers")  # what a checkpoint brings
 OF_ENTROPY_MODEL = ("entropy_layers", "entropy_width", "entropy_globals")  # may differ where it is trained anew
 

@@ -41,9 +41,10 @@ def check_score(config: Config) -> None:
     tokenizer = config.tokenizer
     asks = SCORES[config.filter.score].asks_entropy_model and tokenizer.patch_tokens
     if asks and not tokenizer.has_entropy_model:
+        others = ", ".join(name for name, score in SCORES.items() if not score.asks_entropy_model)
         raise BadInput(
             f"filter.score is {config.filter.score!r} with tokenizer.entropy_layers 0; "
-            "expected a tokenizer with an entropy model, or error, pixel_entropy, random or grid"
+            f"expected a tokenizer with an entropy model, or one of {others}"
         )
 
 
