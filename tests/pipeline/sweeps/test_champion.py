@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,8 +127,11 @@ def test_mlflow_serves_the_champion_over_http(load, pictures, tmp_path):
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(tmp_path / "model"),
                "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow starts uvicorn by its name
     with (tmp_path / "said").open("w") as said:
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, "PATH": path}, stdout=said, stderr=said, start_new_session=True
+        )
     try:
         wait_until_it_answers(f"http://127.0.0.1:{port}/ping", server, tmp_path / "said")
         body = json.dumps({"inputs": pictures[:2].tolist()}).encode()
@@ -136,7 +141,8 @@ def test_mlflow_serves_the_champion_over_http(load, pictures, tmp_path):
         with urllib.request.urlopen(request, timeout=60) as answer:
             made = json.load(answer)["predictions"]
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
     assert made["tokens"] == [7, 7]
     assert np.array_equal(np.array(made["reconstructions"], dtype=np.uint8), expected["reconstructions"])
