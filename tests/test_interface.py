@@ -229,7 +229,7 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(finish, folder):
     [
         (["smoek"], "error: unknown preset 'smoek' (did you mean 'smoke'?)"),
         (["smoke", "train.sede=1"], "error: unknown key 'train.sede' (did you mean 'train.seed'?)"),
-        (["smoke", "train.seed=x"], "error: train.seed is 'x'; expected a valid integer"),
+        (["smoke", "train.seed=x"], "error: train.seed is 'x'; expected a whole number"),
         (["smoke", "tracking.experiment=unwelcome"], "error: tracking.experiment is 'unwelcome'; expected another"),
     ],
 )

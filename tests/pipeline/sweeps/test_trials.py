@@ -59,7 +59,7 @@ def test_every_rule_has_an_evaluation_with_its_own_thresholds(plan):
             r"unknown key 'tokenizer.global_token' \(did you mean 'tokenizer.global_tokens'",
         ),
         ("{preset.x: [2]}", "sweep.space has 'preset.x'; expected section.key"),
-        ("{tokenizer.global_tokens: [2, many]}", "tokenizer.global_tokens is 'many'; expected a valid integer"),
+        ("{tokenizer.global_tokens: [2, many]}", "tokenizer.global_tokens is 'many'; expected a whole number"),
         ("{tokenizer.patch_size: [8, 5]}", "image_size is 32; expected a multiple of patch_size, 5"),
     ],
 )
