@@ -69,7 +69,7 @@ def show(pictures: Sequence[str], tokenizer_name: str, folder: Path, longest: in
         longest: pixels of the longer side, at least 16; larger pictures are made smaller.
 
     Raises:
-        BadInput: a tokenizer that cannot be had.
+        BadInput: a tokenizer that cannot be loaded.
         ValueError: something that is no picture or no tokenizer.
         OSError: a file that cannot be read or written.
     """

@@ -253,7 +253,7 @@ def load_tokenizer(config: Config) -> "tuple[TaTok, str]":
     """The tokenizer of `tokenizer.checkpoint` and the sha256 of its weights.
 
     Raises:
-        BadInput: it cannot be had from the hub, is damaged, or has another architecture than configured.
+        BadInput: it cannot be downloaded, is damaged, or has another architecture than configured.
     """
     from safetensors import SafetensorError
 
@@ -297,7 +297,7 @@ def check_quality(config: Config, tokenizer: "TaTok") -> None:
 
 
 def tokenizer_sha256(config: Config) -> str:
-    """Of the weights of `tokenizer.checkpoint`; raises as `load_tokenizer` where they cannot be had."""
+    """Of the weights of `tokenizer.checkpoint`; raises as `load_tokenizer` where they cannot be loaded."""
     return sha256_file(tokenizer_folder(config) / "model.safetensors")
 
 
@@ -307,16 +307,20 @@ def quality_lines(config: Config) -> tuple[QualityLine, ...]:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """The folder on this machine of `tokenizer.checkpoint`; raises as `load_tokenizer` where it cannot be had."""
+    """The folder on this machine of `tokenizer.checkpoint`; raises as `load_tokenizer` where it cannot be loaded."""
     path = config.tokenizer.checkpoint
     return from_hub(path) if is_hub_id(path) else find(path)
 
 
 def from_hub(name: str, key: str = "tokenizer.checkpoint") -> Path:
-    """The folder on this machine of a hub's tokenizer, which the value of a key names.
+    """Download the tokenizer `name` from the Hugging Face hub; returns its folder on this machine.
+
+    Args:
+        name: `owner/name`.
+        key: where it was configured, for messages.
 
     Raises:
-        BadInput: it cannot be had.
+        BadInput: it cannot be downloaded.
     """
     from huggingface_hub import HfApi, snapshot_download
 

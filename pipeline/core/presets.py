@@ -141,6 +141,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], text: str) -> None:
+    """Set one `section.key=value` in nested `values`; text keys stay text, others are parsed as YAML."""
     key, separator, raw = text.partition("=")
     if not separator or key.count(".") != 1 or not all(key.split(".")):
         raise BadInput(f"override {text!r} is not understood; expected section.key=value, e.g. train.max_steps=100")

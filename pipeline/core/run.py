@@ -235,11 +235,12 @@ def read_metrics(folder: str | Path, holding: str = "") -> list[LoggedLine]:
 
 
 def parse_metrics(data: bytes) -> list[LoggedLine]:
-    """Whole lines of `metrics.jsonl`; one that is torn or not understood is left out."""
+    """Complete, valid lines of `metrics.jsonl`; others are skipped."""
     found = []
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
+    for line in data[: data.rfind(b"\n") + 1].splitlines():  # without an unfinished last line
         try:
             entry = json.loads(line)
+            # JSON has no NaN: it was written as null.
             values = {name: math.nan if value is None else float(value) for name, value in entry["metrics"].items()}
             found.append(LoggedLine(float(entry["time"]), int(entry["step"]), values))
         except (ValueError, TypeError, KeyError, AttributeError):

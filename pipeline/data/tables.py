@@ -158,7 +158,7 @@ def _scan_labels(place: Location, data: DataConfig, looked: Scan, texts: set[str
 
 
 def _label_columns(file: pq.ParquetFile, data: DataConfig) -> list[str]:
-    """Those of the two label columns that are there."""
+    """The label columns that the file has."""
     names = dict.fromkeys((data.label_column, data.class_name_column))
     return [name for name in names if name in file.schema_arrow.names]
 
@@ -170,7 +170,7 @@ def _row_label(values: dict[str, Any], data: DataConfig, where: str) -> RawLabel
 
 
 def _class_name(value: Any) -> str:
-    """Of a class that has an index; "" where the value is no text."""
+    """The name of a class that has an index; "" where the value is not text."""
     with suppress(BadInput):
         name = raw_label(value, "")
         return name if isinstance(name, str) else ""

@@ -80,7 +80,7 @@ class Feed:
 
 
 class Sender:
-    """Sends what a run folder holds for the tracking server, in order, as often as it takes.
+    """Sends what a run folder holds for the tracking server, in order, retrying until it succeeds.
 
     Args:
         folder: the run folder; its name becomes the MLflow run's.

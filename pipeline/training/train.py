@@ -125,7 +125,7 @@ def train_and_export(run: Run, tracker: Tracker, section: str, worker: str, pict
 
 
 def _train(run: Run, section: str, worker: str) -> dict[str, Any]:
-    """What `work` returned, on the first worker."""
+    """Run the training; returns what `work` returned on rank 0."""
     train: TrainConfig = getattr(run.config, section)
     if train.num_workers:
         return run_workers(run, section, worker)
